@@ -1,0 +1,189 @@
+"""Texts -> batches of token ids with a mask of the real ones.
+
+Language models read packed windows: the texts joined, tokenised once, cut into equal pieces, no padding. Everything
+else reads one text a row, padded within its batch.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avss.data.sources import Texts
+from avss.errors import ConfigError, DataError
+from avss.record import DataFacts
+
+Layout = Literal["packed", "padded"]
+
+DOCUMENT_BREAK = "\n\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Token ids in batches, in a fixed order.
+
+    Attributes:
+        sequences: Token ids of each sequence, without padding.
+        batch_size: Sequences in a batch.
+        pad_id: Token id that fills up a batch; never observed.
+        facts: For the record.
+    """
+
+    sequences: tuple[Tensor, ...]
+    batch_size: int
+    pad_id: int
+    facts: DataFacts
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.sequences) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (token ids `[B, T]`, keep `[B, T]`), padded on the right."""
+        for start in range(0, len(self.sequences), self.batch_size):
+            yield pad(self.sequences[start : start + self.batch_size], self.pad_id)
+
+
+def pad(sequences: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Stacks sequences of unequal length: token ids `[B, T]` and keep `[B, T]`, padding on the right."""
+    length = max(len(sequence) for sequence in sequences)
+    token_ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+    keep = torch.zeros((len(sequences), length), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        token_ids[row, : len(sequence)] = sequence
+        keep[row, : len(sequence)] = True
+    return token_ids, keep
+
+
+def need_tokenizer(tokenizer: Any, source: str) -> Any:
+    """The tokenizer.
+
+    Raises:
+        DataError: There is none.
+    """
+    if tokenizer is None:
+        raise DataError(f"`{source}` has no tokenizer, so no text can be read for it. Put tokenizer files beside the model.")
+    return tokenizer
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """A token id for padding; which one is without effect, since padding is masked."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    return 0
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """`[bos]` where the tokenizer starts texts with it (Gemma and Llama want it), else nothing."""
+    encoded = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and encoded[:1] == [bos] else []
+
+
+def tokenise(tokenizer: Any, text: str) -> Tensor:
+    """The token ids of a running text, `[N]`, without special tokens. Any length: windows are cut later."""
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.long)
+
+
+def windows(tokenizer: Any, text: str, seq_len: int) -> list[Tensor]:
+    """Non-overlapping windows of exactly `seq_len` tokens, BOS included where the model wants it; the rest is dropped.
+
+    Raises:
+        DataError: The text does not fill one window.
+    """
+    lead = torch.tensor(leading_ids(tokenizer), dtype=torch.long)
+    ids = tokenise(tokenizer, text)
+    body = seq_len - len(lead)
+    if body < 1:
+        raise ConfigError(f"A window of `{seq_len}` token leaves no room for text; use at least 2.")
+    pieces = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
+    if not pieces:
+        raise DataError(
+            f"The text has {len(ids)} tokens and does not fill one window of {seq_len}. Give more text or a smaller "
+            "`--seq-len`."
+        )
+    return [torch.cat([lead, piece]) for piece in pieces]
+
+
+def make_batches(
+    texts: Texts,
+    tokenizer: Any,
+    *,
+    layout: Layout,
+    samples: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    max_len: int | None = None,
+) -> Batches:
+    """Calibration batches: a seeded draw of `samples` sequences.
+
+    Args:
+        texts: Where from.
+        tokenizer: The model's.
+        layout: `packed` or `padded`.
+        samples: Sequences wanted; all there are, if fewer.
+        seq_len: Tokens in a packed window, and the most in a padded row.
+        batch_size: Sequences in a forward pass.
+        seed: Of the draw.
+        max_len: The most tokens the model can take; `seq_len` is lowered to it.
+
+    Raises:
+        ConfigError: A count is not positive.
+        DataError: The text is too short.
+    """
+    for name, value in (("samples", samples), ("batch-size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"`--{name} {value}` must be at least 1.")
+    if seq_len < 2:
+        raise ConfigError(f"`--seq-len {seq_len}` must be at least 2: one token has nothing after it.")
+    seq_len = min(seq_len, max_len or seq_len)
+    pool = _packed(texts, tokenizer, seq_len) if layout == "packed" else _padded(texts, tokenizer, seq_len)
+    chosen = np.random.default_rng(seed).permutation(len(pool))[:samples]
+    sequences = tuple(pool[index] for index in chosen)
+    return Batches(
+        sequences=sequences,
+        batch_size=batch_size,
+        pad_id=pad_id_of(tokenizer),
+        facts=DataFacts(
+            source=texts.source,
+            column=texts.column,
+            layout=layout,
+            num_sequences=len(sequences),
+            seq_len=max(len(sequence) for sequence in sequences),
+            num_tokens=sum(len(sequence) for sequence in sequences),
+            batch_size=batch_size,
+            seed=seed,
+            content_hash=content_hash(sequences),
+        ),
+    )
+
+
+def _packed(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:
+    joined = DOCUMENT_BREAK.join(texts.texts)
+    num_tokens = len(tokenise(tokenizer, joined))
+    if num_tokens < 2:
+        raise DataError(f"`{texts.source}` has {num_tokens} tokens. Give a text with at least a few sentences.")
+    # A short text still gives one window, of the length it has.
+    return windows(tokenizer, joined, min(seq_len, num_tokens + len(leading_ids(tokenizer))))
+
+
+def _padded(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:
+    rows = list(texts.paragraphs())
+    encoded = tokenizer(rows, truncation=True, max_length=seq_len, verbose=False)["input_ids"]
+    return [torch.tensor(ids, dtype=torch.long) for ids in encoded if len(ids) > 1]
+
+
+def content_hash(sequences: Sequence[Tensor]) -> str:
+    """SHA-256 over lengths and token ids, 16 hex digits: same hash, same data in the same order."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(len(sequence).to_bytes(8, "little"))
+        digest.update(sequence.numpy().tobytes())
+    return digest.hexdigest()[:16]

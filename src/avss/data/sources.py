@@ -1,0 +1,248 @@
+"""Reads texts and tables from where users keep them.
+
+    builtin                      a small text written for this project (`builtin:evaluation`, `builtin:choice`, ... too)
+    notes.txt, reviews.csv       a local file: txt, md, csv, tsv, json, jsonl, parquet
+    reviews.csv#body             one column of it
+    folder/                      a data set folder as `datasets` reads it
+    name[:config][@split][#column]   a data set on the hub, e.g. `Salesforce/wikitext:wikitext-2-raw-v1@test#text`
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from avss.errors import DataError, unknown_name
+
+BUILTIN: dict[str, str] = {
+    "calibration": "calibration.txt",
+    "evaluation": "evaluation.txt",
+    "choice": "choice.jsonl",
+    "sentiment": "sentiment.csv",
+}
+"""Name -> file of the data that comes with avss. All of it was written for this project."""
+
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review", "question", "prompt")
+"""Columns taken for text, in this order, where the user named none."""
+
+_TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
+_TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"})
+_MAX_HUB_ROWS = 20_000
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts and where they came from.
+
+    Attributes:
+        texts: None of them empty.
+        source: As the user named it; a path by its last part.
+        column: Column they were in, if there were columns.
+        is_prose: True for a text file, which is one running text rather than a list of examples.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    column: str | None = None
+    is_prose: bool = False
+
+    def paragraphs(self) -> tuple[str, ...]:
+        """The texts as separate examples: a running text is split at blank lines."""
+        if not self.is_prose:
+            return self.texts
+        parts = (part.strip() for text in self.texts for part in text.replace("\r\n", "\n").split("\n\n"))
+        found = tuple(part for part in parts if part)
+        # One paragraph a line is the other common layout of text files.
+        return found if len(found) > 1 else tuple(line for text in self.texts for line in text.splitlines() if line.strip())
+
+
+def read_texts(source: str | Path | Sequence[str]) -> Texts:
+    """The texts of a source.
+
+    Args:
+        source: See the top of this file; or the texts themselves.
+
+    Raises:
+        DataError: Missing, unreadable, empty, or without the column.
+    """
+    if not isinstance(source, str | Path):
+        texts = tuple(text for text in source if isinstance(text, str) and text.strip())
+        if not texts:
+            raise DataError("The list of texts is empty. Give at least one text that is not blank.")
+        return Texts(texts=texts, source=f"{len(texts)} texts")
+    name, column = _split_column(str(source))
+    path = _local_path(name)
+    if path is not None and path.suffix.lower() in _TEXT_SUFFIXES:
+        if column:
+            raise DataError(f"`{path.name}` is a text file and has no column `{column}`. Leave `#{column}` out.")
+        text = _read_text_file(path)
+        if not text.strip():
+            raise DataError(f"`{path}` is empty. Give a text with at least a few sentences.")
+        return Texts(texts=(text,), source=_short(name), is_prose=True)
+    rows = read_table(name)
+    column = column or _text_column(rows, name)
+    if column not in rows[0]:
+        raise DataError(f"`{_short(name)}`: {unknown_name('column', column, map(str, rows[0]))}")
+    texts = tuple(value for row in rows if isinstance(value := row.get(column), str) and value.strip())
+    if not texts:
+        raise DataError(f"The column `{column}` of `{_short(name)}` holds no text. Name another one with `#column`.")
+    return Texts(texts=texts, source=_short(name), column=column)
+
+
+def read_table(source: str | Path) -> list[Row]:
+    """The rows of a table, as dictionaries.
+
+    Raises:
+        DataError: Missing, not what its name says, or empty.
+    """
+    name, _ = _split_column(str(source))
+    path = _local_path(name)
+    if path is None:
+        rows = _read_hub(name)
+    elif path.is_dir():
+        rows = _read_data_set(str(path), config=None, split=None)
+    else:
+        rows = _read_table_file(path)
+    if not rows:
+        raise DataError(f"`{_short(name)}` has no rows. Give a table with at least one.")
+    return rows
+
+
+def _short(source: str) -> str:
+    path = Path(source)
+    return path.name if path.exists() else source
+
+
+def _split_column(source: str) -> tuple[str, str | None]:
+    name, mark, column = source.rpartition("#")
+    return (name, column) if mark and column and not Path(source).exists() else (source, None)
+
+
+def _local_path(source: str) -> Path | None:
+    """The file or folder a source names, or None where it names a data set on the hub."""
+    if source == "builtin" or source.startswith("builtin:"):
+        name = source.partition(":")[2] or "calibration"
+        if name not in BUILTIN:
+            raise DataError(unknown_name("built-in data", name, BUILTIN))
+        return Path(str(resources.files("avss.data").joinpath("builtin", BUILTIN[name])))
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    known = path.suffix.lower() in _TEXT_SUFFIXES | _TABLE_SUFFIXES
+    if known or path.is_absolute() or source.startswith((".", "~")) or not source.strip():
+        raise DataError(f"There is no file `{source}`. Give a file, a folder, a hub data set or `builtin`.")
+    return None
+
+
+def _read_text_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"`{path}` is not UTF-8 text (byte {error.start}). Convert it to UTF-8 text.") from error
+    except OSError as error:
+        raise DataError(f"`{path}` cannot be read: {error.strerror}.") from error
+
+
+def _read_table_file(path: Path) -> list[Row]:
+    import pandas as pd  # half a second; only tables need it
+
+    suffix = path.suffix.lower()
+    if suffix in _TEXT_SUFFIXES:
+        raise DataError(f"`{path.name}` is a text file; a table is needed here: csv, tsv, json, jsonl or parquet.")
+    if suffix not in _TABLE_SUFFIXES:
+        raise DataError(f"`{path.name}` has an unknown ending. Allowed: {', '.join(sorted(_TEXT_SUFFIXES | _TABLE_SUFFIXES))}.")
+    try:
+        if suffix in (".jsonl", ".ndjson"):
+            return _json_lines(path)
+        if suffix == ".json":
+            return _json_rows(path)
+        if suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            # Cells stay what they are: "NA" and "null" are words.
+            separator = "\t" if suffix == ".tsv" else ","
+            frame = pd.read_csv(path, sep=separator, keep_default_na=False, encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"`{path}` is not UTF-8 text (byte {error.start}), so it is no {suffix[1:]} file.") from error
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are both
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"`{path}` cannot be read as {suffix[1:]}: {reason}. Check that it is what its ending says.") from error
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _json_lines(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(_read_text_file(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"Line {number} of `{path}` is not JSON ({error}). Each line must be one object.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"Line {number} of `{path}` is a {type(row).__name__}; each line must be one JSON object.")
+        rows.append(row)
+    return rows
+
+
+def _json_rows(path: Path) -> list[Row]:
+    try:
+        content = json.loads(_read_text_file(path))
+    except ValueError as error:
+        raise DataError(f"`{path}` is not JSON ({error}).") from error
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else content
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise DataError(f"`{path}` must hold a list of objects, or an object with one such list.")
+    return content
+
+
+def _read_hub(source: str) -> list[Row]:
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    return _read_data_set(name, config=config or None, split=split or None)
+
+
+def _read_data_set(name: str, *, config: str | None, split: str | None) -> list[Row]:
+    import datasets  # a second and a half; only hub data needs it
+
+    # datasets raises whatever its many readers raise; to the user they all mean: this data set cannot be read.
+    try:
+        chosen = split or _default_split(name, config)
+        rows: Iterable[Any] = datasets.load_dataset(name, config, split=chosen, streaming=True)
+        return [dict(row) for row in itertools.islice(rows, _MAX_HUB_ROWS)]
+    except DataError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+        raise DataError(
+            f"The data set `{name}` cannot be read: {reason}. Write `name:config@split#column`, and check the network, "
+            "or give a local file."
+        ) from error
+
+
+def _default_split(name: str, config: str | None) -> str:
+    import datasets
+
+    splits = [str(split) for split in datasets.get_dataset_split_names(name, config)]
+    return "train" if "train" in splits else splits[0]
+
+
+def _text_column(rows: Sequence[Row], name: str) -> str:
+    columns = [str(column) for column in rows[0]]
+    strings = [column for column in columns if isinstance(rows[0][column], str)]
+    for candidate in TEXT_COLUMNS:
+        if candidate in strings:
+            return candidate
+    if len(strings) == 1:
+        return strings[0]
+    raise DataError(
+        f"`{_short(name)}` has no column that is clearly the text. Columns: {', '.join(columns)}. Name one: "
+        f"`{_short(name)}#column`."
+    )

@@ -1,0 +1,463 @@
+"""Loads a model from a hub id, a folder or a GGUF file, with the head it was made for; saves it as a stock checkpoint."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import accelerate
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from avss.errors import ConfigError, ModelLoadError, unknown_name
+from avss.models.gguf import shared_reader
+from avss.models.stack import BlockStack, find_stack
+from avss.record import ModelFacts
+
+Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "other"]
+
+_AUTO_CLASSES: dict[str, str] = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+HEADS = tuple(_AUTO_CLASSES)
+
+_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("auto", *_DTYPES)
+
+_SAMPLED_VALUES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model ready to be scored, cut or evaluated.
+
+    Attributes:
+        model: In evaluation mode.
+        tokenizer: None where the source has none; then text cannot be read, token ids can.
+        head: What the model is used as.
+        source: As the user named it.
+        revision: Hub revision, where one was asked for.
+        stored_dtype: Dtype in which the weights are stored and will be saved. Computing in float32 what is stored in
+            bfloat16 loses nothing, and saving it as bfloat16 gives the same values back.
+        companions: Folder whose other files (pooling, sentence-transformers modules) belong to the model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    head: Head
+    source: str
+    revision: str | None = None
+    stored_dtype: torch.dtype = torch.float32
+    companions: Path | None = None
+
+    @functools.cached_property
+    def stack(self) -> BlockStack:
+        """The block stack; an error says why there is none."""
+        return find_stack(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be."""
+        return self.model.get_input_embeddings().weight.device
+
+    def facts(self) -> ModelFacts:
+        """The model in numbers, for the record."""
+        unique = {id(parameter): parameter for parameter in self.model.parameters()}
+        num_parameters = sum(parameter.numel() for parameter in unique.values())
+        return ModelFacts(
+            source=_short_source(self.source),
+            revision=self.revision,
+            architecture=type(self.model).__name__,
+            model_type=self.model.config.model_type,
+            head=self.head,
+            stack=self.stack.path,
+            num_blocks=len(self.stack),
+            hidden_size=self.model.config.hidden_size,
+            num_parameters=num_parameters,
+            num_block_parameters=sum(parameter.numel() for parameter in self.stack.blocks.parameters()),
+            checkpoint_bytes=num_parameters * self.stored_dtype.itemsize,
+            dtype=dtype_name(self.stored_dtype),
+            compute_dtype=dtype_name(self.model.dtype),
+            device=str(self.device),
+            fingerprint=fingerprint(self.model),
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _short_source(source: str) -> str:
+    path = Path(source)
+    return path.name if path.exists() else source
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256, 16 hex digits, over the config and up to 1,024 evenly spaced values of every weight."""
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' progress bars and notices: avss reports what matters itself."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    head: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Loads a model and its tokenizer.
+
+    Args:
+        source: Hub id (`owner/name`), local folder, or a `.gguf` file (local, or on the hub as `owner/name/file.gguf`).
+        head: `auto` takes the class named in the config; otherwise one of `HEADS`.
+        dtype: Dtype to compute in. `auto`: the stored one on an accelerator; float32 on a CPU, where half precision is
+            slow and nothing is lost by widening.
+        device: `auto` (first of CUDA, MPS, CPU), a torch device, or `map` to spread the model over all GPUs.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ConfigError: `head`, `dtype` or `device` is unknown.
+        ModelLoadError: The source does not exist or is not a model; the message says what was tried.
+    """
+    _check_choices(head, dtype)
+    target = _find_device(device)
+    location = _locate(str(source), revision)
+    with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
+        config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
+        model_class, found_head = _model_class(config, head, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        if revision and not location.is_local:
+            options["revision"] = revision
+        model = _read_weights(location, model_class, config, device=device, options=options)
+        tokenizer = _read_tokenizer(location, options)
+    if location.gguf_file:
+        model, stored = _unquantise(model, file_bytes=_file_bytes(location, options))
+    else:
+        stored = model.dtype
+    compute = _compute_dtype(dtype, stored, target)
+    if device != "map":
+        model = cast(PreTrainedModel, model.to(device=target, dtype=compute))
+    return Loaded(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        head=found_head,
+        source=str(source),
+        revision=revision,
+        stored_dtype=stored if compute.itemsize >= stored.itemsize else compute,
+        companions=Path(location.name) if location.is_local and not location.gguf_file else None,
+    )
+
+
+def adopt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto"
+) -> Loaded:
+    """Wraps a model object that the caller already has. It is put in evaluation mode and otherwise left alone."""
+    _check_choices(head, "auto")
+    found = head if head != "auto" else _head_of_class(type(model).__name__, model.config)
+    source = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Loaded(
+        model=model.eval(), tokenizer=tokenizer, head=cast(Head, found), source=source, stored_dtype=model.dtype
+    )
+
+
+# --- where it is -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Location:
+    name: str
+    gguf_file: str | None
+    is_local: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {"pretrained_model_name_or_path": self.name, **gguf}
+
+
+def _locate(source: str, revision: str | None) -> _Location:
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(f"`{source}` is a file, but not a `.gguf` file. Give a hub id, a folder or a GGUF file.")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelLoadError(f"`{source}` is not a GGUF file: it does not begin with `GGUF`. Is it whole?")
+        return _Location(name=str(path.parent), gguf_file=path.name, is_local=True)
+    if path.is_dir():
+        return _Location(name=str(path), gguf_file=_only_gguf(path), is_local=True)
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 2 or not source.strip()
+    parts = source.split("/")
+    if looks_local or (source.endswith(".gguf") and len(parts) != 3):
+        raise ModelLoadError(f"There is no file or folder `{source}`. Give a hub id, a folder or a GGUF file.")
+    if source.endswith(".gguf"):
+        return _Location(name="/".join(parts[:2]), gguf_file=parts[2], is_local=False)
+    return _Location(name=source, gguf_file=None, is_local=False)
+
+
+def _file_bytes(location: _Location, options: Mapping[str, Any]) -> int:
+    name = cast(str, location.gguf_file)
+    path = cached_file(location.name, name, revision=options.get("revision")) or name
+    return Path(path).stat().st_size
+
+
+def _only_gguf(folder: Path) -> str | None:
+    if (folder / "config.json").is_file():
+        return None
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ModelLoadError(f"`{folder}` holds {len(files)} GGUF files: {', '.join(files)}. Name one of them.")
+    raise ModelLoadError(f"`{folder}` holds no `config.json` and no GGUF file: it is not a model.")
+
+
+# --- what it is --------------------------------------------------------------------------------------------------------
+
+
+def _check_choices(head: str, dtype: str) -> None:
+    if head not in ("auto", *HEADS):
+        raise ConfigError(unknown_name("head", head, ["auto", *HEADS]))
+    if dtype not in DTYPES:
+        raise ConfigError(unknown_name("dtype", dtype, DTYPES))
+
+
+def _find_device(device: str) -> torch.device:
+    if device == "map":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"The device `{device}` is not there ({_first_line(error)}). Allowed: auto, map, cpu, cuda, cuda:N, mps."
+        ) from error
+    return found
+
+
+def _compute_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+
+
+def _read_config(location: _Location, *, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision and not location.is_local:
+        options["revision"] = revision
+    if location.gguf_file:
+        options["gguf_file"] = location.gguf_file
+    # transformers raises whatever its many readers raise; to the user they all mean: this is not a readable model.
+    try:
+        return AutoConfig.from_pretrained(location.name, **options)
+    except Exception as error:
+        raise ModelLoadError(
+            f"Cannot read the config of `{location.name}`: {_first_line(error)}. "
+            + ("Is it a model folder?" if location.is_local else "Check the hub id, the network and your access.")
+        ) from error
+
+
+def _head_of_class(architecture: str, config: PretrainedConfig) -> Head:
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    if architecture.endswith("ForMaskedLM"):
+        return "masked"
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
+    return "encoder" if architecture.endswith("Model") else "other"
+
+
+def _model_class(config: PretrainedConfig, head: str, *, trust_remote_code: bool) -> tuple[Any, Head]:
+    """The class named in the config, so that no head is lost; the auto class where the user asks for another head."""
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    if head == "auto" and architecture is None:
+        head = _head_by_type(config)
+    if head == "auto" and architecture is not None:
+        found = _head_of_class(architecture, config)
+        exact = getattr(transformers, architecture, None)
+        if exact is not None and not trust_remote_code:
+            return exact, found
+        if found == "other":
+            raise ModelLoadError(
+                f"`{architecture}` is not a class of transformers {transformers.__version__}. "
+                "If its code comes with the model, add `--trust-remote-code`; or name a head with `--head`."
+            )
+        head = found
+    return getattr(transformers, _AUTO_CLASSES[head]), cast(Head, head)
+
+
+def _head_by_type(config: PretrainedConfig) -> str:
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "masked"
+    return "causal" if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "encoder"
+
+
+# --- its weights -------------------------------------------------------------------------------------------------------
+
+
+def _read_weights(
+    location: _Location, model_class: Any, config: PretrainedConfig, *, device: str, options: dict[str, Any]
+) -> PreTrainedModel:
+    arguments = {**location.arguments, **options, "dtype": torch.float32 if location.gguf_file else "auto"}
+    if not location.gguf_file:
+        arguments |= {"config": config, "use_safetensors": True}
+    if device == "map":
+        arguments["device_map"] = "auto"
+    try:
+        return model_class.from_pretrained(**arguments)
+    except Exception as error:
+        raise ModelLoadError(
+            f"Cannot load the weights of `{location.name}` as `{model_class.__name__}`: {_first_line(error)}. "
+            "Only safetensors and GGUF weights are read; is the download whole?"
+        ) from error
+
+
+def _read_tokenizer(location: _Location, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(**location.arguments, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        # Legitimate: a model of token ids. Whoever needs text says so (`data.calibration.need_tokenizer`).
+        return None
+
+
+def _unquantise(model: PreTrainedModel, *, file_bytes: int) -> tuple[PreTrainedModel, torch.dtype]:
+    """A plain model from one that came out of a GGUF file, which transformers marks as quantised and will not save."""
+    raw = model.config.to_dict()
+    raw.pop("quantization_config", None)
+    raw.pop("_name_or_path", None)
+    config = type(model.config).from_dict(raw)
+    config.architectures = [type(model).__name__]
+    state = model.state_dict()
+    stored = _gguf_dtype(state, file_bytes)
+    rounded = {
+        name: tensor.to(stored).to(torch.float32) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    plain = assemble(type(model), config, rounded)
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = model.generation_config
+    return plain, stored
+
+
+def _gguf_dtype(state: Mapping[str, Tensor], file_bytes: int) -> torch.dtype:
+    """The dtype in which to keep weights that came out of a GGUF file.
+
+    Float formats keep theirs. Quantised weights become bfloat16: its rounding is far below the quantisation's, and
+    float32 would double the size to store digits that were never there. Told by the bytes a weight takes in the file.
+    """
+    unique = {tensor.data_ptr(): tensor.numel() for tensor in state.values()}
+    bytes_each = file_bytes / sum(unique.values())
+    if bytes_each > 3:
+        return torch.float32
+    is_half = bytes_each > 1.5 and not all(bool((tensor == tensor.bfloat16()).all()) for tensor in state.values())
+    return torch.float16 if is_half else torch.bfloat16
+
+
+def assemble(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Config -> empty model -> weights. Buffers and indices come from the config, so they are right by construction.
+
+    The model uses the given tensors themselves: no copy is made, and none is converted.
+
+    Raises:
+        RuntimeError: A key is missing or left over; that is a bug of whoever made `state`.
+    """
+    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    model.load_state_dict(dict(state), strict=True, assign=True)
+    model.tie_weights()
+    device = next(iter(state.values())).device
+    for name, buffer in model.named_buffers():
+        if name not in state and buffer.device != device:
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
+    return model.eval()
+
+
+def save_model(loaded: Loaded, folder: Path) -> None:
+    """Writes a stock checkpoint: weights in the stored dtype, config, generation config, tokenizer, companions."""
+    model = loaded.model
+    if model.dtype != loaded.stored_dtype:
+        stored = loaded.stored_dtype
+        # One tensor for each storage, so that tied weights stay tied.
+        narrow: dict[int, Tensor] = {}
+        for tensor in model.state_dict().values():
+            if tensor.data_ptr() not in narrow:
+                narrow[tensor.data_ptr()] = tensor.to(stored) if tensor.is_floating_point() else tensor
+        state = {name: narrow[tensor.data_ptr()] for name, tensor in model.state_dict().items()}
+        generation = getattr(model, "generation_config", None)
+        model = assemble(type(model), model.config, state)
+        if generation is not None:
+            model.generation_config = generation
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(folder)
+    if loaded.companions is not None:
+        _copy_companions(loaded.companions, folder)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """What makes a sentence-transformers folder one: its module list and the modules' own small configs."""
+    listing = source / "modules.json"
+    if not listing.is_file():
+        return
+    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
+    for name in names:
+        if (source / name).is_file() and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((source / name).read_bytes())

@@ -1,0 +1,465 @@
+"""The frozen values that travel between stages, and the record of a run.
+
+Every value is a typed, immutable pydantic model that can be written to disk and read back unchanged. No torch here:
+a record opens anywhere. Block indices always refer to the *original* model, 0-based.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from avss.errors import DataError, InvalidPlanError
+
+SCHEMA_VERSION = 1
+"""Raised when a field changes its meaning or goes away; new optional fields do not raise it."""
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _none_to_nan(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+JsonFloat = Annotated[
+    float, BeforeValidator(_none_to_nan), PlainSerializer(_finite_or_none, return_type=float | None, when_used="json")
+]
+"""A float whose nan or infinity is JSON `null`, which has no word for them; `null` is read back as nan."""
+
+
+class FrozenValue(BaseModel):
+    """An immutable value with no room for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="null")
+
+
+class ModelFacts(FrozenValue):
+    """What a model is, in numbers.
+
+    Attributes:
+        source: Hub id, folder or file, as the user named it (a folder is given by its last part).
+        revision: Hub revision, where one was asked for.
+        architecture: Class that computes it, e.g. `LlamaForCausalLM`.
+        model_type: `config.model_type`, e.g. `llama`.
+        head: What it is used as: `causal`, `masked`, `classifier`, `encoder` or `seq2seq`.
+        stack: Dotted path of the block stack, e.g. `model.layers`.
+        num_blocks: Length of that stack.
+        hidden_size: Width of the residual stream.
+        num_parameters: All parameters, tied ones once.
+        num_block_parameters: Those of the stack.
+        checkpoint_bytes: Size of the stored weights: parameters times the stored dtype's width.
+        dtype: Dtype in which the weights are stored, e.g. `bfloat16`.
+        compute_dtype: Dtype in which this run computed.
+        device: Where it ran, e.g. `cpu`.
+        fingerprint: SHA-256 over config and weights, shortened to 16 hex digits: same fingerprint, same model.
+    """
+
+    source: str
+    revision: str | None = None
+    architecture: str
+    model_type: str
+    head: str
+    stack: str
+    num_blocks: int = Field(ge=1)
+    hidden_size: int
+    num_parameters: int
+    num_block_parameters: int
+    checkpoint_bytes: int
+    dtype: str
+    compute_dtype: str
+    device: str
+    fingerprint: str
+
+
+class DataFacts(FrozenValue):
+    """What text was used.
+
+    Attributes:
+        source: As the user named it.
+        column: Column read, where there was a choice.
+        layout: `packed` (one stream of tokens cut into equal windows) or `padded` (one row a text).
+        num_sequences: Sequences seen.
+        seq_len: Tokens in a sequence (the most, for padded rows).
+        num_tokens: Real tokens, padding not counted.
+        batch_size: Sequences in a forward pass.
+        seed: Seed of the sampling.
+        content_hash: SHA-256 over token ids and mask, shortened to 16 hex digits.
+    """
+
+    source: str
+    column: str | None = None
+    layout: Literal["packed", "padded"]
+    num_sequences: int
+    seq_len: int
+    num_tokens: int
+    batch_size: int
+    seed: int
+    content_hash: str
+
+
+class BlockScores(FrozenValue):
+    """One criterion's score of every block. Higher always means: keep.
+
+    Attributes:
+        criterion: Its name, e.g. `block-influence`.
+        title: Its name for people, e.g. `Block Influence`.
+        values: One score per block, in block order.
+        without_first_token: The same with the first token of each sequence left out (attention sinks and massive
+            activations live there); None where the criterion reads no tokens.
+        factors: The parts the score is made of, one list per factor, e.g. variance and near-zero share.
+        paper: Citation of the method.
+        reference_url: Where it was published, if it was.
+        note: What the reader must know to trust the numbers, in a sentence.
+
+    Example:
+        >>> BlockScores(criterion="toy", title="Toy", values=(0.3, 0.1, 0.2)).ranking()
+        (1, 2, 0)
+    """
+
+    criterion: str
+    title: str
+    values: tuple[JsonFloat, ...] = Field(min_length=1)
+    without_first_token: tuple[JsonFloat, ...] | None = None
+    factors: dict[str, tuple[JsonFloat, ...]] = Field(default_factory=dict)
+    paper: str | None = None
+    reference_url: str | None = None
+    note: str | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks scored."""
+        return len(self.values)
+
+    def ranking(self) -> tuple[int, ...]:
+        """Block indices from the least important to the most; ties by index."""
+        return tuple(sorted(range(len(self.values)), key=lambda block: (self.values[block], block)))
+
+    def ranks(self) -> tuple[int, ...]:
+        """Place of each block in `ranking()`: 0 is the first to go."""
+        places = [0] * len(self.values)
+        for place, block in enumerate(self.ranking()):
+            places[block] = place
+        return tuple(places)
+
+    def _repr_html_(self) -> str:
+        return ScoreTable(scores=(self,))._repr_html_()
+
+
+class ScoreTable(FrozenValue):
+    """The scores of several criteria on one model and text, in the order asked for.
+
+    Attributes:
+        scores: One entry per criterion, all over the same blocks.
+        model: What was scored.
+        data: The text it was scored on.
+        warnings: What the reader should know, one sentence each.
+    """
+
+    scores: tuple[BlockScores, ...] = Field(min_length=1)
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, criterion: str) -> BlockScores:
+        """The scores of one criterion.
+
+        Raises:
+            KeyError: It was not computed; the message lists those that were.
+        """
+        for scores in self.scores:
+            if scores.criterion == criterion:
+                return scores
+        raise KeyError(f"`{criterion}` was not scored. Scored: {', '.join(s.criterion for s in self.scores)}.")
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks scored."""
+        return self.scores[0].num_blocks
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per block: index, then for each criterion its score, its rank (0 goes first) and its factors."""
+        rows: list[dict[str, Any]] = [{"block": block} for block in range(self.num_blocks)]
+        for scores in self.scores:
+            name, ranks = scores.criterion, scores.ranks()
+            for block, row in enumerate(rows):
+                row[name] = scores.values[block]
+                row[f"{name}.rank"] = ranks[block]
+                if scores.without_first_token is not None:
+                    row[f"{name}.without_first_token"] = scores.without_first_token[block]
+                for factor, values in scores.factors.items():
+                    row[f"{name}.{factor}"] = values[block]
+        return rows
+
+    def _repr_html_(self) -> str:
+        # The one import that points up the house (docs/decisions): a notebook asks the value, not the report.
+        from avss.report.notebook import scores_html
+
+        return scores_html(self)
+
+
+class Plan(FrozenValue):
+    """Which blocks go.
+
+    Attributes:
+        num_blocks: Blocks of the original model.
+        removed: Blocks to remove, ascending, original indices.
+        method: How they were chosen: a criterion's name, `explicit` or `window`.
+        rule: The rule in words, e.g. `8 of 30 (25 %) lowest, blocks 0 and 29 protected`.
+        protected: Blocks that could not be chosen.
+
+    Example:
+        >>> plan = Plan(num_blocks=4, removed=(1,), method="explicit", rule="by hand")
+        >>> plan.index_map
+        {0: 0, 2: 1, 3: 2}
+    """
+
+    num_blocks: int = Field(ge=1)
+    removed: tuple[int, ...]
+    method: str
+    rule: str
+    protected: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wrong = [block for block in self.removed if not 0 <= block < self.num_blocks]
+        if wrong:
+            raise InvalidPlanError(
+                f"There is no block {', '.join(f'`{block}`' for block in wrong)}: the model has {self.num_blocks} blocks, "
+                f"0 to {self.num_blocks - 1}. Name blocks in that range."
+            )
+        if list(self.removed) != sorted(set(self.removed)):
+            raise InvalidPlanError(f"The removed blocks {list(self.removed)} must be ascending, each named once.")
+        if len(self.removed) >= self.num_blocks:
+            raise InvalidPlanError(f"The plan removes all {self.num_blocks} blocks; keep at least one.")
+        return self
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Blocks that stay, ascending, original indices."""
+        gone = set(self.removed)
+        return tuple(block for block in range(self.num_blocks) if block not in gone)
+
+    @property
+    def index_map(self) -> dict[int, int]:
+        """Original index -> index in the smaller model, for the blocks that stay."""
+        return {old: new for new, old in enumerate(self.kept)}
+
+    @property
+    def fraction(self) -> float:
+        """Share of the blocks removed, 0 to 1."""
+        return len(self.removed) / self.num_blocks
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The removed blocks as half-open runs, e.g. `[(12, 19)]` for 12 to 18."""
+        runs: list[tuple[int, int]] = []
+        for block in self.removed:
+            if runs and runs[-1][1] == block:
+                runs[-1] = (runs[-1][0], block + 1)
+            else:
+                runs.append((block, block + 1))
+        return runs
+
+    def describe(self) -> str:
+        """The removed blocks in a line, e.g. `3, 12-15, 17`."""
+        return ", ".join(str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in self.runs())
+
+
+class Measurement(FrozenValue):
+    """One evaluation result with its standard error.
+
+    Attributes:
+        task: What was asked, e.g. `perplexity` or `choice:piqa`.
+        metric: What was measured, e.g. `perplexity`, `accuracy`, `accuracy_norm`, `kl_nats`.
+        value: The result.
+        stderr: Its standard error, same unit; None where it is not a sample statistic.
+        num_samples: Windows, items or repeats it rests on.
+        higher_is_better: Direction of `value`.
+        chance: What guessing would give, for accuracies.
+        unit: `nats`, `ms`, `tokens/s`, `bytes` ... or empty.
+        source: The evaluation data, as named by the user.
+    """
+
+    task: str
+    metric: str
+    value: JsonFloat
+    stderr: JsonFloat | None = None
+    num_samples: int = Field(ge=0)
+    higher_is_better: bool
+    chance: float | None = None
+    unit: str = ""
+    source: str | None = None
+
+
+class Retention(FrozenValue):
+    """How much of the dense model's result is left.
+
+    Attributes:
+        task: As in `Measurement`.
+        metric: As in `Measurement`.
+        dense: The dense model's value.
+        value: The smaller model's value.
+        ratio: `value / dense` (for a perplexity or a loss: how many times worse).
+        ratio_stderr: Standard error of the ratio, from paired differences where both models saw the same items.
+        chance_corrected: `(value - chance) / (dense - chance)`, for accuracies; None where the dense model is not
+            above chance by two standard errors: there is nothing to retain.
+        chance_corrected_stderr: Its standard error.
+        kept: The share kept, higher is better: the ratio for accuracies, `dense loss / loss` for language modelling.
+        flips: Share of items whose answer changed, right or wrong; accuracy alone hides them.
+    """
+
+    task: str
+    metric: str
+    dense: JsonFloat
+    value: JsonFloat
+    ratio: JsonFloat
+    ratio_stderr: JsonFloat | None = None
+    chance_corrected: JsonFloat | None = None
+    chance_corrected_stderr: JsonFloat | None = None
+    kept: JsonFloat | None = None
+    flips: JsonFloat | None = None
+
+
+class FieldChange(FrozenValue):
+    """One field of the config that a cut changes.
+
+    Attributes:
+        field: Dotted name, e.g. `num_hidden_layers`.
+        before: Value in the original config.
+        after: Value in the smaller model's config.
+    """
+
+    field: str
+    before: Any
+    after: Any
+
+
+class Verification(FrozenValue):
+    """The proof that a saved model is what it should be.
+
+    Attributes:
+        reload_strict: A fresh load found no missing, unexpected or mismatched key.
+        max_diff_memory: Largest difference of its outputs from those of the model in memory.
+        max_diff_bypass: Largest difference from the original model with the removed blocks bypassed.
+        tolerance: What was allowed for both.
+        cached_generation: Greedy tokens with cache equal those without; None for models that do not generate.
+        num_generated: Tokens compared for that.
+    """
+
+    reload_strict: bool
+    max_diff_memory: JsonFloat
+    max_diff_bypass: JsonFloat
+    tolerance: float
+    cached_generation: bool | None = None
+    num_generated: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        within = self.max_diff_memory <= self.tolerance and self.max_diff_bypass <= self.tolerance
+        return self.reload_strict and within and self.cached_generation is not False
+
+
+class Cut(FrozenValue):
+    """One smaller model and what became of it.
+
+    Attributes:
+        plan: The blocks removed.
+        model: Facts of the smaller model.
+        changes: Config fields the cut changed.
+        path: Where it was saved, relative to the record; None where it was only measured.
+        verification: Proof for the saved model; None where it was not saved.
+        measurements: What it scored.
+        retention: The same against the dense model.
+        samples: What it writes, beside `RunRecord.samples`.
+    """
+
+    plan: Plan
+    model: ModelFacts
+    changes: tuple[FieldChange, ...] = ()
+    path: str | None = None
+    verification: Verification | None = None
+    measurements: tuple[Measurement, ...] = ()
+    retention: tuple[Retention, ...] = ()
+    samples: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How tables call it: the method that chose its blocks."""
+        return self.plan.method
+
+
+class RunRecord(FrozenValue):
+    """Everything one run knew and did. The report, the tables and the model card read only this.
+
+    Attributes:
+        schema_version: See `SCHEMA_VERSION`.
+        created: UTC, ISO 8601.
+        command: The exact command, or the Python call.
+        versions: Of python, avss, torch, transformers.
+        model: The dense model.
+        data: The calibration text.
+        scores: One entry per criterion.
+        warnings: What the reader should know, one sentence each.
+        dense: Measurements of the dense model.
+        cuts: The smaller models; the first one is the one that was asked for, the others are for comparison.
+        prompts: What both models were asked to continue.
+        samples: What the dense model wrote, one per prompt.
+        seconds: Wall time by stage.
+        settings: The run's configuration, as given.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    command: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    model: ModelFacts
+    data: DataFacts | None = None
+    scores: tuple[BlockScores, ...] = ()
+    warnings: tuple[str, ...] = ()
+    dense: tuple[Measurement, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    prompts: tuple[str, ...] = ()
+    samples: tuple[str, ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The record as indented JSON; nan and infinities become null."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads a record from `record.json`, or from the folder that holds it.
+
+        Raises:
+            DataError: The file is missing, is not JSON, or is not a record of this schema.
+        """
+        file = path / "record.json" if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(f"There is no record at `{path}`. Give a `record.json` or the folder that `avss` wrote.")
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise DataError(f"`{file}` is not JSON ({error}). Give the `record.json` of a run.") from error
+        if not isinstance(raw, Mapping) or raw.get("schema_version") != SCHEMA_VERSION:
+            found = raw.get("schema_version") if isinstance(raw, Mapping) else None
+            raise DataError(
+                f"`{file}` has schema version `{found}`; this avss reads version {SCHEMA_VERSION}. "
+                "Write it again with this version, or read it with the version that wrote it."
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"`{file}` is not a run record: `{where}`: {first['msg']}. It may be damaged.") from error
+
+    def _repr_html_(self) -> str:
+        from avss.report.notebook import record_html  # see ScoreTable._repr_html_
+
+        return record_html(self)

@@ -1,0 +1,54 @@
+"""The figures of a record: which ones it has data for, and how they become files."""
+
+from pathlib import Path
+
+import altair as alt
+
+from avss.record import RunRecord
+from avss.report import theme
+from avss.report.block_charts import cuts_chart, ranks_chart, scores_chart
+from avss.report.result_charts import cost_chart, language_chart, retention_chart
+
+CAPTIONS = {
+    "language": "How much worse the model predicts text after each cut, against the dense model in the same run.",
+    "retention": "The share of the dense model's result that each cut keeps. Retention of a loss is dense loss over "
+    "loss; of an accuracy, accuracy over dense accuracy, which flatters a guesser: see the diamonds.",
+    "scores": "What each criterion says of each block. Scales differ between criteria; only the order decides.",
+    "ranks": "Where the criteria agree and where they do not.",
+    "cuts": "The blocks that each cut removes.",
+    "cost": "What is saved.",
+}
+"""A sentence under each figure: what to read off it."""
+
+
+def figures(record: RunRecord) -> dict[str, alt.Chart]:
+    """The charts that the record has data for, by name, in reading order.
+
+    Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `cost` (size and speed).
+    """
+    drawn: dict[str, alt.Chart | None] = {
+        "language": language_chart(record) if record.cuts else None,
+        "retention": retention_chart(record),
+        "scores": scores_chart(record.scores, record.cuts) if record.scores else None,
+        "ranks": ranks_chart(record.scores, record.cuts) if len(record.scores) > 1 else None,
+        "cuts": cuts_chart(record.cuts) if record.cuts else None,
+        "cost": cost_chart(record),
+    }
+    return {name: chart for name, chart in drawn.items() if chart is not None}
+
+
+def save_figures(record: RunRecord, folder: Path) -> list[Path]:
+    """Writes every figure as PNG (two pixels to a point) and SVG; returns the files in reading order.
+
+    Args:
+        record: The run.
+        folder: Made where it does not exist; files of the same names are replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, chart in figures(record).items():
+        picture, drawing = folder / f"{name}.png", folder / f"{name}.svg"
+        picture.write_bytes(theme.png(chart))
+        drawing.write_text(theme.svg(chart), encoding="utf-8")
+        files += [picture, drawing]
+    return files

@@ -1,0 +1,110 @@
+"""Scores every block by every criterion from what one pass collected."""
+
+import numpy as np
+from scipy import stats
+
+from avss.criteria import AbstractCriterion, Evidence, Scored
+from avss.record import BlockScores
+from avss.statistics.collected import Collected
+
+DEPTH_CORRELATION = 0.8
+"""Spearman correlation with depth from which a score is said to rank by depth."""
+
+FEW_COUNTS = 100
+"""Near-zero activations of a block below which the published sparsity is noise: its relative error exceeds 10 %."""
+
+
+def score_blocks(
+    collected: Collected, criteria: tuple[AbstractCriterion, ...], *, first_token: bool = True, seed: int = 0
+) -> tuple[BlockScores, ...]:
+    """One `BlockScores` per criterion, in order.
+
+    Args:
+        collected: The rows of every statistic that the criteria need.
+        criteria: What to score by.
+        first_token: Whether the first token of each sequence counts in `values`. The scores without it are kept
+            beside them either way.
+        seed: For criteria that draw lots.
+
+    Raises:
+        NumericalError: A criterion is undefined for this evidence.
+    """
+    return tuple(_score_one(collected, criterion, first_token=first_token, seed=seed) for criterion in criteria)
+
+
+def _score_one(collected: Collected, criterion: AbstractCriterion, *, first_token: bool, seed: int) -> BlockScores:
+    scored = _apply(collected, criterion, first_token=first_token, seed=seed)
+    without = None
+    # A published average has no part without the first token; baselines read no token at all.
+    if criterion.needs and not any(statistic.counts_padding for statistic in criterion.needs):
+        without = _apply(collected, criterion, first_token=False, seed=seed).values
+    return BlockScores(
+        criterion=criterion.name,
+        title=criterion.title,
+        values=_floats(scored.values),
+        without_first_token=None if without is None else _floats(without),
+        factors={name: _floats(values) for name, values in scored.factors.items()},
+        paper=criterion.paper,
+        reference_url=criterion.reference_url,
+        note=criterion.note,
+    )
+
+
+def _apply(collected: Collected, criterion: AbstractCriterion, *, first_token: bool, seed: int) -> Scored:
+    summaries = {need: collected.summarise(need, first_token=first_token) for need in criterion.needs}
+    return criterion.score(Evidence(num_blocks=collected.num_blocks, summaries=summaries, seed=seed))
+
+
+def _floats(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def depth_correlation(scores: BlockScores) -> float:
+    """Spearman correlation of the score with the block's index, -1 to 1; 0 where the score is constant."""
+    if len(set(scores.values)) < 2:
+        return 0.0
+    return float(stats.spearmanr(scores.values, range(scores.num_blocks)).statistic)
+
+
+def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, count: int) -> tuple[str, ...]:
+    """What a reader should know before acting on these scores, one sentence each.
+
+    Args:
+        scores: The scores.
+        collected: What they rest on.
+        count: Number of blocks that would be removed (for the sets that are compared).
+    """
+    warnings = []
+    for one in scores:
+        if one.criterion in ("first", "last", "random"):
+            continue
+        depth = depth_correlation(one)
+        lowest = sorted(one.ranking()[:count])
+        if depth >= DEPTH_CORRELATION and one.num_blocks >= 6:
+            warnings.append(
+                f"`{one.criterion}` ranks these blocks by depth (Spearman {depth:+.2f} with the index): its lowest "
+                f"{count} are {lowest}. Removing the first blocks usually destroys a decoder; measure before you cut."
+            )
+        if one.without_first_token is not None:
+            without = one.model_copy(update={"values": one.without_first_token})
+            other = sorted(without.ranking()[:count])
+            if other != lowest:
+                warnings.append(
+                    f"`{one.criterion}` chooses other blocks when the first token of each sequence is left out: "
+                    f"{other} instead of {lowest}."
+                )
+    return (*warnings, *_few_counts(scores, collected))
+
+
+def _few_counts(scores: tuple[BlockScores, ...], collected: Collected) -> tuple[str, ...]:
+    if not any(one.criterion == "avss-reference" for one in scores):
+        return ()
+    statistic = next(spec for spec in collected.rows if spec.counts_padding)
+    below = collected.summarise(statistic)["below"]
+    few = [block for block in range(collected.num_blocks) if below[block] < FEW_COUNTS]
+    if not few:
+        return ()
+    return (
+        f"`avss-reference` rests on fewer than {FEW_COUNTS} activations below 1e-5 in {len(few)} of "
+        f"{collected.num_blocks} blocks (fewest: {below.min():.0f}); its order is noise there. More text helps.",
+    )

@@ -1,0 +1,119 @@
+"""What every statistic promises: rows of float64, one per sequence, that add up in any order.
+
+A statistic is a frozen value that says *what* is observed (`NearZero(site="update", threshold=0.01)`). What it has seen
+is a separate frozen value, `Rows`: one row per sequence and column. One class holds the algebra for all statistics:
+
+- `Rows.empty` is the identity of `merge`;
+- `merge` is associative, and commutes up to the order of rows, which no summary depends on;
+- splitting the data into other batches gives the same rows.
+
+Rows are kept per sequence because a confidence interval then needs no second pass: resample rows, summarise again.
+
+No module of this room but `observation` imports torch: a criterion can name its statistics without it.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss.errors import NoObservationsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avss.statistics.observation import Observation
+
+Site = Literal["input", "output", "update"]
+"""Where a block is observed: the residual stream before it, after it, or what it adds (output minus input)."""
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """What one statistic has seen of one block: float64 columns with one row per sequence.
+
+    Attributes:
+        columns: Name -> array of shape `[S]` or `[S, 2]` (S sequences). Where there are two parts, part 0 is the
+            first real token of each sequence and part 1 the rest, so that scores come with and without it.
+    """
+
+    columns: Mapping[str, FloatArray]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Nothing seen: the identity of `merge`."""
+        return cls(columns={})
+
+    @classmethod
+    def merge(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts, one after the other."""
+        filled = [part for part in parts if part.columns]
+        if not filled:
+            return cls.empty()
+        return cls(columns={name: np.concatenate([part.columns[name] for part in filled]) for name in filled[0].columns})
+
+    def resample(self, rows: NDArray[np.intp]) -> Self:
+        """The rows at these positions, with repetition: one bootstrap draw."""
+        return type(self)(columns={name: column[rows] for name, column in self.columns.items()})
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences seen."""
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractStatistic(abc.ABC):
+    """One thing that can be observed of a block. Subclasses are frozen dataclasses; their fields are their settings.
+
+    Attributes:
+        counts_padding: Whether padding enters the numbers, as it does in the published script; False elsewhere.
+    """
+
+    counts_padding: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def observe(self, seen: "Observation") -> "dict[str, Tensor]":
+        """The rows of one batch, as float64 tensors on the batch's device.
+
+        Called inside a forward hook: nothing here may wait for the device (`.item()`, boolean indexing, `.cpu()`).
+        Tokens outside `seen.keep` must not matter, whatever they hold, nan included.
+
+        Returns:
+            Column name -> tensor of shape `[B]` or `[B, 2]` (B sequences of the batch; parts as in `Rows`).
+        """
+
+    @abc.abstractmethod
+    def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
+        """The statistic over all sequences.
+
+        Args:
+            rows: Everything seen of one block.
+            first_token: Whether the first real token of each sequence counts.
+
+        Raises:
+            NoObservationsError: Nothing was kept. Usually the mask is inverted or the text is empty.
+        """
+
+
+def total(column: FloatArray, *, first_token: bool) -> float:
+    """Sum of an additive column over sequences, with or without the first tokens."""
+    return float(column.sum() if first_token else column[:, 1].sum())
+
+
+def require(count: float, what: str) -> None:
+    """Refuses to divide by nothing.
+
+    Raises:
+        NoObservationsError: `count` is zero.
+    """
+    if count == 0:
+        raise NoObservationsError(
+            f"The {what} is undefined: no token was kept. The mask must be True for real tokens, and sequences need "
+            "at least two tokens when the first is left out; check the text and `--seq-len`."
+        )
