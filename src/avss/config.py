@@ -145,13 +145,21 @@ class RunConfig(Settings):
         Raises:
             ConfigError: Missing, not TOML, or with a key or value that is not allowed. All problems at once.
         """
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"There is no config file `{path}`.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"`{path}` is not TOML: {error}.") from error
-        return build(cls, {**raw, **overrides})
+        return build(cls, {**read_toml(path), **overrides})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of a TOML file.
+
+    Raises:
+        ConfigError: Missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"There is no config file `{path}`.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`{path}` is not TOML: {error}.") from error
 
 
 def build(cls: type[_Model], values: dict[str, Any]) -> _Model:

@@ -229,8 +229,8 @@ class Plan(FrozenValue):
         wrong = [block for block in self.removed if not 0 <= block < self.num_blocks]
         if wrong:
             raise InvalidPlanError(
-                f"There is no block {', '.join(f'`{block}`' for block in wrong)}: the model has {self.num_blocks} blocks, "
-                f"0 to {self.num_blocks - 1}. Name blocks in that range."
+                f"There is no block {', '.join(f'`{block}`' for block in wrong)}: the model has "
+                f"{self.num_blocks} blocks, 0 to {self.num_blocks - 1}. Name blocks in that range."
             )
         if list(self.removed) != sorted(set(self.removed)):
             raise InvalidPlanError(f"The removed blocks {list(self.removed)} must be ascending, each named once.")

@@ -1,5 +1,6 @@
 """Records to report on: a realistic one, and the corners of what a record may hold."""
 
+import functools
 import math
 import random
 
@@ -18,6 +19,7 @@ from avss.record import (
     ScoreTable,
     Verification,
 )
+from avss.report import page
 
 HOSTILE = '</script><script>alert("x")</script> {{ 7*7 }} | `ü` 模型 & <img src=x onerror=y>'
 
@@ -273,7 +275,6 @@ EDGES = {
     "smallest": smallest,
     "with_nan": with_nan,
     "hostile": hostile,
-    "largest": largest,
 }
 
 
@@ -288,8 +289,20 @@ def table(record):
 
 
 @pytest.fixture(scope="session", params=EDGES)
-def any_record(request):
-    return EDGES[request.param]()
+def any_edge(request):
+    """The name of a record, for tests that must hold for all of them."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def any_record(any_edge):
+    return EDGES[any_edge]()
+
+
+@pytest.fixture(scope="session")
+def page_of():
+    """The page of a record by its name, drawn once in a test run."""
+    return functools.cache(lambda name: page.render_page(EDGES[name]()))
 
 
 @pytest.fixture(scope="session")
@@ -310,3 +323,8 @@ def nan_record():
 @pytest.fixture(scope="session")
 def bare_record():
     return without_cuts()
+
+
+@pytest.fixture(scope="session")
+def largest_record():
+    return largest()

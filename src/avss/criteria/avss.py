@@ -1,7 +1,7 @@
 r"""The activation variance-sparsity score, in four formulations.
 
-The paper (arXiv 2411.02117) defines $\text{AVSS}_i = \sigma^2_i / S_i$: variance of a block's activations over the share
-of them near zero. Its script computes something else in detail, its figure plots something else again (a product), and
+The paper (arXiv 2411.02117) defines $\text{AVSS}_i = \sigma^2_i / S_i$: variance of a block's activations over the
+share of them near zero. Its script computes something else in detail, its figure plots something else (a product), and
 on pre-norm decoders the ratio mostly ranks blocks by depth, because the residual stream's variance grows with depth.
 All four are here, in one file, so that nobody has to guess which one a table means:
 
@@ -49,8 +49,8 @@ class AvssReference(AbstractCriterion):
             averages["variance"],
             averages["sparsity"],
             criterion=self.name,
-            remedy="The published threshold of 1e-5 found no activation there. Use more text (`--samples`, `--seq-len`), "
-            "or `avss`, whose threshold follows the scale of the activations.",
+            remedy="The published threshold of 1e-5 found no activation there. Use more text (`--samples`, "
+            "`--seq-len`), or `avss`, whose threshold follows the scale of the activations.",
         )
         return Scored(values, {"variance": averages["variance"], "sparsity": averages["sparsity"]})
 
@@ -129,7 +129,7 @@ class AvssProduct(AbstractCriterion):
 @final
 @dataclasses.dataclass(frozen=True)
 class AvssUpdate(AbstractCriterion):
-    r"""AVSS of what the block adds, relative to what it received:
+    r"""AVSS of what the block adds, relative to what it received.
 
     $$\frac{\sigma^2(y_i - x_i) / \sigma^2(x_i)}{S(y_i - x_i)}$$
 

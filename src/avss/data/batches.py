@@ -66,7 +66,9 @@ def need_tokenizer(tokenizer: Any, source: str) -> Any:
         DataError: There is none.
     """
     if tokenizer is None:
-        raise DataError(f"`{source}` has no tokenizer, so no text can be read for it. Put tokenizer files beside the model.")
+        raise DataError(
+            f"`{source}` has no tokenizer, so no text can be read for it. Put tokenizer files beside the model."
+        )
     return tokenizer
 
 

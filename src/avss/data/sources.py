@@ -1,10 +1,10 @@
 """Reads texts and tables from where users keep them.
 
-    builtin                      a small text written for this project (`builtin:evaluation`, `builtin:choice`, ... too)
-    notes.txt, reviews.csv       a local file: txt, md, csv, tsv, json, jsonl, parquet
-    reviews.csv#body             one column of it
-    folder/                      a data set folder as `datasets` reads it
-    name[:config][@split][#column]   a data set on the hub, e.g. `Salesforce/wikitext:wikitext-2-raw-v1@test#text`
+builtin                      a small text written for this project (`builtin:evaluation`, `builtin:choice`, ... too)
+notes.txt, reviews.csv       a local file: txt, md, csv, tsv, json, jsonl, parquet
+reviews.csv#body             one column of it
+folder/                      a data set folder as `datasets` reads it
+name[:config][@split][#column]   a data set on the hub, e.g. `Salesforce/wikitext:wikitext-2-raw-v1@test#text`
 """
 
 import dataclasses
@@ -58,7 +58,11 @@ class Texts:
         parts = (part.strip() for text in self.texts for part in text.replace("\r\n", "\n").split("\n\n"))
         found = tuple(part for part in parts if part)
         # One paragraph a line is the other common layout of text files.
-        return found if len(found) > 1 else tuple(line for text in self.texts for line in text.splitlines() if line.strip())
+        return (
+            found
+            if len(found) > 1
+            else tuple(line for text in self.texts for line in text.splitlines() if line.strip())
+        )
 
 
 def read_texts(source: str | Path | Sequence[str]) -> Texts:
@@ -155,7 +159,9 @@ def _read_table_file(path: Path) -> list[Row]:
     if suffix in _TEXT_SUFFIXES:
         raise DataError(f"`{path.name}` is a text file; a table is needed here: csv, tsv, json, jsonl or parquet.")
     if suffix not in _TABLE_SUFFIXES:
-        raise DataError(f"`{path.name}` has an unknown ending. Allowed: {', '.join(sorted(_TEXT_SUFFIXES | _TABLE_SUFFIXES))}.")
+        raise DataError(
+            f"`{path.name}` has an unknown ending. Allowed: {', '.join(sorted(_TEXT_SUFFIXES | _TABLE_SUFFIXES))}."
+        )
     try:
         if suffix in (".jsonl", ".ndjson"):
             return _json_lines(path)
@@ -171,7 +177,9 @@ def _read_table_file(path: Path) -> list[Row]:
         raise DataError(f"`{path}` is not UTF-8 text (byte {error.start}), so it is no {suffix[1:]} file.") from error
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are both
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"`{path}` cannot be read as {suffix[1:]}: {reason}. Check that it is what its ending says.") from error
+        raise DataError(
+            f"`{path}` cannot be read as {suffix[1:]}: {reason}. Check that it is what its ending says."
+        ) from error
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
@@ -183,7 +191,9 @@ def _json_lines(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"Line {number} of `{path}` is not JSON ({error}). Each line must be one object.") from error
+            raise DataError(
+                f"Line {number} of `{path}` is not JSON ({error}). Each line must be one object."
+            ) from error
         if not isinstance(row, dict):
             raise DataError(f"Line {number} of `{path}` is a {type(row).__name__}; each line must be one JSON object.")
         rows.append(row)

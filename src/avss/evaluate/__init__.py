@@ -1,0 +1,54 @@
+"""Evaluation: what the dense and the smaller models score on the same items, and how much is kept."""
+
+from collections.abc import Callable, Sequence
+
+from avss.config import TaskConfig, TaskKind
+from avss.errors import TaskError
+from avss.evaluate.base import OnStep, TaskResult
+from avss.evaluate.choice import evaluate_choice
+from avss.evaluate.classification import evaluate_classification
+from avss.evaluate.perplexity import evaluate_perplexity
+from avss.evaluate.retention import mean_chance_corrected, mean_retention, retention
+from avss.evaluate.similarity import evaluate_similarity
+from avss.evaluate.speed import evaluate_speed
+from avss.models.load import Loaded
+
+__all__ = ["TASKS", "TaskResult", "evaluate_task", "mean_chance_corrected", "mean_retention", "retention"]
+
+Runner = Callable[[Sequence[Loaded], TaskConfig, OnStep], list[TaskResult]]
+
+TASKS: dict[TaskKind, Runner] = {
+    "choice": evaluate_choice,
+    "classification": evaluate_classification,
+    "perplexity": evaluate_perplexity,
+    "similarity": evaluate_similarity,
+    "speed": evaluate_speed,
+}
+"""What runs each kind of task."""
+
+
+def evaluate_task(
+    models: Sequence[Loaded], task: TaskConfig, *, on_step: OnStep = lambda done, total: None
+) -> list[TaskResult]:
+    """Measures all models on the same items of one task.
+
+    Args:
+        models: The dense one first, then any number of smaller ones; all with the same head and, but for `speed`, the
+            same vocabulary. Cuts share their weights with the dense model, so holding all of them is free.
+        task: What to measure, on which data.
+        on_step: Called with (steps done, steps in all) after each forward pass.
+
+    Returns:
+        One result a model, in the given order.
+
+    Raises:
+        TaskError: The task does not fit the models. Found before any forward pass.
+        DataError: The data cannot be read, or a row is not what the task needs. Found before any forward pass.
+    """
+    heads = list(dict.fromkeys(model.head for model in models))
+    if len(heads) != 1:
+        raise TaskError(
+            f"The models have {len(heads)} different heads ({', '.join(heads) or 'there is no model'}), so they cannot "
+            "be measured on the same task. Load all of them with the same `--head`."
+        )
+    return TASKS[task.kind](models, task, on_step)

@@ -1,0 +1,1 @@
+"""The rooms that know transformers: find the stack, load, rewrite, save, verify."""

@@ -23,11 +23,13 @@ class Family:
         per_layer: Config fields that hold one entry per block.
         thresholds: Config fields that hold a block index below which blocks are of another kind: they shrink by the
             number of removed blocks below them.
+        reserved_positions: Entries of the position table that no token can use.
         obstacle: The reason why a config cannot be cut, or None.
     """
 
     per_layer: tuple[str, ...] = ()
     thresholds: tuple[str, ...] = ()
+    reserved_positions: int = 0
     obstacle: Callable[[Mapping[str, Any]], str | None] = _no_obstacle
 
 
@@ -41,6 +43,8 @@ def _gpt2_obstacle(config: Mapping[str, Any]) -> str | None:
 
 
 _PLAIN = Family()
+# Positions start after the padding id, which is 1.
+_ROBERTA = Family(reserved_positions=2)
 _LAYER_TYPES = Family(per_layer=("layer_types",))
 
 FAMILIES: dict[str, Family] = {
@@ -59,8 +63,8 @@ FAMILIES: dict[str, Family] = {
     "phi3": _PLAIN,
     "qwen2": Family(per_layer=("layer_types",), thresholds=("max_window_layers",)),
     "qwen3": Family(per_layer=("layer_types",), thresholds=("max_window_layers",)),
-    "roberta": _PLAIN,
+    "roberta": _ROBERTA,
     "stablelm": _PLAIN,
-    "xlm-roberta": _PLAIN,
+    "xlm-roberta": _ROBERTA,
 }
 """`config.model_type` -> what a cut must know."""

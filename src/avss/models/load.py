@@ -1,4 +1,4 @@
-"""Loads a model from a hub id, a folder or a GGUF file, with the head it was made for; saves it as a stock checkpoint."""
+"""Loads a model from a hub id, a folder or a GGUF file, with the head it was made for; saves stock checkpoints."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,11 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from avss.errors import ConfigError, ModelLoadError, unknown_name
+from avss.models.families import FAMILIES, Family
 from avss.models.gguf import shared_reader
 from avss.models.stack import BlockStack, find_stack
 from avss.record import ModelFacts
@@ -72,6 +73,24 @@ class Loaded:
     def device(self) -> torch.device:
         """Where token ids must be."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token embeddings: every token id lies below."""
+        return cast(int, self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def max_len(self) -> int | None:
+        """The most tokens in a sequence; None where neither model nor tokenizer sets a limit."""
+        config = self.model.config
+        family = FAMILIES.get(config.model_type, Family())
+        positions = getattr(config, "max_position_embeddings", None)
+        limits = [positions - family.reserved_positions] if isinstance(positions, int) and positions > 0 else []
+        tokenizer_limit = getattr(self.tokenizer, "model_max_length", None)
+        # Tokenizers without a limit say 1e30.
+        if isinstance(tokenizer_limit, int) and 0 < tokenizer_limit < 10**9:
+            limits.append(tokenizer_limit)
+        return min(limits, default=None)
 
     def facts(self) -> ModelFacts:
         """The model in numbers, for the record."""
@@ -175,7 +194,7 @@ def load_model(
         stored = model.dtype
     compute = _compute_dtype(dtype, stored, target)
     if device != "map":
-        model = cast(PreTrainedModel, model.to(device=target, dtype=compute))
+        model = cast(Any, model).to(device=target, dtype=compute)
     return Loaded(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -187,9 +206,7 @@ def load_model(
     )
 
 
-def adopt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto"
-) -> Loaded:
+def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto") -> Loaded:
     """Wraps a model object that the caller already has. It is put in evaluation mode and otherwise left alone."""
     _check_choices(head, "auto")
     found = head if head != "auto" else _head_of_class(type(model).__name__, model.config)
@@ -199,7 +216,7 @@ def adopt(
     )
 
 
-# --- where it is -------------------------------------------------------------------------------------------------------
+# --- where it is ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +235,9 @@ def _locate(source: str, revision: str | None) -> _Location:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelLoadError(f"`{source}` is a file, but not a `.gguf` file. Give a hub id, a folder or a GGUF file.")
+            raise ModelLoadError(
+                f"`{source}` is a file, but not a `.gguf` file. Give a hub id, a folder or a GGUF file."
+            )
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelLoadError(f"`{source}` is not a GGUF file: it does not begin with `GGUF`. Is it whole?")
@@ -251,7 +270,7 @@ def _only_gguf(folder: Path) -> str | None:
     raise ModelLoadError(f"`{folder}` holds no `config.json` and no GGUF file: it is not a model.")
 
 
-# --- what it is --------------------------------------------------------------------------------------------------------
+# --- what it is ---
 
 
 def _check_choices(head: str, dtype: str) -> None:
@@ -344,7 +363,7 @@ def _head_by_type(config: PretrainedConfig) -> str:
     return "causal" if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "encoder"
 
 
-# --- its weights -------------------------------------------------------------------------------------------------------
+# --- its weights ---
 
 
 def _read_weights(

@@ -70,8 +70,8 @@ def _refuse_unknown_lists(raw: Mapping[str, Any], family: Family, *, num_blocks:
     if unknown:
         raise UnsupportedArchitectureError(
             f"The config field{'s' if len(unknown) > 1 else ''} {', '.join(f'`{field}`' for field in unknown)} "
-            f"{'have' if len(unknown) > 1 else 'has'} one entry per block, and how a cut must change it is not known for "
-            f"`{raw.get('model_type')}`. Refused rather than guessed; see CONTRIBUTING to add the fact."
+            f"{'have' if len(unknown) > 1 else 'has'} one entry per block, and how a cut must change it is not "
+            f"known for `{raw.get('model_type')}`. Refused rather than guessed; see CONTRIBUTING to add the fact."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from avss.errors import UnsupportedArchitectureError
 
@@ -52,7 +52,9 @@ def find_stack(model: PreTrainedModel) -> BlockStack:
     config = model.config
     name = type(model).__name__
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    found = ", ".join(f"`{path}` ({len(module)} x {type(module[0]).__name__})" for path, module in lists.items() if module)
+    found = ", ".join(
+        f"`{path}` ({len(module)} x {type(module[0]).__name__})" for path, module in lists.items() if module
+    )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(
             f"`{name}` has an encoder and a decoder stack, which this version cannot cut. Found: {found or 'nothing'}. "

@@ -1,5 +1,7 @@
 """Proves that a saved model is the one that was promised: loaded afresh, compared, generated from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,13 +33,12 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
     """
     token_ids, keep = batch
     with quiet_transformers():
-        model, info = type(smaller.model).from_pretrained(
+        loading: Any = type(smaller.model).from_pretrained(
             folder, dtype=smaller.model.dtype, output_loading_info=True, use_safetensors=True
         )
+    model, info = loading
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    fresh = Loaded(
-        model=model.to(smaller.device).eval(), tokenizer=smaller.tokenizer, head=smaller.head, source=folder
-    )
+    fresh = Loaded(model=model.to(smaller.device).eval(), tokenizer=smaller.tokenizer, head=smaller.head, source=folder)
     expected = _comparable(run_outputs(smaller, token_ids, keep), keep)
     with bypassed(original.stack, plan.removed):
         reference = _comparable(run_outputs(original, token_ids, keep), keep)
@@ -83,6 +84,7 @@ def _explain(result: Verification, problems: dict[str, list[str]]) -> str:
     if result.cached_generation is False:
         failed.append("it generates other tokens with its cache than without")
     return (
-        f"The saved model failed verification and has been withdrawn: {'; '.join(failed)} (allowed {result.tolerance:.3g}). "
+        f"The saved model failed verification and has been withdrawn: {'; '.join(failed)} "
+        f"(allowed {result.tolerance:.3g}). "
         "Nothing was published. This is a bug in avss or in the architecture's facts: please report it."
     )

@@ -26,14 +26,17 @@ def scores_chart(scores: Sequence[BlockScores], cuts: Sequence[Cut] = ()) -> alt
     columns = 2 if len(scores) > 1 and num_blocks <= 40 else 1
     most = (theme.PAGE_WIDTH - 120) // 2 if columns == 2 else theme.PAGE_WIDTH - 70
     width = max(180, min(num_blocks * 24, most))
-    panels = [_score_panel(one, cuts, labels, width, bool(labels)) for one in scores]
-    chart = alt.concat(*panels, columns=columns) if len(panels) > 1 else panels[0]
+    panels = [_score_panel(one, place, labels, width) for place, one in enumerate(scores)]
+    chart = alt.concat(*panels, columns=columns)
     if labels:
-        bind = {"bind": alt.binding_select(options=list(labels), name="Blocks removed by ")} if len(labels) > 1 else {}
-        chart = chart.add_params(alt.param(name="cut", value=labels[0], **bind))
+        choice = (
+            alt.binding_select(options=list(labels), name="Blocks removed by ") if len(labels) > 1 else alt.Undefined
+        )
+        chart = chart.add_params(alt.param(name="cut", value=labels[0], bind=choice))
+    title = alt.ExprRef("'Score of each block; orange: removed by ' + cut") if labels else "Score of each block"
     ticks = " Tick: without the first token of each sequence." if any(s.without_first_token for s in scores) else ""
-    orange = f" Orange: removed by {labels[0]}." if labels else ""
-    return theme.finished(chart, "Score of each block", f"Higher: keep.{orange}{ticks}")
+    data = {_dataset(place): _score_rows(one, cuts, labels) for place, one in enumerate(scores)}
+    return theme.finished(chart, title, f"Higher: keep. Across: original index of the block.{ticks}", data)
 
 
 def ranks_chart(scores: Sequence[BlockScores], cuts: Sequence[Cut] = ()) -> alt.Chart:
@@ -45,8 +48,9 @@ def ranks_chart(scores: Sequence[BlockScores], cuts: Sequence[Cut] = ()) -> alt.
     rows = _rank_rows(scores, cuts)
     step = _step(num_blocks, room=190)
     y = alt.Y("criterion:N", sort=[one.criterion for one in scores], title=None)
-    base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("block:O", axis=theme.block_axis(num_blocks, step * num_blocks), scale=alt.Scale(paddingInner=0.06)), y=y
+    base = alt.Chart().encode(
+        x=alt.X("block:O", axis=theme.block_axis(num_blocks, step * num_blocks), scale=alt.Scale(paddingInner=0.06)),
+        y=y,
     )
     color = alt.Color(
         "rank:Q",
@@ -55,21 +59,27 @@ def ranks_chart(scores: Sequence[BlockScores], cuts: Sequence[Cut] = ()) -> alt.
         legend=alt.Legend(orient="bottom", direction="horizontal", gradientLength=180, tickMinStep=1),
     )
     tooltip = ["criterion:N", "block:Q", "rank:Q", "score:N"]
-    known = base.transform_filter("datum.rank !== null").mark_rect(cornerRadius=1).encode(color=color, tooltip=tooltip)
+    known = (
+        base.transform_filter("datum.rank !== null")
+        .mark_rect(cornerRadius=1 if step > 12 else 0)
+        .encode(color=color, tooltip=tooltip)
+    )
     unknown = base.transform_filter("datum.rank === null").mark_text(text="?", color=theme.OTHERS)
     own = base.transform_filter("datum.own").mark_rect(
-        fillOpacity=0, stroke=theme.REMOVED, strokeWidth=2 if step > 9 else 1.2, cornerRadius=1
+        fillOpacity=0, stroke=theme.REMOVED, strokeWidth=2 if step > 9 else 1.2
     )
     dots = base.transform_filter("datum.asked").mark_circle(
         size=22 if step > 12 else 10, color=theme.REMOVED, opacity=1, stroke="white", strokeWidth=0.6
     )
-    chart = alt.layer(known, unknown, own, dots).properties(width=alt.Step(step), height=alt.Step(24))
+    chart = alt.layer(known, unknown, own, dots, data=alt.NamedData("ranks")).properties(
+        width=alt.Step(step), height=alt.Step(24)
+    )
     words = "Dark goes first."
     if any(row["own"] for row in rows):
         words += " Outlined: removed by the criterion of that row."
     if cuts:
         words += f" Dot: removed by {tables.cut_labels(cuts)[0]}."
-    return theme.finished(chart, "Rank of each block under each criterion", words)
+    return theme.finished(chart, "Rank of each block under each criterion", words, {"ranks": rows})
 
 
 def cuts_chart(cuts: Sequence[Cut]) -> alt.Chart:
@@ -94,7 +104,7 @@ def cuts_chart(cuts: Sequence[Cut]) -> alt.Chart:
     step = _step(num_blocks, room=250)
     cells = (
         alt.Chart(alt.Data(values=rows))
-        .mark_rect(cornerRadius=1)
+        .mark_rect(cornerRadius=1 if step > 12 else 0)
         .encode(
             x=alt.X("block:O", axis=theme.block_axis(num_blocks, step * num_blocks), scale=alt.Scale(paddingInner=0.1)),
             y=alt.Y("cut:N", sort=list(labels), title=None, scale=alt.Scale(paddingInner=0.15)),
@@ -116,16 +126,22 @@ def cuts_chart(cuts: Sequence[Cut]) -> alt.Chart:
     return theme.finished(chart, "Blocks that each cut removes")
 
 
-def _score_panel(scores: BlockScores, cuts: Sequence[Cut], labels: Sequence[str], width: int, choice: bool) -> Any:
-    rows = _score_rows(scores, cuts, labels)
-    shown = [row[key] for row in rows for key in ("score", "bare") if row[key] is not None]
-    log = _needs_log([row["score"] for row in rows if row["score"] is not None])
+def _dataset(place: int) -> str:
+    return f"scores-{place}"
+
+
+def _score_panel(scores: BlockScores, place: int, labels: Sequence[str], width: int) -> Any:
+    values = [value for value in scores.values if math.isfinite(value)]
+    shown = [*values, *(value for value in scores.without_first_token or () if math.isfinite(value))]
+    log = _needs_log(values)
     low = min((value for value in shown if value > 0), default=1.0) / 1.6
     scale = alt.Scale(type="log", domain=[low, max(shown) * 1.4], nice=False) if log else alt.Scale()
-    decades = {"values": [10.0**power for power in range(-30, 31)]} if log else {"tickCount": 4}
-    y = alt.Y("score:Q", scale=scale, title=None, axis=alt.Axis(format="~g", **decades))
-    removed = f"indexof(datum.removed, '{_BETWEEN}' + cut + '{_BETWEEN}') >= 0" if choice else "false"
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    decades: dict[str, Any] = (
+        {"values": [10.0**power for power in range(-30, 31)], "format": "~g"} if log else {"tickCount": 4}
+    )
+    y = alt.Y("score:Q", scale=scale, title=None, axis=alt.Axis(minExtent=34, **decades))
+    removed = f"indexof(datum.removed, '{_BETWEEN}' + cut + '{_BETWEEN}') >= 0" if labels else "false"
+    base = alt.Chart().encode(
         x=alt.X("block:O", axis=theme.block_axis(scores.num_blocks, width, title=None)),
         color=alt.condition(removed, alt.value(theme.REMOVED), alt.value(theme.KEPT)),
         tooltip=[
@@ -152,7 +168,7 @@ def _score_panel(scores: BlockScores, cuts: Sequence[Cut], labels: Sequence[str]
     lost = base.transform_filter("datum.score === null").mark_text(text="?", fontWeight="bold")
     marks.append(lost.encode(y=alt.value(92), color=alt.value(theme.DENSE)))
     title = alt.TitleParams(scores.title + (" (log scale)" if log else ""), fontSize=12, offset=4, limit=width)
-    return alt.layer(*marks).properties(width=width, height=100, title=title)
+    return alt.layer(*marks, data=alt.NamedData(_dataset(place))).properties(width=width, height=100, title=title)
 
 
 def _score_rows(scores: BlockScores, cuts: Sequence[Cut], labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -10,15 +10,12 @@ from avss.report.block_charts import cuts_chart, ranks_chart, scores_chart
 from avss.report.result_charts import cost_chart, language_chart, retention_chart
 
 CAPTIONS = {
-    "language": "How much worse the model predicts text after each cut, against the dense model in the same run.",
-    "retention": "The share of the dense model's result that each cut keeps. Retention of a loss is dense loss over "
-    "loss; of an accuracy, accuracy over dense accuracy, which flatters a guesser: see the diamonds.",
-    "scores": "What each criterion says of each block. Scales differ between criteria; only the order decides.",
-    "ranks": "Where the criteria agree and where they do not.",
-    "cuts": "The blocks that each cut removes.",
-    "cost": "What is saved.",
+    "retention": "Retention of a loss is dense loss over loss. Retention of an accuracy is accuracy over dense "
+    "accuracy, which flatters a guesser; the diamonds do not.",
+    "scores": "Scales differ between criteria; only the order within one decides.",
+    "ranks": "Columns that are dark throughout are blocks that all criteria would let go.",
 }
-"""A sentence under each figure: what to read off it."""
+"""What to read off a figure, where its own title does not say it."""
 
 
 def figures(record: RunRecord) -> dict[str, alt.Chart]:
@@ -47,8 +44,8 @@ def save_figures(record: RunRecord, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, chart in figures(record).items():
-        picture, drawing = folder / f"{name}.png", folder / f"{name}.svg"
-        picture.write_bytes(theme.png(chart))
-        drawing.write_text(theme.svg(chart), encoding="utf-8")
-        files += [picture, drawing]
+        drawing = theme.svg(chart.to_dict())
+        (folder / f"{name}.png").write_bytes(theme.png(drawing))
+        (folder / f"{name}.svg").write_text(drawing, encoding="utf-8")
+        files += [folder / f"{name}.png", folder / f"{name}.svg"]
     return files

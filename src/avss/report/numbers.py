@@ -130,7 +130,7 @@ def duration(seconds: float | None) -> str:
 
     Example:
         >>> duration(0.834), duration(12.3), duration(200), duration(3900)
-        ('0.83 s', '12.3 s', '3 min 20 s', '1 h 5 min')
+        ('0.834 s', '12.3 s', '3 min 20 s', '1 h 5 min')
     """
     if seconds is None or not math.isfinite(seconds):
         return MISSING

@@ -7,10 +7,7 @@ from typing import Any
 import altair as alt
 
 from avss.record import Cut, RunRecord
-from avss.report import numbers, tables, theme
-
-PROMISE = 0.9
-"""Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
+from avss.report import numbers, tables, theme, verdict
 
 _LOG_SPAN = 20
 _ROW = 22
@@ -22,8 +19,7 @@ def language_chart(record: RunRecord) -> alt.Chart | None:
     panels = [panel for row in rows if (panel := _language_panel(record, row)) is not None]
     if not panels:
         return None
-    columns = 2 if len(panels) > 1 else 1
-    chart = alt.concat(*panels, columns=columns) if len(panels) > 1 else panels[0]
+    chart = alt.concat(*panels, columns=2)
     return theme.finished(chart, "Language modelling before and after", "Lower is better. Bars: ± one standard error.")
 
 
@@ -54,6 +50,8 @@ def retention_chart(record: RunRecord) -> alt.Chart | None:
     height = max(26, 11 * len(some) + 12) * len(tasks)
     chart = alt.layer(*layers).properties(width=560, height=height)
     words = "Dot: share kept, ± one standard error. Diamond: the same with guessing subtracted."
+    if len(labels) > len(theme.SERIES):
+        words += " Grey: the other cuts."
     return theme.finished(chart, "What is left of each result", words)
 
 
@@ -91,7 +89,12 @@ def _language_panel(record: RunRecord, row: tables.ComparisonRow) -> Any | None:
         color=alt.Color("role:N", scale=_ROLES, legend=None),
         tooltip=["model:N", alt.Tooltip("text:N", title=row.metric)],
     )
-    x = alt.X("value:Q", scale=scale, title=None, axis=alt.Axis(tickCount=5, grid=False, format="~s" if _is_log(scale) else "~g"))
+    x = alt.X(
+        "value:Q",
+        scale=scale,
+        title=None,
+        axis=alt.Axis(tickCount=5, grid=False, format="~s" if _is_log(scale) else alt.Undefined),
+    )
     start = row.dense.value if row.dense and math.isfinite(row.dense.value) else None
     layers = []
     if start is not None:
@@ -188,7 +191,7 @@ def _cut_legend(some: Sequence[str]) -> alt.Legend | None:
 
 def _rules(scale: alt.Scale) -> list[Any]:
     marks = [
-        {"at": PROMISE, "word": "90 % as published", "dash": [4, 3]},
+        {"at": verdict.PROMISE, "word": "90 % as published", "dash": [4, 3]},
         {"at": 1.0, "word": "dense", "dash": [1, 0]},
     ]
     layers = []

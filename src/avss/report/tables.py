@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from avss.record import BlockScores, Cut, Measurement, Retention, RunRecord, ScoreTable
@@ -82,6 +82,15 @@ class ComparisonCell:
     def flips_text(self) -> str:
         """Share of answers that changed, right or wrong."""
         return numbers.percent(self.retention.flips) if self.retention else numbers.MISSING
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """What there is to say of the retention, e.g. `("91.9 ± 2.1 % of dense", "69.9 ± 7.0 % above chance")`."""
+        said = [(self.ratio_text, "of dense")]
+        if not self.higher_is_better:
+            said.append((self.kept_text, "kept"))
+        said += [(self.chance_corrected_text, "above chance"), (self.flips_text, "flipped")]
+        return tuple(f"{text} {word}" for text, word in said if text != numbers.MISSING)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,13 +205,13 @@ def kind_of(measurement: Measurement) -> Kind:
 
 def cut_labels(cuts: Sequence[Cut]) -> tuple[str, ...]:
     """A name for each cut: its method, with the number of blocks or a counter added where two share it."""
-
-    def distinct(names: list[str], more: Callable[[int], str]) -> list[str]:
-        seen = Counter(names)
-        return [f"{name} {more(place)}" if seen[name] > 1 else name for place, name in enumerate(names)]
-
-    names = distinct([cut.name for cut in cuts], lambda place: f"-{len(cuts[place].plan.removed)}")
-    return tuple(distinct(names, lambda place: f"#{place + 1}"))
+    names = [cut.name for cut in cuts]
+    seen = Counter(names)
+    names = [
+        f"{name}-{len(cut.plan.removed)}" if seen[name] > 1 else name for name, cut in zip(names, cuts, strict=True)
+    ]
+    seen = Counter(names)
+    return tuple(f"{name} #{place + 1}" if seen[name] > 1 else name for place, name in enumerate(names))
 
 
 def ranks(scores: BlockScores) -> tuple[int | None, ...]:

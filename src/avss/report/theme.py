@@ -7,6 +7,7 @@ that the offline renderer carries, followed by its metric twins, so that a pictu
 import functools
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import altair as alt
@@ -93,10 +94,22 @@ DARK: dict[str, Any] = {
 """What the page puts over `CONFIG` for a reader who prefers dark."""
 
 
-def finished(chart: Any, title: str, subtitle: str | list[str] = "") -> alt.Chart:
-    """The chart with its title and the one configuration, ready to be saved."""
+def finished(
+    chart: Any, title: str | alt.ExprRef, subtitle: str = "", datasets: Mapping[str, list[dict[str, Any]]] | None = None
+) -> alt.Chart:
+    """The chart with its title and the one configuration, ready to be saved.
+
+    Args:
+        chart: Any Altair chart.
+        title: What it shows.
+        subtitle: How to read it.
+        datasets: The rows of its `NamedData`. Altair copies what is inside a chart at every step; this is not copied.
+    """
     words = alt.TitleParams(title, subtitle=subtitle) if subtitle else alt.TitleParams(title)
-    return chart.properties(title=words, config=CONFIG)
+    whole = chart.properties(title=words, config=CONFIG)
+    if datasets:
+        whole.datasets = dict(datasets)
+    return whole
 
 
 def block_axis(num_blocks: int, width: float, title: str | None = "block (original index)") -> alt.Axis:
@@ -114,23 +127,27 @@ def vegalite_version() -> str:
     return wanted if wanted in known else (same_major or known)[-1]
 
 
-def png(chart: alt.Chart, scale: float = 2.0) -> bytes:
-    """The chart as a PNG picture; drawn without a browser and without a network."""
-    return vl_convert.vegalite_to_png(chart.to_dict(), vl_version=vegalite_version(), scale=scale)
+def svg(spec: dict[str, Any]) -> str:
+    """A chart's `to_dict()` as an SVG document; drawn without a browser and without a network."""
+    return vl_convert.vegalite_to_svg(spec, vl_version=vegalite_version())
 
 
-def svg(chart: alt.Chart) -> str:
-    """The chart as an SVG document."""
-    return vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=vegalite_version())
+def png(drawing: str, scale: float = 2.0) -> bytes:
+    """An SVG document as a PNG picture, `scale` pixels to a point."""
+    return vl_convert.svg_to_png(drawing, scale=scale)
 
 
-def inline_svg(chart: alt.Chart) -> str:
-    """The chart as an `<svg>` element that can stand beside others: its ids are its own."""
-    drawn = svg(chart)
+def inline_svg(spec: dict[str, Any]) -> str:
+    """A chart's `to_dict()` as an `<svg>` element that can stand beside others: its ids are its own."""
+    drawn = re.sub(r'\b(?:d|transform)="[^"]*"', _rounded, svg(spec))
     own = hashlib.sha256(drawn.encode()).hexdigest()[:8]
     drawn = re.sub(r'\bid="([^"]+)"', rf'id="avss{own}-\1"', drawn)
     drawn = re.sub(r"url\(#([^)]+)\)", rf"url(#avss{own}-\1)", drawn)
     return re.sub(r'href="#([^"]+)"', rf'href="#avss{own}-\1"', drawn)
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0])
 
 
 @functools.cache

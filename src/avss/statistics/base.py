@@ -55,7 +55,9 @@ class Rows:
         filled = [part for part in parts if part.columns]
         if not filled:
             return cls.empty()
-        return cls(columns={name: np.concatenate([part.columns[name] for part in filled]) for name in filled[0].columns})
+        return cls(
+            columns={name: np.concatenate([part.columns[name] for part in filled]) for name in filled[0].columns}
+        )
 
     def resample(self, rows: NDArray[np.intp]) -> Self:
         """The rows at these positions, with repetition: one bootstrap draw."""

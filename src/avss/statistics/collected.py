@@ -35,7 +35,9 @@ class Collected:
         """What several passes, batches or processes saw together. All must hold the same statistics and blocks."""
         statistics = parts[0].rows.keys()
         merged = {
-            statistic: tuple(Rows.merge(blocks) for blocks in zip(*(part.rows[statistic] for part in parts), strict=True))
+            statistic: tuple(
+                Rows.merge(blocks) for blocks in zip(*(part.rows[statistic] for part in parts), strict=True)
+            )
             for statistic in statistics
         }
         return cls(num_blocks=parts[0].num_blocks, rows=merged)

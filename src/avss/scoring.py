@@ -7,8 +7,8 @@ from avss.criteria import AbstractCriterion, Evidence, Scored
 from avss.record import BlockScores
 from avss.statistics.collected import Collected
 
-DEPTH_CORRELATION = 0.8
-"""Spearman correlation with depth from which a score is said to rank by depth."""
+DEPTH_CORRELATION = 0.5
+"""Spearman correlation with depth from which a score whose lowest blocks are the first is said to rank by depth."""
 
 FEW_COUNTS = 100
 """Near-zero activations of a block below which the published sparsity is noise: its relative error exceeds 10 %."""
@@ -63,7 +63,8 @@ def depth_correlation(scores: BlockScores) -> float:
     """Spearman correlation of the score with the block's index, -1 to 1; 0 where the score is constant."""
     if len(set(scores.values)) < 2:
         return 0.0
-    return float(stats.spearmanr(scores.values, range(scores.num_blocks)).statistic)
+    correlation, _ = stats.spearmanr(scores.values, range(scores.num_blocks))
+    return float(correlation)  # pyright: ignore[reportArgumentType] (scipy has no types here)
 
 
 def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, count: int) -> tuple[str, ...]:
@@ -80,10 +81,11 @@ def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, cou
             continue
         depth = depth_correlation(one)
         lowest = sorted(one.ranking()[:count])
-        if depth >= DEPTH_CORRELATION and one.num_blocks >= 6:
+        if lowest == list(range(count)) and depth >= DEPTH_CORRELATION:
             warnings.append(
                 f"`{one.criterion}` ranks these blocks by depth (Spearman {depth:+.2f} with the index): its lowest "
-                f"{count} are {lowest}. Removing the first blocks usually destroys a decoder; measure before you cut."
+                f"{count} are the first {count}. Removing the first blocks usually destroys a model; measure before you "
+                "cut."
             )
         if one.without_first_token is not None:
             without = one.model_copy(update={"values": one.without_first_token})

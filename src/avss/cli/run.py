@@ -1,0 +1,88 @@
+"""`avss run`: the whole path in one command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avss.cli import options as opt
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, local folder, or GGUF file.", show_default="from --config")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the whole run; the flags given beside it win.")
+    ] = None,
+    out: opt.Out = None,
+    data: Annotated[str | None, typer.Option(help="Calibration text.", show_default="builtin")] = None,
+    criteria: Annotated[str | None, typer.Option(help="To score by, comma-separated, or all.")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="The criterion that chooses.", show_default="block-influence")
+    ] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of blocks, rounded half up.", show_default="0.25")
+    ] = None,
+    count: opt.Count = None,
+    blocks: opt.Blocks = None,
+    contiguous: opt.Contiguous = False,
+    protect: Annotated[str | None, typer.Option(help="auto, none, or a list.", show_default="auto")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Criteria whose cut of the same size is measured beside it, comma-separated.")
+    ] = None,
+    task: opt.Task = None,
+    limit: opt.Limit = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text for both models to continue. Repeatable.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="64")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence and a perplexity window.", show_default="512")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a forward pass.", show_default="8")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    first_token: Annotated[str | None, typer.Option(help="keep or drop.", show_default="keep")] = None,
+    head: Annotated[str | None, typer.Option(help="What to load it as.", show_default="auto")] = None,
+    dtype: Annotated[str | None, typer.Option(help="To compute in.", show_default="auto")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute.", show_default="auto")] = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    force: opt.Force = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Score, choose, cut, verify, evaluate before and after, and report: MODEL -> a smaller model and its proof."""
+    from avss.cli.execute import execute, merge_flags
+
+    settings = merge_flags(
+        config,
+        {
+            "model": opt.given(
+                source=model,
+                head=head,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code or None,
+            ),
+            "data": opt.given(source=data, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed),
+            "plan": opt.given(
+                criterion=criterion,
+                fraction=fraction,
+                count=count,
+                blocks=blocks,
+                contiguous=contiguous or None,
+                protect=protect,
+            ),
+            **opt.given(
+                criteria=criteria.split(",") if criteria else None,
+                compare=compare.split(",") if compare else None,
+                prompts=prompt or None,
+                first_token=opt.first_token(first_token) if first_token else None,
+                out=str(out) if out else None,
+                force=force or None,
+            ),
+        },
+        tasks=task or [],
+        task_settings=opt.given(limit=limit, seq_len=seq_len, batch_size=batch_size, seed=seed),
+    )
+    execute(settings, command=opt.this_command(), as_json=json, quiet=quiet)

@@ -1,0 +1,116 @@
+"""Prints values as tables. Everything shown is read from a record; nothing is computed here."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from avss.record import Plan, RunRecord, ScoreTable, Verification
+from avss.report.tables import ComparisonCell, comparison_rows, cut_labels
+
+if TYPE_CHECKING:
+    from avss.composer import Inspection
+
+_MAX_BLOCKS_ON_SCREEN = 200
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def show_warnings(warnings: tuple[str, ...]) -> None:
+    """One paragraph a warning."""
+    for warning in warnings:
+        _console().print(f"[yellow]![/yellow] {escape(warning)}")
+
+
+def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
+    """Blocks by criteria; the blocks a plan removes are marked, the lowest quarter of each criterion is red."""
+    console = _console()
+    grid = Table(title="Scores (higher = keep; red = the lowest quarter)", title_justify="left")
+    grid.add_column("block", justify="right")
+    for scores in table.scores:
+        grid.add_column(scores.criterion, justify="right")
+    for plan in plans:
+        grid.add_column(f"cut by\n{plan.method}", justify="center")
+    lowest = max(1, round(table.num_blocks / 4))
+    ranks = [scores.ranks() for scores in table.scores]
+    for block in range(min(table.num_blocks, _MAX_BLOCKS_ON_SCREEN)):
+        cells = []
+        for scores, places in zip(table.scores, ranks, strict=True):
+            text = f"{scores.values[block]:.4g}"
+            cells.append(f"[red]{text}[/red]" if places[block] < lowest else text)
+        marks = ["[red]x[/red]" if block in plan.removed else "" for plan in plans]
+        grid.add_row(str(block), *cells, *marks)
+    console.print(grid)
+
+
+def show_plan(plan: Plan) -> None:
+    """The rule, the blocks that go, and where the others land."""
+    console = _console()
+    console.print(f"[bold]Removed[/bold]: blocks {plan.describe()}  [dim]({escape(plan.rule)})[/dim]")
+    console.print(f"[bold]Original -> new[/bold]: {', '.join(f'{old}->{new}' for old, new in plan.index_map.items())}")
+
+
+def show_verification(proof: Verification) -> None:
+    """What was checked, in a line."""
+    generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}
+    _console().print(
+        "[green]Verified[/green]: strict reload, outputs differ by "
+        f"{proof.max_diff_memory:.2g} from memory and {proof.max_diff_bypass:.2g} from the bypassed original"
+        f"{generation[proof.cached_generation]}."
+    )
+
+
+def show_results(record: RunRecord) -> None:
+    """Every measurement of the dense model and of each cut, with standard errors, and what was kept."""
+    rows = comparison_rows(record)
+    if not rows:
+        return
+    grid = Table(title="Results (± standard error; in brackets: against the dense model)", title_justify="left")
+    grid.add_column("task")
+    grid.add_column("dense" if record.cuts else "value", justify="right")
+    for label, cut in zip(cut_labels(record.cuts), record.cuts, strict=True):
+        gone = f"-{len(cut.plan.removed)} blocks" if cut.plan.removed else "as loaded"
+        grid.add_column(f"{label}\n{gone}", justify="right")
+    for row in rows:
+        grid.add_row(row.title, row.dense_text, *(_cell_text(cell) for cell in row.cells))
+    _console().print(grid)
+
+
+def _cell_text(cell: ComparisonCell | None) -> str:
+    if cell is None:
+        return "n/a"
+    return cell.estimate.text + (f"  ({cell.ratio_text})" if cell.retention is not None else "")
+
+
+def show_inspection(inspection: "Inspection") -> None:
+    """The stack that was found and what a cut would change."""
+    console = _console()
+    model = inspection.model
+    console.print(f"[bold]{escape(model.source)}[/bold]: {model.architecture}, used as {model.head}")
+    share = model.num_block_parameters / model.num_parameters
+    console.print(
+        f"Stack `{model.stack}`: {model.num_blocks} x {inspection.block_class}, {model.num_block_parameters:,} of "
+        f"{model.num_parameters:,} parameters ({share:.1%}), stored as {model.dtype}, hidden size {model.hidden_size}"
+    )
+    sizes = sorted(set(inspection.block_parameters))
+    console.print(f"Parameters in a block: {' to '.join(f'{size:,}' for size in {sizes[0]: 0, sizes[-1]: 0})}")
+    if inspection.refusal:
+        console.print(f"[yellow]It can be scored and evaluated, not cut.[/yellow] {escape(inspection.refusal)}")
+        return
+    grid = Table(
+        title=f"Config fields a cut changes (shown for removing block {inspection.example.describe()})",
+        title_justify="left",
+    )
+    for column in ("field", "before", "after"):
+        grid.add_column(column, overflow="fold")
+    for change in inspection.changes:
+        grid.add_row(change.field, escape(str(change.before)), escape(str(change.after)))
+    console.print(grid)
+
+
+def show_path(what: str, path: object) -> None:
+    """Where something is."""
+    _console().print(f"[bold]{what}[/bold]: {escape(str(path))}", soft_wrap=True)

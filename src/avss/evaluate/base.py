@@ -1,0 +1,215 @@
+"""What a task gives back, how sure it is, and what the tasks share: the draw of items, names, progress."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avss.config import TaskConfig
+from avss.data.batches import need_tokenizer
+from avss.data.sources import Row
+from avss.errors import DataError, TaskError, unknown_name
+from avss.models.load import Loaded
+from avss.record import Measurement
+
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after each forward pass."""
+
+BUILTIN_OF_KIND: dict[str, str] = {
+    "perplexity": "builtin:evaluation",
+    "similarity": "builtin:evaluation",
+    "choice": "builtin:choice",
+    "classification": "builtin:sentiment",
+}
+"""The data that come with avss, for each kind of task that reads data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What one model scored on one task, down to the single item, so that two models can be compared item by item.
+
+    Attributes:
+        measurements: One per metric, the most important first.
+        samples: Metric -> one value per item, `[N]`, whose mean is the measurement's value: 1 or 0 for an accuracy, the
+            mean nats per token of each window for a loss. Metrics that are no mean over items have no entry (speed; a
+            perplexity is the exponential of the mean of the loss's entry).
+        predictions: Metric -> index of the answer given to each item, `[N]`; accuracies only.
+
+    All results of one `evaluate_task` call have their items in the same order.
+    """
+
+    measurements: tuple[Measurement, ...]
+    samples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    predictions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, metric: str) -> Measurement:
+        """The measurement of one metric.
+
+        Raises:
+            KeyError: It was not measured; the message lists those that were.
+        """
+        for measurement in self.measurements:
+            if measurement.metric == metric:
+                return measurement
+        raise KeyError(f"`{metric}` was not measured. Measured: {', '.join(m.metric for m in self.measurements)}.")
+
+
+class Steps:
+    """Counts forward passes and tells whoever waits.
+
+    Args:
+        total: Passes in all.
+        on_step: Called after each.
+    """
+
+    def __init__(self, total: int, on_step: OnStep) -> None:
+        self._total = total
+        self._on_step = on_step
+        self._done = 0
+
+    def advance(self, num: int = 1) -> None:
+        """Notes that `num` more passes are done."""
+        self._done = min(self._done + num, self._total)
+        self._on_step(self._done, self._total)
+
+
+def standard_error(samples: np.ndarray) -> float | None:
+    r"""Standard error of the mean of independent items: $\sqrt{\sum (x_i - \bar x)^2 / (n (n - 1))}$.
+
+    For items that are 0 or 1 this is $\sqrt{p (1 - p) / (n - 1)}$. None for fewer than two items.
+
+    Example:
+        >>> standard_error(np.array([1.0, 0.0, 1.0, 1.0]))  # sqrt(0.75 * 0.25 / 3)
+        0.25
+    """
+    num = len(samples)
+    return float(np.std(samples, ddof=1) / math.sqrt(num)) if num > 1 else None
+
+
+def measure(
+    task: TaskConfig,
+    metric: str,
+    samples: np.ndarray,
+    *,
+    higher_is_better: bool,
+    chance: float | None = None,
+    unit: str = "",
+) -> Measurement:
+    """The mean of the items as a measurement, with its standard error."""
+    return Measurement(
+        task=task_name(task),
+        metric=metric,
+        value=float(np.mean(samples)),
+        stderr=standard_error(samples),
+        num_samples=len(samples),
+        higher_is_better=higher_is_better,
+        chance=chance,
+        unit=unit,
+        source=short_source(task),
+    )
+
+
+def task_name(task: TaskConfig) -> str:
+    """What tables call a task: its own name, else the kind, with the data's name unless these are the built-in ones.
+
+    Example:
+        >>> task_name(TaskConfig.parse("choice=data/piqa.jsonl"))
+        'choice:piqa'
+    """
+    if task.name:
+        return task.name
+    source = data_source(task)
+    if task.kind not in BUILTIN_OF_KIND or source == BUILTIN_OF_KIND[task.kind]:
+        return task.kind
+    bare = source.rpartition("#")[0] or source
+    if Path(bare).exists():
+        return f"{task.kind}:{Path(bare).stem or bare}"
+    # A hub data set (`owner/name:config@split`), `builtin:name`, or a file that is not there.
+    last = bare.rsplit("/", 1)[-1].removeprefix("builtin:").partition("@")[0].partition(":")[0]
+    return f"{task.kind}:{Path(last).stem or last}"
+
+
+def data_source(task: TaskConfig) -> str:
+    """Where the task's data are: what the user named, or the built-in data of its kind."""
+    return BUILTIN_OF_KIND.get(task.kind, task.data) if task.data == "builtin" else task.data
+
+
+def short_source(task: TaskConfig) -> str:
+    """The data as the record names them: a path by its last part."""
+    source = data_source(task)
+    path = Path(source)
+    return path.name if path.exists() else source
+
+
+def draw(num_items: int, limit: int | None, seed: int) -> list[int]:
+    """Which items count: all of them, or a seeded draw of `limit` without replacement, in their original order.
+
+    Example:
+        >>> draw(3, None, seed=0), len(draw(100, 8, seed=0))
+        ([0, 1, 2], 8)
+    """
+    if limit is None or limit >= num_items:
+        return list(range(num_items))
+    return sorted(int(index) for index in np.random.default_rng(seed).choice(num_items, size=limit, replace=False))
+
+
+def shared_tokenizer(models: Sequence[Loaded]) -> Any:
+    """The tokenizer of the first model, which reads the text for all of them.
+
+    Raises:
+        DataError: It has none.
+        TaskError: Another model has another vocabulary, so the same token ids mean other words to it.
+    """
+    tokenizer = need_tokenizer(models[0].tokenizer, models[0].source)
+    vocabulary = None
+    for other in models[1:]:
+        if other.tokenizer is None or other.tokenizer is tokenizer:
+            continue
+        vocabulary = vocabulary or tokenizer.get_vocab()
+        if other.tokenizer.get_vocab() != vocabulary:
+            raise TaskError(
+                f"`{other.source}` and `{models[0].source}` have different vocabularies, so they do not read the same "
+                "tokens. Models compared in one call must share the tokenizer; evaluate them one by one."
+            )
+    return tokenizer
+
+
+def max_len(models: Sequence[Loaded]) -> int | None:
+    """The most tokens that every model can take; None where none sets a limit."""
+    return min((model.max_len for model in models if model.max_len is not None), default=None)
+
+
+def need_placeholder(template: str, placeholder: str) -> str:
+    """The template.
+
+    Raises:
+        TaskError: It has no room for the item.
+    """
+    if placeholder not in template:
+        raise TaskError(
+            f"The template `{template}` has no `{placeholder}`, so every item would read the same. "
+            f"Write `{placeholder}` where the item's text belongs."
+        )
+    return template
+
+
+def find_column(row: Row, source: str, what: str, named: str | None, candidates: Sequence[str]) -> str:
+    """The column the user named, or the first candidate that is there.
+
+    Raises:
+        DataError: There is none; the message lists the columns.
+    """
+    if named is not None:
+        if named not in row:
+            raise DataError(f"`{source}`: {unknown_name('column', named, map(str, row))}")
+        return named
+    for candidate in candidates:
+        if candidate in row:
+            return candidate
+    raise DataError(
+        f"`{source}` has no column for the {what}. Columns: {', '.join(map(str, row))}. Allowed: "
+        f"{', '.join(candidates)}; rename one, or name it in the task."
+    )

@@ -1,0 +1,172 @@
+"""Classification: by a classifier's own labels, or by a language model or encoder that picks a label word."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from avss.config import TaskConfig
+from avss.data.batches import pad_id_of
+from avss.data.sources import read_table
+from avss.errors import TaskError
+from avss.evaluate.base import (
+    OnStep,
+    Steps,
+    TaskResult,
+    data_source,
+    draw,
+    measure,
+    need_placeholder,
+    shared_tokenizer,
+    short_source,
+)
+from avss.evaluate.embedding import encode_texts
+from avss.evaluate.labelled import Labelled, label_words, match_classifier, read_labelled
+from avss.evaluate.probes import in_batches, num_batches
+from avss.evaluate.scoring import score_continuations
+from avss.evaluate.shots import Shots
+from avss.models.forward import run_outputs
+from avss.models.load import Loaded
+
+DEFAULT_TEMPLATE = "Review: {text}\nSentiment:"
+ENCODER_TEMPLATE = "This text is {label}."
+EXAMPLE_BREAK = "\n\n"
+
+
+def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
+    """Accuracy on labelled texts. What answers depends on the head.
+
+    - `classifier`: the label with the largest logit. Further metrics: `loss`, the mean of -ln p(right label) in nats,
+      and `kl`, the mean KL divergence from the dense model's label probabilities in nats (not for `models[0]`).
+    - `causal`, `masked`: the label word that, after one blank, scores highest as the continuation of the text in the
+      template, see `scoring.score_continuations`. A sum over tokens: choose words of about the same length. Before it
+      may stand `task.shots` solved examples, from `task.shots_data` or the evaluation data; an item never sees a text
+      equal to its own.
+    - `encoder`: the label whose sentence `This text is {label}.` has the largest cosine with the text.
+
+    Equal scores go to the first label. `chance` is 1 / number of labels.
+
+    Raises:
+        TaskError: The model, the label words or the template do not fit the task.
+        DataError: The data are missing, or a row has no text or no label that is allowed.
+    """
+    if models[0].head == "classifier":
+        return _by_labels(models, task, on_step)
+    data = _read(task, data_source(task), short_source(task))
+    words = label_words(data, task.labels)
+    chosen = draw(len(data.texts), task.limit, task.seed)
+    contexts, continuations = _prompts(models[0], task, data, words, chosen)
+    pairs = [(context, continuation) for context in contexts for continuation in continuations]
+    scores = score_continuations(models, pairs, batch_size=task.batch_size, on_step=on_step)
+    labels = np.array([data.labels[index] for index in chosen])
+    return [_result(task, labels, one.reshape(len(chosen), len(words))) for one in scores]
+
+
+def _read(task: TaskConfig, source: str, shown: str) -> Labelled:
+    return read_labelled(
+        read_table(source),
+        shown,
+        text_column=task.text_column,
+        label_column=task.label_column,
+        names=task.labels,
+    )
+
+
+def _prompts(
+    model: Loaded, task: TaskConfig, data: Labelled, words: tuple[str, ...], chosen: Sequence[int]
+) -> tuple[list[str], list[str]]:
+    """What is read before the label of each chosen item, and the labels as they are written after it."""
+    if model.head == "encoder":
+        if task.shots:
+            raise TaskError(f"An encoder cannot use examples; `shots` is `{task.shots}`. Leave it at 0.")
+        sentences = [ENCODER_TEMPLATE.replace("{label}", word) for word in words]
+        return [data.texts[index] for index in chosen], sentences
+    template = need_placeholder(task.template or DEFAULT_TEMPLATE, "{text}")
+    # Plain replacement: texts may hold braces.
+    asked = [template.replace("{text}", data.texts[index]) for index in chosen]
+    if not task.shots:
+        return asked, [f" {word}" for word in words]
+    pool = data if task.shots_data is None else _read(task, task.shots_data, task.shots_data)
+    pool_words = words if task.shots_data is None else label_words(pool, words)
+    shots = Shots(pool.texts, pool.labels, task.seed)
+    contexts = []
+    for index, question in zip(chosen, asked, strict=True):
+        examples = [
+            f"{template.replace('{text}', pool.texts[shot])} {pool_words[pool.labels[shot]]}"
+            for shot in shots.take(task.shots, exclude=data.texts[index])
+        ]
+        contexts.append(EXAMPLE_BREAK.join([*examples, question]))
+    return contexts, [f" {word}" for word in words]
+
+
+def _by_labels(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
+    num_labels = _num_labels(models, task)
+    data = _read(task, data_source(task), short_source(task))
+    data = match_classifier(data, num_labels, models[0].model.config.label2id or {}, task.labels)
+    chosen = draw(len(data.texts), task.limit, task.seed)
+    labels = np.array([data.labels[index] for index in chosen])
+    logits = _label_logits(models, [data.texts[index] for index in chosen], num_labels, task.batch_size, on_step)
+    dense, *others = [torch.log_softmax(one, dim=-1).numpy() for one in logits]
+    return [_result(task, labels, dense, probabilities=True)] + [
+        _result(task, labels, one, probabilities=True, dense=dense) for one in others
+    ]
+
+
+def _num_labels(models: Sequence[Loaded], task: TaskConfig) -> int:
+    """How many labels the classifiers choose from; that they do choose one is checked."""
+    config = models[0].model.config
+    counts = [model.model.config.num_labels or 0 for model in models]
+    if len(set(counts)) > 1:
+        raise TaskError(
+            f"The classifiers have {', '.join(map(str, counts))} labels, so they do not answer the same question. "
+            "Evaluate them one by one."
+        )
+    if counts[0] < 2 or config.problem_type == "multi_label_classification":
+        raise TaskError(
+            f"`{models[0].source}` does not choose one of several labels (it has {counts[0]}, problem type "
+            f"`{config.problem_type}`). Allowed: classifiers with one right label of two or more."
+        )
+    if task.shots:
+        raise TaskError(f"A classifier cannot use examples; `shots` is `{task.shots}`. Leave it at 0.")
+    return counts[0]
+
+
+def _label_logits(
+    models: Sequence[Loaded], texts: Sequence[str], num_labels: int, batch_size: int, on_step: OnStep
+) -> list[torch.Tensor]:
+    """The logits of every text, `[N, K]`, float64, for each model."""
+    encoded = encode_texts(models, texts)
+    pad_id = models[0].model.config.pad_token_id
+    if pad_id is None:
+        # Decoders find the last token of a text by its padding and refuse a batch without.
+        pad_id, batch_size = pad_id_of(shared_tokenizer(models)), 1
+    logits = [torch.empty(len(texts), num_labels, dtype=torch.float64) for _ in models]
+    steps = Steps(num_batches(len(texts), batch_size) * len(models), on_step)
+    for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id):
+        for model, own in zip(models, logits, strict=True):
+            own[chosen] = run_outputs(model, token_ids, keep).cpu().double()
+            steps.advance()
+    return logits
+
+
+def _result(
+    task: TaskConfig,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    *,
+    probabilities: bool = False,
+    dense: np.ndarray | None = None,
+) -> TaskResult:
+    """The result from one score an item and label, `[N, K]`; log-probabilities give a loss, and a divergence."""
+    predicted = scores.argmax(1)
+    samples = {"accuracy": (predicted == labels).astype(np.float64)}
+    measure_nats = functools.partial(measure, task, higher_is_better=False, unit="nats")
+    measurements = [measure(task, "accuracy", samples["accuracy"], higher_is_better=True, chance=1 / scores.shape[1])]
+    if probabilities:
+        samples["loss"] = -scores[np.arange(len(labels)), labels]
+        measurements.append(measure_nats(metric="loss", samples=samples["loss"]))
+    if dense is not None:
+        samples["kl"] = (np.exp(dense) * (dense - scores)).sum(1)
+        measurements.append(measure_nats(metric="kl", samples=samples["kl"]))
+    return TaskResult(measurements=tuple(measurements), samples=samples, predictions={"accuracy": predicted})

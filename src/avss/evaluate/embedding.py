@@ -1,0 +1,116 @@
+"""Texts -> one vector each: the hidden state after the last block, pooled over the real tokens.
+
+Shape letters: B batch, T token, D hidden, N texts.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avss.data.batches import pad_id_of
+from avss.errors import DataError, TaskError
+from avss.evaluate.base import OnStep, Steps, max_len, shared_tokenizer
+from avss.evaluate.probes import in_batches, num_batches
+from avss.models.forward import run_body
+from avss.models.load import Loaded
+
+Pooling = Callable[[Tensor, Tensor], Tensor]
+"""Hidden states `[B, T, D]` and keep `[B, T]` -> one vector a text, `[B, D]`."""
+
+
+def mean_pooling(hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """The mean over the real tokens; padding does not count."""
+    weights = keep_BT.to(hidden_BTD.dtype)[..., None]
+    return (hidden_BTD * weights).sum(1) / weights.sum(1)
+
+
+def first_token(hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """The first token, `[CLS]` of a BERT."""
+    del keep_BT
+    return hidden_BTD[:, 0]
+
+
+def last_token(hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """The last real token; padding is on the right."""
+    rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+    return hidden_BTD[rows, keep_BT.sum(1) - 1]
+
+
+POOLINGS: dict[str, Pooling] = {"mean": mean_pooling, "cls": first_token, "lasttoken": last_token}
+
+
+def find_pooling(loaded: Loaded) -> Pooling:
+    """What the model's `1_Pooling/config.json` (sentence-transformers) asks for; the mean where there is none.
+
+    Raises:
+        TaskError: It asks for a pooling that is not known here, or for several at once.
+    """
+    path = loaded.companions / "1_Pooling" / "config.json" if loaded.companions else None
+    if path is None or not path.is_file():
+        return mean_pooling
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # Older files have one switch a mode, newer ones the mode's name.
+    switched = [name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for name, on in
+                config.items() if name.startswith("pooling_mode_") and on is True]  # fmt: skip
+    named = config.get("pooling_mode")
+    modes = [named] if isinstance(named, str) else switched
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise TaskError(
+            f"`{path.parent.name}/{path.name}` asks for the pooling `{' + '.join(map(str, modes)) or 'none'}`. "
+            f"Allowed: {', '.join(POOLINGS)}. Such a model's embeddings cannot be compared by this version."
+        )
+    return POOLINGS[modes[0]]
+
+
+def encode_texts(models: Sequence[Loaded], texts: Sequence[str], *, limit: int | None = None) -> list[Tensor]:
+    """Token ids of each text, special tokens included, cut to what the models take (and to `limit`, if given).
+
+    Raises:
+        DataError: There is no tokenizer, or a text has no token.
+        TaskError: The models' vocabularies differ, or a pooling is not known.
+    """
+    for model in models:
+        find_pooling(model)
+    tokenizer = shared_tokenizer(models)
+    longest = min((length for length in (max_len(models), limit) if length is not None), default=None)
+    cut = {"truncation": True, "max_length": longest} if longest is not None else {}
+    encoded = tokenizer(list(texts), **cut, verbose=False)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise DataError(
+                f"`{text[:60]}` has no token, so it has no embedding. Remove it, or give a text with words."
+            )
+    return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+
+
+def embed(
+    models: Sequence[Loaded],
+    encoded: Sequence[Tensor],
+    *,
+    batch_size: int,
+    on_step: OnStep = lambda done, total: None,
+) -> list[np.ndarray]:
+    """The embeddings `[N, D]` of tokenised texts by each model, float64, not normalised."""
+    tokenizer = shared_tokenizer(models)
+    vectors = [np.empty((len(encoded), model.model.config.hidden_size)) for model in models]
+    poolings = [find_pooling(model) for model in models]
+    steps = Steps(num_batches(len(encoded), batch_size) * len(models), on_step)
+    for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id_of(tokenizer)):
+        for model, pooling, rows_ND in zip(models, poolings, vectors, strict=True):
+            hidden_BTD = run_body(model, token_ids, keep).float()
+            rows_ND[chosen] = pooling(hidden_BTD, keep.to(hidden_BTD.device)).cpu().numpy()
+            steps.advance()
+    return vectors
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The cosine of each row of `left` with the same row of `right`; both `[N, D]`. 0 where a vector is zero.
+
+    Exactly 1 for equal rows.
+    """
+    # The root of the product, not the product of the roots: for equal rows it is the sum of squares itself.
+    norms = np.sqrt((left * left).sum(1) * (right * right).sum(1))
+    return np.divide((left * right).sum(1), norms, out=np.zeros(len(left)), where=norms > 0)

@@ -1,0 +1,134 @@
+"""How fast a model is: time of a short forward pass, tokens a second in a batch, time of a generated token."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avss.config import TaskConfig
+from avss.evaluate.base import OnStep, Steps, TaskResult, max_len, task_name
+from avss.models.forward import run_outputs
+from avss.models.load import Loaded
+from avss.record import Measurement
+
+NUM_TOKENS = 128
+"""Length of every sequence that is timed."""
+DECODED_TOKENS = 16
+"""Tokens generated in one repeat."""
+MIN_REPEATS = 5
+MAX_REPEATS = 50
+SECONDS_PER_MODEL = 5.0
+
+Timer = Callable[[Loaded], float]
+"""Does one piece of work with a model and returns the seconds it took."""
+
+
+def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
+    """Times the models on random tokens. The models take turns, so that a machine that slows down slows all of them.
+
+    - `latency_ms`: forward pass of one sequence of 128 tokens (fewer, if the model takes fewer), in ms.
+    - `throughput`: tokens a second in the forward pass of `task.batch_size` such sequences.
+    - `decode_ms_per_token`: time of each of 16 tokens generated after 128, with cache, in ms; causal heads only.
+
+    Each is the median over 5 to 50 repeats, after one that does not count; about 5 seconds a model in all, more where 5
+    repeats take longer. The standard error is that of the median of normal values with a robust spread,
+    $1.2533 * 1.4826 * MAD / sqrt(n)$, so that a single disturbance does not count.
+    """
+    length = min(NUM_TOKENS, max_len(models) or NUM_TOKENS)
+    batch = _random_tokens(models, task.batch_size, length, task.seed)
+    timers: dict[str, Timer] = {
+        "latency_ms": lambda model: _time_forward(model, batch[:1]),
+        "throughput": lambda model: _time_forward(model, batch),
+    }
+    if models[0].head == "causal":
+        decoded = min(DECODED_TOKENS, length - 1)
+        timers["decode_ms_per_token"] = lambda model: _time_decoding(model, batch[:1, : length - decoded], decoded)
+    steps = Steps(len(timers) * MIN_REPEATS * len(models), on_step)
+    seconds = {
+        metric: _take_turns(models, timer, SECONDS_PER_MODEL / len(timers), steps) for metric, timer in timers.items()
+    }
+    return [
+        TaskResult(tuple(_measurement(task, metric, seconds[metric][place], batch.numel()) for metric in timers))
+        for place in range(len(models))
+    ]
+
+
+def median_error(values: np.ndarray) -> float | None:
+    """The standard error of the median, see `evaluate_speed`; None for fewer than two values.
+
+    Example:
+        >>> round(median_error(np.array([1.0, 2.0, 3.0, 4.0, 500.0])), 3)  # the median deviation is 1
+        0.831
+    """
+    if len(values) < 2:
+        return None
+    spread = 1.4826 * float(np.median(np.abs(values - np.median(values))))
+    return math.sqrt(math.pi / 2) * spread / math.sqrt(len(values))
+
+
+def _random_tokens(models: Sequence[Loaded], num_sequences: int, length: int, seed: int) -> Tensor:
+    vocabulary = min(model.model.config.get_text_config().vocab_size for model in models)
+    return torch.from_numpy(np.random.default_rng(seed).integers(vocabulary, size=(num_sequences, length)))
+
+
+def _take_turns(models: Sequence[Loaded], timer: Timer, budget: float, steps: Steps) -> list[np.ndarray]:
+    """The seconds of each repeat, for each model."""
+    for model in models:
+        timer(model)
+    seconds: list[list[float]] = [[] for _ in models]
+    start = time.perf_counter()
+    for repeat in range(MAX_REPEATS):
+        if repeat >= MIN_REPEATS and time.perf_counter() - start > budget * len(models):
+            break
+        for model, own in zip(models, seconds, strict=True):
+            own.append(timer(model))
+            if repeat < MIN_REPEATS:
+                steps.advance()
+    return [np.array(own) for own in seconds]
+
+
+def _time_forward(model: Loaded, token_ids: Tensor) -> float:
+    token_ids = token_ids.to(model.device)
+    start = _now(model)
+    run_outputs(model, token_ids)
+    return _now(model) - start
+
+
+@torch.inference_mode()
+def _time_decoding(model: Loaded, prompt: Tensor, num_tokens: int) -> float:
+    """Seconds for `num_tokens` steps with the model's cache; reading the prompt does not count."""
+    outputs = model.model(input_ids=prompt.to(model.device), use_cache=True)
+    start = _now(model)
+    for _ in range(num_tokens):
+        step = outputs.logits[:, -1:].argmax(-1)
+        outputs = model.model(input_ids=step, past_key_values=outputs.past_key_values, use_cache=True)
+    return (_now(model) - start) / num_tokens
+
+
+def _now(model: Loaded) -> float:
+    # An accelerator works on after the call has returned.
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _measurement(task: TaskConfig, metric: str, seconds: np.ndarray, num_tokens: int) -> Measurement:
+    median, error = float(np.median(seconds)), median_error(seconds)
+    if metric == "throughput":
+        value = num_tokens / median
+        # Delta method: the relative error stays.
+        scaled_error, unit = None if error is None else value * error / median, "tokens/s"
+    else:
+        value, scaled_error, unit = 1000 * median, None if error is None else 1000 * error, "ms"
+    return Measurement(
+        task=task_name(task),
+        metric=metric,
+        value=value,
+        stderr=scaled_error,
+        num_samples=len(seconds),
+        higher_is_better=metric == "throughput",
+        unit=unit,
+    )

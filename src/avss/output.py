@@ -1,0 +1,103 @@
+"""Folders that appear whole or not at all.
+
+Everything is written to a hidden neighbour and renamed into place at the end, so a process killed at any moment leaves
+either the old folder or the new one, never half of one. Leftovers of killed processes are swept by the next run.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from avss.errors import OutputExistsError
+
+_MARK = ".partial-"
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Refuses early, before any work is done, what `fresh_folder` would refuse at the end.
+
+    Raises:
+        OutputExistsError: The path exists and may not be replaced, or cannot be written.
+    """
+    if path.is_file():
+        raise OutputExistsError(f"`{path}` is a file; the output is a folder. Choose another `--out`.")
+    if path.exists() and not force and any(path.iterdir()):
+        raise OutputExistsError(
+            f"`{path}` exists and is not empty. Choose another `--out`, or add `--force` to replace it."
+        )
+    if path.is_dir() and force and not _is_ours(path):
+        raise OutputExistsError(
+            f"`{path}` was not written by avss, so `--force` does not replace it. Remove it yourself, or choose "
+            "another `--out`."
+        )
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise OutputExistsError(f"`{parent}` cannot be written to. Choose another `--out`.")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder may be deleted: empty, or with the record that every output of avss holds."""
+    return not any(path.iterdir()) or (path / "record.json").is_file()
+
+
+@contextlib.contextmanager
+def fresh_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block ends without an error, and vanishes otherwise.
+
+    Args:
+        path: The final name.
+        force: Whether a folder of that name, written by avss, may be replaced.
+
+    Raises:
+        OutputExistsError: See `check_free`.
+    """
+    check_free(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{os.getpid()}-", dir=path.parent))
+    try:
+        yield partial
+        _open_up(partial)
+        _swap(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Gives files and folders the modes that the user's umask asks for: some writers make private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _swap(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = partial.with_name(f"{partial.name}-old")
+    path.rename(old)
+    try:
+        partial.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed processes left beside `path`; a living process keeps its own."""
+    for leftover in path.parent.glob(f".{path.name}{_MARK}*"):
+        pid = leftover.name.removeprefix(f".{path.name}{_MARK}").split("-")[0]
+        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+            continue
+        if leftover.name.endswith("-old") and not path.exists():
+            # Killed between the two renames of a replacement: the old output is still the truth.
+            leftover.rename(path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)

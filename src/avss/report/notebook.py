@@ -1,0 +1,64 @@
+"""What a notebook shows for a value: a table and a drawn chart, without JavaScript and without a network."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from avss.record import RunRecord, ScoreTable
+from avss.report import numbers, tables, theme, verdict
+from avss.report.block_charts import scores_chart
+from avss.report.result_charts import language_chart, retention_chart
+
+_CELL = 'style="padding:2px 10px;text-align:right;white-space:nowrap"'
+_MOST_ROWS = 48
+
+
+def scores_html(table: ScoreTable) -> str:
+    """The scores as an HTML fragment: a chart of all criteria, then one row per block with score and rank."""
+    header = ["block", *(name for scores in table.scores for name in (scores.title, "rank"))]
+    rows = [
+        [str(row.block), *(text for cell in row.cells for text in _score_texts(cell))]
+        for row in tables.score_rows(table)
+    ]
+    head = f"<strong>Scores of {table.num_blocks} blocks</strong>"
+    if table.model:
+        head += f" of {html.escape(table.model.source)}"
+    return _fragment(
+        head, table.warnings, [theme.inline_svg(scores_chart(table.scores).to_dict())], _table(header, rows)
+    )
+
+
+def record_html(record: RunRecord) -> str:
+    """A run as an HTML fragment: what was found, what was measured, and the charts that show it.
+
+    Without a cut, the scores take the place of the results.
+    """
+    head = f"<strong>{html.escape(verdict.headline(record))}</strong>"
+    head += "".join(f"<br>{html.escape(sentence)}" for sentence in verdict.sentences(record))
+    results = [language_chart(record), retention_chart(record)] if record.cuts else []
+    charts = [chart for chart in results if chart is not None]
+    if record.scores:
+        charts.append(scores_chart(record.scores, record.cuts))
+    header, rows = tables.comparison_texts(record)
+    return _fragment(
+        head, record.warnings, [theme.inline_svg(chart.to_dict()) for chart in charts], _table(header, rows)
+    )
+
+
+def _score_texts(cell: tables.ScoreCell) -> tuple[str, str]:
+    return numbers.number(cell.value), numbers.MISSING if cell.rank is None else str(cell.rank)
+
+
+def _fragment(head: str, warnings: Iterable[str], drawings: Sequence[str], table: str) -> str:
+    notes = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    listed = f'<ul style="color:#8a5a00">{notes}</ul>' if notes else ""
+    charts = "".join(f'<div style="background:#fff;overflow-x:auto">{drawing}</div>' for drawing in drawings)
+    return f'<div class="avss"><p>{head}</p>{listed}{table}{charts}</div>'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    titles = "".join(f"<th {_CELL}>{html.escape(title)}</th>" for title in header)
+    body = "".join("<tr>" + "".join(f"<td {_CELL}>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    scroll = "overflow:auto;max-height:420px" if len(rows) > _MOST_ROWS // 4 else "overflow-x:auto"
+    return f'<div style="{scroll}"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,216 @@
+"""A record as one HTML page that needs nothing else: no server, no network, no second file.
+
+Charts are drawn twice: as SVG inside the page, for print, mail and readers without JavaScript, and by Vega in the
+browser, which puts tooltips and choices in their place. A content security policy forbids the page to load anything.
+"""
+
+import base64
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import jinja2
+from markupsafe import Markup
+
+from avss.record import Cut, Plan, RunRecord, ScoreTable
+from avss.report import charts, numbers, tables, theme, verdict
+
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'"
+)
+_LONGEST_VALUE = 160
+
+
+def render_page(record: RunRecord) -> str:
+    """The report of a run as one self-contained HTML document.
+
+    It opens with what was found, in sentences, and ends with how to repeat it; the record itself is inside, as a
+    download. Every string of the record is escaped: a model or a text may be called anything.
+    """
+    drawn = {name: chart.to_dict() for name, chart in charts.figures(record).items()}
+    return _TEMPLATES.get_template("template.html.jinja").render(
+        record=record,
+        policy=_POLICY,
+        headline=verdict.headline(record),
+        sentences=verdict.sentences(record),
+        tiles=_tiles(record),
+        comparison=tables.comparison_rows(record),
+        sizes=_size_rows(record),
+        means=[verdict.mean_retention(record, cut) for cut in record.cuts],
+        figures=[(name, Markup(theme.inline_svg(spec)), charts.CAPTIONS.get(name)) for name, spec in drawn.items()],
+        specs=_script_json(drawn),
+        dark=_script_json(theme.DARK),
+        cuts=list(zip(tables.cut_labels(record.cuts), record.cuts, strict=True)),
+        score_rows=tables.score_rows(record),
+        samples=_samples(record),
+        facts=_facts(record),
+        javascript=Markup(theme.javascript()) if drawn else "",
+        record_link=_data_link("application/json", record.to_json()),
+        csv_link=_data_link("text/csv", tables.scores_csv(ScoreTable(scores=record.scores))) if record.scores else None,
+    )
+
+
+def index_runs(plan: Plan) -> list[tuple[str, str]]:
+    """The index map in runs, e.g. `[("0-11", "0-11"), ("12-18", "removed"), ("19-29", "12-22")]`."""
+    runs = []
+    for _, group in itertools.groupby(enumerate(range(plan.num_blocks)), lambda pair: pair[1] in plan.index_map):
+        old = [block for _, block in group]
+        new = [plan.index_map[block] for block in old if block in plan.index_map]
+        runs.append((_span(old), _span(new) if new else "removed"))
+    return runs
+
+
+def brief(value: Any) -> str:
+    """A config value as JSON on one line, shortened with the number of its entries where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    entries = f" ({len(value)} entries)" if isinstance(value, Sequence | Mapping) and not isinstance(value, str) else ""
+    return f"{text[: _LONGEST_VALUE - 20]} …{entries}"
+
+
+def safe_url(url: str | None) -> str | None:
+    """The address if it is a web address, else None: a link in a report runs no script."""
+    return url if url and urlsplit(url).scheme in ("http", "https") else None
+
+
+def _span(blocks: Sequence[int]) -> str:
+    return str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+
+
+def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+    """The few figures to see first, as (label, figure, remark)."""
+    model = record.model
+    if not record.cuts:
+        return [
+            ("Blocks", str(model.num_blocks), model.architecture),
+            ("Parameters", numbers.count(model.num_parameters), model.dtype),
+            ("Criteria", str(len(record.scores)), "higher score: keep"),
+        ]
+    cut = record.cuts[0]
+    after = cut.model
+    tiles = [
+        ("Blocks", f"{cut.plan.num_blocks} → {len(cut.plan.kept)}", f"-{numbers.percent(cut.plan.fraction)}"),
+        (
+            "Parameters",
+            f"{numbers.count(model.num_parameters)} → {numbers.count(after.num_parameters)}",
+            numbers.change(model.num_parameters, after.num_parameters),
+        ),
+    ]
+    for row in tables.comparison_rows(record):
+        if row.metric == "perplexity" and row.dense and row.cells[0]:
+            after_text = numbers.number(row.cells[0].estimate.value)
+            tiles.append(("Perplexity", f"{numbers.number(row.dense.value)} → {after_text}", row.cells[0].ratio_text))
+            break
+    mean = verdict.mean_retention(record, cut)
+    if mean:
+        tasks = "one task" if mean.num_tasks == 1 else f"mean of {mean.num_tasks} tasks"
+        tiles.append(("Retention", mean.text, tasks))
+    proof = cut.verification
+    state = "not saved" if proof is None else "passed" if proof.passed else "FAILED"
+    tiles.append(("Verification", state, "fresh load, outputs, generation" if proof else "measured in memory"))
+    return tiles
+
+
+def _size_rows(record: RunRecord) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    dense, models = record.model, [cut.model for cut in record.cuts]
+    return [
+        (title, text(getattr(dense, name)), [
+            (text(getattr(model, name)), numbers.change(getattr(dense, name), getattr(model, name)))
+            for model in models
+        ])
+        for title, name, text in (
+            ("blocks", "num_blocks", str),
+            ("parameters", "num_parameters", numbers.count),
+            ("checkpoint", "checkpoint_bytes", numbers.size),
+        )
+    ]  # fmt: skip
+
+
+def _samples(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Per prompt, what each model wrote: (prompt, [(model, text)])."""
+    written = [("dense", record.samples)]
+    written += [(label, cut.samples) for label, cut in zip(tables.cut_labels(record.cuts), record.cuts, strict=True)]
+    return [
+        (prompt, [(label, texts[place]) for label, texts in written if place < len(texts)])
+        for place, prompt in enumerate(record.prompts)
+    ]
+
+
+def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """How it was done, in groups of (name, value)."""
+    model, data = record.model, record.data
+    groups = [
+        ("Model", [
+            ("source", model.source + (f" @ {model.revision}" if model.revision else "")),
+            ("architecture", f"{model.architecture} ({model.model_type}, {model.head})"),
+            ("block stack", f"{model.stack}, {model.num_blocks} blocks, width {model.hidden_size:,}"),
+            ("parameters", f"{model.num_parameters:,}, of them {model.num_block_parameters:,} in the stack"),
+            ("weights", f"{model.dtype}, {numbers.size(model.checkpoint_bytes)}"),
+            ("computed in", f"{model.compute_dtype} on {model.device}"),
+            ("fingerprint", model.fingerprint),
+        ]),
+    ]  # fmt: skip
+    if data:
+        layout = {"packed": "one stream cut into equal windows", "padded": "one text a row, padding not counted"}
+        groups.append(("Calibration text", [
+            ("source", data.source + (f", column {data.column}" if data.column else "")),
+            ("sequences", f"{data.num_sequences:,} of up to {data.seq_len:,} tokens, {data.num_tokens:,} in all"),
+            ("layout", f"{data.layout}: {layout[data.layout]}"),
+            ("batch size, seed", f"{data.batch_size}, {data.seed}"),
+            ("content hash", data.content_hash),
+        ]))  # fmt: skip
+    groups.append(("Versions", [*record.versions.items(), ("recorded", record.created)]))
+    if record.seconds:
+        spent = [(stage, numbers.duration(seconds)) for stage, seconds in record.seconds.items()]
+        groups.append(("Time", [*spent, ("total", numbers.duration(sum(record.seconds.values())))]))
+    return groups
+
+
+def inline_code(text: str) -> Markup:
+    """The text escaped, with what stands in backticks as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return Markup.escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts)
+    )
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that can stand inside a script element: no `<`, `>` or `&`, and no line separator of JavaScript's."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for mark in "<>&\u2028\u2029":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return Markup(text)
+
+
+def _data_link(media_type: str, text: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+def _failed(cuts: Iterable[Cut]) -> bool:
+    return any(cut.verification is not None and not cut.verification.passed for cut in cuts)
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("avss.report", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "number": numbers.number,
+    "percent": numbers.percent,
+    "brief": brief,
+    "inline_code": inline_code,
+    "safe_url": safe_url,
+    "index_runs": index_runs,
+    "checks": verdict.verification_rows,
+    "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
+}
+_TEMPLATES.tests |= {"failed": _failed}

@@ -1,0 +1,176 @@
+"""What a run found, in plain sentences: the page, the model card and the notebook open with them."""
+
+import dataclasses
+import math
+
+from avss.record import Cut, Measurement, RunRecord, Verification
+from avss.report import numbers, tables
+
+PROMISE = 0.9
+"""Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MeanRetention:
+    """The mean over tasks of the share kept: each task counts once, with the first metric measured on it.
+
+    Only results where higher is better count; language modelling has no agreed share and is told apart.
+
+    Attributes:
+        ratio: Mean of `value / dense`, 0 to about 1.
+        stderr: Standard error, tasks taken as independent; None where a task has none.
+        chance_corrected: Mean of the chance-corrected shares; None unless every task has one.
+        num_tasks: Tasks in the mean.
+    """
+
+    ratio: float
+    stderr: float | None
+    chance_corrected: float | None
+    num_tasks: int
+
+    @property
+    def text(self) -> str:
+        """For people, e.g. `93.1 ± 1.2 %`."""
+        return numbers.percent(self.ratio, self.stderr)
+
+
+def mean_retention(record: RunRecord, cut: Cut) -> MeanRetention | None:
+    """The mean share kept over the tasks of a cut; None where no such task was measured."""
+    up = {(one.task, one.metric) for one in (*record.dense, *cut.measurements) if _is_answer(one)}
+    entries = {}
+    for entry in cut.retention:
+        if (entry.task, entry.metric) in up and math.isfinite(entry.ratio):
+            entries.setdefault(entry.task, entry)
+    if not entries:
+        return None
+    errors = [entry.ratio_stderr for entry in entries.values()]
+    shares = [entry.chance_corrected for entry in entries.values()]
+    known_errors = [error for error in errors if error is not None and math.isfinite(error)]
+    known_shares = [share for share in shares if share is not None and math.isfinite(share)]
+    total = len(entries)
+    return MeanRetention(
+        ratio=math.fsum(entry.ratio for entry in entries.values()) / total,
+        stderr=math.hypot(*known_errors) / total if len(known_errors) == total else None,
+        chance_corrected=math.fsum(known_shares) / total if len(known_shares) == total else None,
+        num_tasks=total,
+    )
+
+
+def headline(record: RunRecord) -> str:
+    """The run in a line, e.g. `7 of 30 blocks removed from SmolLM2-135M-Instruct`."""
+    name = record.model.source.rsplit("/", 1)[-1]
+    if record.cuts:
+        plan = record.cuts[0].plan
+        return f"{len(plan.removed)} of {_blocks(plan.num_blocks)} removed from {name}"
+    return f"{name}: {_blocks(record.model.num_blocks)} scored, none removed"
+
+
+def sentences(record: RunRecord, cut: Cut | None = None) -> list[str]:
+    """The findings on one cut: what went, what it did to the text, what is left of the tasks, whether it was proven.
+
+    Args:
+        record: The run.
+        cut: One of its cuts; the one that was asked for when left out. Without any, the scores are summed up.
+    """
+    if cut is None and not record.cuts:
+        return _score_sentences(record)
+    cut = cut or record.cuts[0]
+    return [
+        _removal_sentence(record, cut),
+        *_language_sentences(record, cut),
+        *_retention_sentences(record, cut),
+        verification_sentence(cut),
+    ]
+
+
+def verification_sentence(cut: Cut) -> str:
+    """Whether the saved model was proven to be what it should be."""
+    proof = cut.verification
+    if proof is None:
+        return "It was measured in memory, not saved, so there is nothing to verify."
+    if proof.passed:
+        return "The saved model was loaded again and verified."
+    return "Verification FAILED: the saved model is not what it should be. Do not use it."
+
+
+def verification_rows(proof: Verification) -> list[tuple[str, bool, str]]:
+    """Each check as (what was asked, whether it held, what was found)."""
+    allowed = f"allowed: {numbers.number(proof.tolerance)}"
+    rows = [
+        ("A fresh load finds every weight and no other", proof.reload_strict, "strict load"),
+        (
+            "Outputs equal those of the model in memory",
+            proof.max_diff_memory <= proof.tolerance,
+            f"largest difference {numbers.number(proof.max_diff_memory)}, {allowed}",
+        ),
+        (
+            "Outputs equal the original model's with the removed blocks bypassed",
+            proof.max_diff_bypass <= proof.tolerance,
+            f"largest difference {numbers.number(proof.max_diff_bypass)}, {allowed}",
+        ),
+    ]
+    if proof.cached_generation is not None:
+        found = f"{proof.num_generated} greedy tokens compared"
+        rows.append(("Generation with the cache equals generation without", proof.cached_generation, found))
+    return rows
+
+
+def _removal_sentence(record: RunRecord, cut: Cut) -> str:
+    plan, dense, model = cut.plan, record.model, cut.model
+    if not plan.removed:
+        return "No block was removed."
+    return (
+        f"{len(plan.removed)} of {_blocks(plan.num_blocks)} ({numbers.percent(plan.fraction)}) "
+        f"{'was' if len(plan.removed) == 1 else 'were'} removed, chosen by {plan.method}: {plan.describe()}. "
+        f"{numbers.count(dense.num_parameters)} parameters became {numbers.count(model.num_parameters)} "
+        f"({numbers.change(dense.num_parameters, model.num_parameters)})."
+    )
+
+
+def _language_sentences(record: RunRecord, cut: Cut) -> list[str]:
+    place = record.cuts.index(cut)
+    said = []
+    for row in tables.comparison_rows(record):
+        cell = row.cells[place]
+        if row.metric != "perplexity" or row.dense is None or cell is None or not math.isfinite(cell.estimate.value):
+            continue
+        verb = "rose" if cell.estimate.value > row.dense.value else "fell"
+        ratio = f" ({cell.ratio_text})" if cell.retention else ""
+        where = f" on {row.source}" if row.source else ""
+        said.append(f"Perplexity{where} {verb} from {row.dense_text} to {cell.estimate.text}{ratio}.")
+    return said
+
+
+def _retention_sentences(record: RunRecord, cut: Cut) -> list[str]:
+    mean = mean_retention(record, cut)
+    if mean is None:
+        return []
+    stricter = ""
+    if mean.chance_corrected is not None:
+        stricter = f", {numbers.percent(mean.chance_corrected)} once guessing is subtracted"
+    side = "above" if mean.ratio >= PROMISE else "below"
+    tasks = "the one task" if mean.num_tasks == 1 else f"{mean.num_tasks} tasks"
+    return [
+        f"Over {tasks} it keeps {mean.text} of the dense model's result{stricter}; "
+        f"that is {side} the 90 % that the AVSS paper reports."
+    ]
+
+
+def _score_sentences(record: RunRecord) -> list[str]:
+    if not record.scores:
+        return ["Nothing was scored and nothing was removed."]
+    said = [f"{_blocks(record.model.num_blocks)} were scored; nothing was removed."]
+    for scores in record.scores[:4]:
+        places = tables.ranks(scores)
+        first = sorted((rank, block) for block, rank in enumerate(places) if rank is not None)[:4]
+        if first:
+            said.append(f"{scores.title} would remove first: {', '.join(str(block) for _, block in first)}.")
+    return said
+
+
+def _blocks(total: int) -> str:
+    return f"{total} block" if total == 1 else f"{total} blocks"
+
+
+def _is_answer(measurement: Measurement) -> bool:
+    return measurement.higher_is_better and tables.kind_of(measurement) == "quality"

@@ -1,0 +1,58 @@
+"""The sentences a reader sees first."""
+
+import math
+
+import pytest
+
+from avss.record import Retention
+from avss.report import verdict
+
+
+def test_the_mean_is_of_ratios_one_per_task_and_leaves_language_modelling_out(record):
+    mean = verdict.mean_retention(record, record.cuts[0])
+    ratios = (0.6275 / 0.6825, 0.7733 / 0.82)
+    assert mean.num_tasks == 2
+    assert mean.ratio == pytest.approx(sum(ratios) / 2, rel=1e-12)
+    assert mean.stderr == pytest.approx(math.sqrt(2 * 0.021**2) / 2, rel=1e-12)
+    corrected = (0.1275 / 0.1825, 0.2733 / 0.32)
+    assert mean.chance_corrected == pytest.approx(sum(corrected) / 2, rel=1e-12)
+
+
+def test_a_second_metric_of_a_task_does_not_count_twice(record):
+    cut = record.cuts[0]
+    norm = Retention(task="choice:piqa", metric="accuracy_norm", dense=0.7, value=0.1, ratio=0.1 / 0.7)
+    measured = cut.measurements[2].model_copy(update={"metric": "accuracy_norm", "value": 0.1})
+    both = cut.model_copy(update={"retention": (*cut.retention, norm), "measurements": (*cut.measurements, measured)})
+    assert verdict.mean_retention(record, both) == verdict.mean_retention(record, cut)
+
+
+def test_the_mean_has_no_error_where_a_task_has_none(record):
+    cut = record.cuts[0]
+    blind = tuple(entry.model_copy(update={"ratio_stderr": None}) for entry in cut.retention)
+    assert verdict.mean_retention(record, cut.model_copy(update={"retention": blind})).stderr is None
+
+
+def test_sentences_say_what_went_what_it_did_and_what_is_left(record):
+    text = " ".join(verdict.sentences(record))
+    assert "7 of 30 blocks (23.3 %) were removed, chosen by block-influence: 12-15, 17, 25-26." in text
+    assert "rose from 36.07 ± 0.81 to 121.7 ± 3.9 (3.374 ± 0.067x)" in text
+    assert "above the 90 %" in text
+    assert "loaded again and verified" in text
+    published = " ".join(verdict.sentences(record, record.cuts[1]))
+    assert "below the 90 %" in published
+    assert "nothing to verify" in published
+
+
+def test_a_failed_verification_is_said_aloud(record):
+    cut = record.cuts[0]
+    proof = cut.verification.model_copy(update={"max_diff_bypass": 0.5})
+    failed = cut.model_copy(update={"verification": proof})
+    assert "FAILED" in verdict.verification_sentence(failed)
+    assert [held for _, held, _ in verdict.verification_rows(proof)] == [True, True, False, True]
+
+
+def test_without_cuts_the_scores_are_summed_up(bare_record):
+    assert verdict.headline(bare_record) == "SmolLM2-135M-Instruct: 30 blocks scored, none removed"
+    text = " ".join(verdict.sentences(bare_record))
+    first = ", ".join(str(block) for block in bare_record.scores[0].ranking()[:4])
+    assert f"Block Influence would remove first: {first}." in text
