@@ -40,10 +40,10 @@ from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, ScoreTable
-from avss.report.card import render_card
-from avss.report.charts import save_figures
-from avss.report.page import render_page
-from avss.report.tables import scores_csv
+from avss.reporting.card import render_card
+from avss.reporting.charts import save_figures
+from avss.reporting.page import render_page
+from avss.reporting.tables import scores_csv
 from avss.scoring import score_blocks, score_warnings
 from avss.statistics.collected import Collected
 

@@ -24,6 +24,8 @@ def check_free(path: Path, *, force: bool) -> None:
     Raises:
         OutputExistsError: The path exists and may not be replaced, or cannot be written.
     """
+    if path.parent.is_dir():
+        _sweep(path)
     if path.is_file():
         raise OutputExistsError(f"`{path}` is a file; the output is a folder. Choose another `--out`.")
     if path.exists() and not force and any(path.iterdir()):
@@ -58,7 +60,6 @@ def fresh_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_free(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{os.getpid()}-", dir=path.parent))
     try:
         yield partial

@@ -136,8 +136,10 @@ class BlockScores(FrozenValue):
         return len(self.values)
 
     def ranking(self) -> tuple[int, ...]:
-        """Block indices from the least important to the most; ties by index."""
-        return tuple(sorted(range(len(self.values)), key=lambda block: (self.values[block], block)))
+        """Block indices from the least important to the most; ties by index, scores that are no number last."""
+        return tuple(
+            sorted(range(len(self.values)), key=lambda b: (math.isnan(self.values[b]), self.values[b], b))
+        )
 
     def ranks(self) -> tuple[int, ...]:
         """Place of each block in `ranking()`: 0 is the first to go."""
@@ -197,7 +199,7 @@ class ScoreTable(FrozenValue):
 
     def _repr_html_(self) -> str:
         # The one import that points up the house (docs/decisions): a notebook asks the value, not the report.
-        from avss.report.notebook import scores_html
+        from avss.reporting.notebook import scores_html
 
         return scores_html(self)
 
@@ -460,6 +462,6 @@ class RunRecord(FrozenValue):
             raise DataError(f"`{file}` is not a run record: `{where}`: {first['msg']}. It may be damaged.") from error
 
     def _repr_html_(self) -> str:
-        from avss.report.notebook import record_html  # see ScoreTable._repr_html_
+        from avss.reporting.notebook import record_html  # see ScoreTable._repr_html_
 
         return record_html(self)

@@ -4,6 +4,7 @@ import numpy as np
 from scipy import stats
 
 from avss.criteria import AbstractCriterion, Evidence, Scored
+from avss.errors import DegenerateStatisticError
 from avss.record import BlockScores
 from avss.statistics.collected import Collected
 
@@ -52,7 +53,14 @@ def _score_one(collected: Collected, criterion: AbstractCriterion, *, first_toke
 
 def _apply(collected: Collected, criterion: AbstractCriterion, *, first_token: bool, seed: int) -> Scored:
     summaries = {need: collected.summarise(need, first_token=first_token) for need in criterion.needs}
-    return criterion.score(Evidence(num_blocks=collected.num_blocks, summaries=summaries, seed=seed))
+    scored = criterion.score(Evidence(num_blocks=collected.num_blocks, summaries=summaries, seed=seed))
+    bad = np.flatnonzero(~np.isfinite(scored.values))
+    if bad.size:
+        raise DegenerateStatisticError(
+            f"`{criterion.name}` is {scored.values[bad[0]]} for block {bad[0]}: activations there are nan or infinite. "
+            "Check the weights, or compute in another dtype (`--dtype float32`)."
+        )
+    return scored
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:

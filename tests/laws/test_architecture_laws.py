@@ -172,12 +172,11 @@ def test_cut_equals_bypass(name, place):
     plan = explicit(loaded, *PLACES[place](len(loaded.stack)))
     smaller = scattered_cut(name) if place == "scattered" else cut(loaded, plan)
     assert len(smaller.stack) == len(plan.kept) == smaller.model.config.num_hidden_layers
-    for padded in (False, True):
-        token_ids, keep = token_batch(padded=padded)
-        oracle = run(without_blocks(loaded.model, loaded.stack.path, plan.removed), token_ids, keep)
-        assert largest_difference(run(smaller.model, token_ids, keep), oracle) <= TOLERANCE
-        with bypassed(loaded.stack, plan.removed):
-            assert largest_difference(run_outputs(loaded, token_ids, keep), oracle) <= TOLERANCE
+    token_ids, keep = token_batch(padded=place in ("first", "scattered"))
+    oracle = run(without_blocks(loaded.model, loaded.stack.path, plan.removed), token_ids, keep)
+    assert largest_difference(run(smaller.model, token_ids, keep), oracle) <= TOLERANCE
+    with bypassed(loaded.stack, plan.removed):
+        assert largest_difference(run_outputs(loaded, token_ids, keep), oracle) <= TOLERANCE
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

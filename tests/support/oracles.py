@@ -40,16 +40,21 @@ class Identity(nn.Module):
         return (hidden_states,) if self.answers_with_tuple else hidden_states
 
 
+_TUPLE_BLOCKS: dict[type[nn.Module], bool] = {}
+
+
 def answers_with_tuple(model: PreTrainedModel, path: str) -> bool:
     """Whether the blocks at this path return tuples."""
     answers: list[Any] = []
     block = model.get_submodule(path)[0]
+    if type(block) in _TUPLE_BLOCKS:
+        return _TUPLE_BLOCKS[type(block)]
     handle = block.register_forward_hook(lambda _module, _args, output: answers.append(output))
     try:
         run(model, torch.tensor([[5, 6, 7]]))
     finally:
         handle.remove()
-    return isinstance(answers[0], tuple)
+    return _TUPLE_BLOCKS.setdefault(type(block), isinstance(answers[0], tuple))
 
 
 def without_blocks(model: PreTrainedModel, path: str, removed: Iterable[int]) -> PreTrainedModel:

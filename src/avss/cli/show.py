@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from avss.record import Plan, RunRecord, ScoreTable, Verification
-from avss.report.tables import ComparisonCell, comparison_rows, cut_labels
+from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
 if TYPE_CHECKING:
     from avss.composer import Inspection

@@ -32,8 +32,10 @@ class Probe:
 
 
 def next_tokens(token_ids: Tensor, start: int = 1) -> Probe:
-    """Asks a causal model for each token from `start` on, given those before it."""
-    return Probe(token_ids=token_ids, positions=torch.arange(start - 1, len(token_ids) - 1), targets=token_ids[start:])
+    """Asks a causal model for each token from `start` on, given those before it. The last one need not be read."""
+    return Probe(
+        token_ids=token_ids[:-1], positions=torch.arange(start - 1, len(token_ids) - 1), targets=token_ids[start:]
+    )
 
 
 def hidden_tokens(token_ids: Tensor, places: Tensor, mask_id: int) -> Probe:

@@ -152,13 +152,19 @@ def _sum_over_probes(
     batch_size: int,
     on_step: OnStep,
 ) -> list[np.ndarray]:
+    # Continuations of one token after the same context read the same: one forward pass answers for all of them.
+    sharers: dict[tuple[int, ...], list[int]] = {}
+    for index, probe in enumerate(probes):
+        sharers.setdefault(tuple(probe.token_ids.tolist()), []).append(index)
+    groups = list(sharers.values())
     scores = [np.zeros(num_pairs) for _ in models]
-    steps = Steps(num_batches(len(probes), batch_size) * len(models), on_step)
-    for chosen, token_ids, keep in in_batches([probe.token_ids for probe in probes], batch_size, pad_id):
+    steps = Steps(num_batches(len(groups), batch_size) * len(models), on_step)
+    for chosen, token_ids, keep in in_batches([probes[group[0]].token_ids for group in groups], batch_size, pad_id):
         for model, sums in zip(models, scores, strict=True):
             logits_BTV = run_outputs(model, token_ids, keep)
-            for row, index in enumerate(chosen):
-                sums[owners[index]] += log_likelihood(logits_BTV[row], probes[index]).sum()
+            for row, group in enumerate(chosen):
+                for index in groups[group]:
+                    sums[owners[index]] += log_likelihood(logits_BTV[row], probes[index]).sum()
             steps.advance()
     return scores
 

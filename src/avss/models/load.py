@@ -232,6 +232,8 @@ class _Location:
 
 
 def _locate(source: str, revision: str | None) -> _Location:
+    if not source.strip():
+        raise ModelLoadError("The name of the model is empty. There is no file or folder without a name.")
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -244,7 +246,7 @@ def _locate(source: str, revision: str | None) -> _Location:
         return _Location(name=str(path.parent), gguf_file=path.name, is_local=True)
     if path.is_dir():
         return _Location(name=str(path), gguf_file=_only_gguf(path), is_local=True)
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 2 or not source.strip()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 2
     parts = source.split("/")
     if looks_local or (source.endswith(".gguf") and len(parts) != 3):
         raise ModelLoadError(f"There is no file or folder `{source}`. Give a hub id, a folder or a GGUF file.")

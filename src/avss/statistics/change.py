@@ -28,7 +28,8 @@ class CosineSimilarity(AbstractStatistic):
         norms = seen.input.token_square.double() * seen.output.token_square.double()
         cosine = seen.token_dot.double() / norms.sqrt()
         both_zero = (seen.input.token_square == 0) & (seen.output.token_square == 0)
-        cosine = cosine.where(norms > 0, both_zero.double())
+        # `norms != 0` rather than `> 0`: a nan must show, not pass for an unchanged token.
+        cosine = cosine.where(norms != 0, both_zero.double())
         return {"cosine": seen.by_part(cosine.clamp(-1, 1)), "tokens": seen.num_tokens}
 
     def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
@@ -48,7 +49,7 @@ class RelativeUpdate(AbstractStatistic):
     """
 
     def observe(self, seen: "Observation") -> "dict[str, Tensor]":
-        has_input = seen.input.token_square > 0
+        has_input = seen.input.token_square != 0
         ratio = (seen.update.token_square.double() / seen.input.token_square.double()).sqrt()
         zero = ratio.new_zeros(())
         return {"ratio": seen.by_part(ratio.where(has_input, zero)), "tokens": seen.by_part(has_input.double())}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from avss.report import numbers
+from avss.reporting import numbers
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from avss.report import card
+from avss.reporting import card
 
 
 def front_matter(text):

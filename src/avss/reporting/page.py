@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from avss.record import Cut, Plan, RunRecord, ScoreTable
-from avss.report import charts, numbers, tables, theme, verdict
+from avss.reporting import charts, numbers, tables, theme, verdict
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
@@ -42,7 +42,7 @@ def render_page(record: RunRecord) -> str:
         means=[verdict.mean_retention(record, cut) for cut in record.cuts],
         figures=[(name, Markup(theme.inline_svg(spec)), charts.CAPTIONS.get(name)) for name, spec in drawn.items()],
         specs=_script_json(drawn),
-        dark=_script_json(theme.DARK),
+        dark=_script_json({"config": theme.DARK, "colors": theme.DARK_COLORS}),
         cuts=list(zip(tables.cut_labels(record.cuts), record.cuts, strict=True)),
         score_rows=tables.score_rows(record),
         samples=_samples(record),
@@ -110,8 +110,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         tasks = "one task" if mean.num_tasks == 1 else f"mean of {mean.num_tasks} tasks"
         tiles.append(("Retention", mean.text, tasks))
     proof = cut.verification
-    state = "not saved" if proof is None else "passed" if proof.passed else "FAILED"
-    tiles.append(("Verification", state, "fresh load, outputs, generation" if proof else "measured in memory"))
+    state = "none" if proof is None else "passed" if proof.passed else "FAILED"
+    missing = "measured in memory" if cut.path is None else "saved, not verified"
+    tiles.append(("Verification", state, "loaded again, compared" if proof else missing))
     return tiles
 
 
@@ -197,7 +198,7 @@ def _failed(cuts: Iterable[Cut]) -> bool:
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("avss.report", "."),
+    loader=jinja2.PackageLoader("avss.reporting", "."),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -211,6 +212,7 @@ _TEMPLATES.filters |= {
     "safe_url": safe_url,
     "index_runs": index_runs,
     "checks": verdict.verification_rows,
+    "verification": verdict.verification_sentence,
     "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
 }
 _TEMPLATES.tests |= {"failed": _failed}

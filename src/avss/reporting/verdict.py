@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from avss.record import Cut, Measurement, RunRecord, Verification
-from avss.report import numbers, tables
+from avss.reporting import numbers, tables
 
 PROMISE = 0.9
 """Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
@@ -86,8 +86,10 @@ def sentences(record: RunRecord, cut: Cut | None = None) -> list[str]:
 def verification_sentence(cut: Cut) -> str:
     """Whether the saved model was proven to be what it should be."""
     proof = cut.verification
-    if proof is None:
+    if proof is None and cut.path is None:
         return "It was measured in memory, not saved, so there is nothing to verify."
+    if proof is None:
+        return "The saved model was NOT verified."
     if proof.passed:
         return "The saved model was loaded again and verified."
     return "Verification FAILED: the saved model is not what it should be. Do not use it."

@@ -4,7 +4,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 from avss.record import ScoreTable
-from avss.report import notebook
+from avss.reporting import notebook
 
 
 def drawings(fragment):

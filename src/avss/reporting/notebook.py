@@ -4,9 +4,10 @@ import html
 from collections.abc import Iterable, Sequence
 
 from avss.record import RunRecord, ScoreTable
-from avss.report import numbers, tables, theme, verdict
-from avss.report.block_charts import scores_chart
-from avss.report.result_charts import language_chart, retention_chart
+from avss.reporting import numbers, tables, theme, verdict
+from avss.reporting.block_charts import scores_chart
+from avss.reporting.result_charts import language_chart, retention_chart
+from avss.reporting.rows import ScoreCell
 
 _CELL = 'style="padding:2px 10px;text-align:right;white-space:nowrap"'
 _MOST_ROWS = 48
@@ -44,7 +45,7 @@ def record_html(record: RunRecord) -> str:
     )
 
 
-def _score_texts(cell: tables.ScoreCell) -> tuple[str, str]:
+def _score_texts(cell: ScoreCell) -> tuple[str, str]:
     return numbers.number(cell.value), numbers.MISSING if cell.rank is None else str(cell.rank)
 
 

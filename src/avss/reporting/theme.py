@@ -93,6 +93,9 @@ DARK: dict[str, Any] = {
 }
 """What the page puts over `CONFIG` for a reader who prefers dark."""
 
+DARK_COLORS = {DENSE: "#A9B4BF", EMPTY: "#2B343C", ASKED: "#4DA6DC", OTHERS: "#74808C", REMOVED: "#F07A2B"}
+"""Mark colours that vanish on a dark page, and what stands for them there."""
+
 
 def finished(
     chart: Any, title: str | alt.ExprRef, subtitle: str = "", datasets: Mapping[str, list[dict[str, Any]]] | None = None

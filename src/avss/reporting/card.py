@@ -7,8 +7,8 @@ from typing import Any
 import jinja2
 
 from avss.record import Cut, RunRecord
-from avss.report import numbers, tables, verdict
-from avss.report.page import index_runs, safe_url
+from avss.reporting import numbers, tables, verdict
+from avss.reporting.page import index_runs, safe_url
 
 _CLASSES = {
     "causal": ("AutoModelForCausalLM", "text-generation"),
@@ -53,9 +53,9 @@ def render_card(record: RunRecord, cut: Cut) -> str:
         auto_class=auto_class,
         rows=[[row[0], row[1], row[place + 2]] for row in rows],
         retention=[
-            (row, row.cells[place])
+            (row, cell)
             for row in tables.comparison_rows(record)
-            if row.cells[place] is not None and row.cells[place].retention is not None
+            if (cell := row.cells[place]) is not None and cell.retention is not None
         ],
         mean=verdict.mean_retention(record, cut),
         costs=tables.cut_rows(record)[place],
@@ -100,7 +100,7 @@ def _fenced(text: str, language: str = "") -> str:
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("avss.report", "."),
+    loader=jinja2.PackageLoader("avss.reporting", "."),
     autoescape=False,  # Markdown: `plain` and `prose` escape what comes from the record
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

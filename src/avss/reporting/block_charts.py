@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from avss.record import BlockScores, Cut
-from avss.report import numbers, tables, theme
+from avss.reporting import numbers, tables, theme
 
 _LOG_ABOVE = 20  # times the median: beyond it one bar hides all others
 _BETWEEN = "|"
@@ -29,10 +29,9 @@ def scores_chart(scores: Sequence[BlockScores], cuts: Sequence[Cut] = ()) -> alt
     panels = [_score_panel(one, place, labels, width) for place, one in enumerate(scores)]
     chart = alt.concat(*panels, columns=columns)
     if labels:
-        choice = (
-            alt.binding_select(options=list(labels), name="Blocks removed by ") if len(labels) > 1 else alt.Undefined
-        )
-        chart = chart.add_params(alt.param(name="cut", value=labels[0], bind=choice))
+        asked, *others = labels
+        choice = alt.binding_select(options=[asked, *others], name="Blocks removed by ") if others else alt.Undefined
+        chart = chart.add_params(alt.param(name="cut", value=asked, bind=choice))
     title = alt.ExprRef("'Score of each block; orange: removed by ' + cut") if labels else "Score of each block"
     ticks = " Tick: without the first token of each sequence." if any(s.without_first_token for s in scores) else ""
     data = {_dataset(place): _score_rows(one, cuts, labels) for place, one in enumerate(scores)}

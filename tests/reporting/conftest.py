@@ -19,7 +19,7 @@ from avss.record import (
     ScoreTable,
     Verification,
 )
-from avss.report import page
+from avss.reporting import charts, page
 
 HOSTILE = '</script><script>alert("x")</script> {{ 7*7 }} | `ü` 模型 & <img src=x onerror=y>'
 
@@ -297,6 +297,12 @@ def any_edge(request):
 @pytest.fixture(scope="session")
 def any_record(any_edge):
     return EDGES[any_edge]()
+
+
+@pytest.fixture(scope="session")
+def specs_of():
+    """The figures of a record by its name, as Vega-Lite, built once in a test run."""
+    return functools.cache(lambda name: {k: chart.to_dict() for k, chart in charts.figures(EDGES[name]()).items()})
 
 
 @pytest.fixture(scope="session")

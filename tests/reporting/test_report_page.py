@@ -9,7 +9,7 @@ import re
 import pytest
 
 from avss.record import RunRecord
-from avss.report import page
+from avss.reporting import page
 
 
 class Reader(html.parser.HTMLParser):

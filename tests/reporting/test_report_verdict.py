@@ -5,7 +5,7 @@ import math
 import pytest
 
 from avss.record import Retention
-from avss.report import verdict
+from avss.reporting import verdict
 
 
 def test_the_mean_is_of_ratios_one_per_task_and_leaves_language_modelling_out(record):
@@ -49,6 +49,11 @@ def test_a_failed_verification_is_said_aloud(record):
     failed = cut.model_copy(update={"verification": proof})
     assert "FAILED" in verdict.verification_sentence(failed)
     assert [held for _, held, _ in verdict.verification_rows(proof)] == [True, True, False, True]
+
+
+def test_a_saved_model_without_proof_is_not_called_verified(record):
+    unproven = record.cuts[0].model_copy(update={"verification": None})
+    assert verdict.verification_sentence(unproven) == "The saved model was NOT verified."
 
 
 def test_without_cuts_the_scores_are_summed_up(bare_record):

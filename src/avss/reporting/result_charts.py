@@ -7,7 +7,8 @@ from typing import Any
 import altair as alt
 
 from avss.record import Cut, RunRecord
-from avss.report import numbers, tables, theme, verdict
+from avss.reporting import numbers, tables, theme, verdict
+from avss.reporting.rows import ComparisonRow, Estimate
 
 _LOG_SPAN = 20
 _ROW = 22
@@ -74,7 +75,7 @@ def cost_chart(record: RunRecord) -> alt.Chart | None:
     return theme.finished(alt.concat(*panels, columns=2), "Size and speed")
 
 
-def _language_panel(record: RunRecord, row: tables.ComparisonRow) -> Any | None:
+def _language_panel(record: RunRecord, row: ComparisonRow) -> Any | None:
     names = ["dense", *tables.cut_labels(record.cuts)]
     found = [row.dense, *(cell.estimate if cell else None for cell in row.cells)]
     values = [
@@ -104,7 +105,7 @@ def _language_panel(record: RunRecord, row: tables.ComparisonRow) -> Any | None:
             x=alt.X("low:Q", scale=scale), x2="high:Q"
         ),
         base.mark_circle(size=46, opacity=1).encode(x=x),
-        base.mark_text(align="left", dx=9).encode(x=x, text="text:N", color=alt.value("#4A5560")),
+        base.mark_text(align="left", dx=9).encode(x=x, text="text:N", color=alt.value(theme.DENSE)),
     ]  # fmt: skip
     title = f"{row.title}{' (log scale)' if _is_log(scale) else ''}"
     return alt.layer(*layers).properties(
@@ -119,7 +120,7 @@ def _role(place: int) -> str:
     return ("dense", "asked")[place] if place < 2 else "other"
 
 
-def _estimate_row(name: str, place: int, one: tables.Estimate) -> dict[str, Any]:
+def _estimate_row(name: str, place: int, one: Estimate) -> dict[str, Any]:
     known = numbers.is_number(one.value)
     spread = one.stderr if known and one.stderr is not None and math.isfinite(one.stderr) else None
     return {
@@ -171,7 +172,7 @@ def _retention_rows(record: RunRecord, label: str, cut: Cut) -> list[dict[str, A
     return rows
 
 
-def _share_title(row: tables.ComparisonRow) -> str:
+def _share_title(row: ComparisonRow) -> str:
     return f"{row.task}, as dense loss / loss" if row.kind == "language" else row.title
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import altair as alt
 
 from avss.record import RunRecord
-from avss.report import theme
-from avss.report.block_charts import cuts_chart, ranks_chart, scores_chart
-from avss.report.result_charts import cost_chart, language_chart, retention_chart
+from avss.reporting import theme
+from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart
+from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
 
 CAPTIONS = {
     "retention": "Retention of a loss is dense loss over loss. Retention of an accuracy is accuracy over dense "

@@ -5,7 +5,7 @@ import io
 import math
 
 from avss.record import ScoreTable
-from avss.report import tables
+from avss.reporting import tables
 
 
 def test_csv_reads_back_to_the_exact_values(table):

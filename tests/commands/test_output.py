@@ -1,0 +1,129 @@
+"""Folders appear whole or not at all, whenever the process dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from avss.errors import OutputExistsError
+from avss.output import fresh_folder
+
+
+def test_the_folder_appears_only_at_the_end(tmp_path: Path):
+    with fresh_folder(tmp_path / "out") as folder:
+        (folder / "record.json").write_text("{}")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "record.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path):
+    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_replacing_keeps_the_old(tmp_path: Path):
+    with fresh_folder(tmp_path / "out") as folder:
+        (folder / "record.json").write_text("old")
+    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "out", force=True) as folder:
+        (folder / "record.json").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "out" / "record.json").read_text() == "old"
+
+
+def test_files_get_the_modes_of_the_umask(tmp_path: Path):
+    old = os.umask(0o022)
+    try:
+        with fresh_folder(tmp_path / "out") as folder:
+            (folder / "private").touch(mode=0o600)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "out" / "private").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_unwritable_parent_is_refused_early(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputExistsError, match="cannot be written"), fresh_folder(tmp_path / "file" / "out"):
+        pass
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from avss.output import fresh_folder
+out = Path(sys.argv[1])
+with fresh_folder(out, force=True) as folder:
+    (folder / "record.json").write_text("new")
+    print("half", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_killed_process_leaves_the_old_or_nothing_and_the_next_one_sweeps(tmp_path: Path, before: str | None):
+    out = tmp_path / "out"
+    if before:
+        with fresh_folder(out) as folder:
+            (folder / "record.json").write_text(before)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "half"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert out.exists() == bool(before)
+    if before:
+        assert (out / "record.json").read_text() == before
+    with fresh_folder(out, force=True) as folder:
+        (folder / "record.json").write_text("later")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_process_killed_between_the_renames_is_undone(tmp_path: Path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".out.partial-{dead.pid}-abc-old"
+    left.mkdir()
+    (left / "record.json").write_text("old")
+    with pytest.raises(OutputExistsError), fresh_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "record.json").read_text() == "old"
+
+
+def test_a_living_process_keeps_its_folder(tmp_path: Path):
+    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        theirs = tmp_path / f".out.partial-{alive.pid}-abc"
+        theirs.mkdir()
+        with fresh_folder(tmp_path / "out") as folder:
+            (folder / "record.json").write_text("x")
+        assert theirs.exists()
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+def test_pruning_killed_at_random_moments_never_leaves_half_a_model(llama_folder: Path, tmp_path: Path):
+    code = "import sys; sys.argv[0]='avss'; from avss.cli.main import main; main()"
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", code, "prune", str(llama_folder), "--blocks", "1", "--out", str(out), "--quiet"]
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    whole = time.perf_counter() - start
+    names = {path.name for path in out.iterdir()}
+    for share in (0.6, 0.8, 0.9, 0.97):
+        for path in sorted(tmp_path.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        process = subprocess.Popen(command)
+        time.sleep(whole * share)
+        process.kill()
+        process.wait()
+        if out.exists():
+            assert {path.name for path in out.iterdir()} == names

@@ -1,0 +1,239 @@
+"""Each verb does what it says, on tiny models, through the command line as a person types it."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avss.record import RunRecord
+
+SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2)
+
+
+def test_help_answers_fast_because_torch_is_not_imported():
+    code = "import sys; sys.argv=['avss','--help']\ntry:\n import avss.cli.main as m; m.main()\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("False")
+    assert "evaluate" in done.stdout
+
+
+def test_every_verb_has_help_that_names_its_options(avss_command):
+    for verb in ("run", "score", "prune", "evaluate", "report", "inspect", "demo"):
+        answer = avss_command(verb, "--help")
+        assert answer.code == 0
+        assert "--json" in answer.out
+
+
+def test_version_is_printed(avss_command):
+    from avss import __version__
+
+    assert avss_command("--version").out.strip() == f"avss {__version__}"
+
+
+def test_score_prints_a_table_and_writes_scores_report_and_figures(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "scores"
+    answer = avss_command(
+        "score", llama_folder, "--data", text_file, "--criteria", "avss,block-influence", "--out", out, *SMALL
+    )
+    assert answer.code == 0, answer.err
+    assert "block-influence" in answer.out
+    record = RunRecord.read(out)
+    with (out / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["block-influence"]) for row in rows] == list(record.scores[1].values)
+    assert (out / "report.html").stat().st_size > 100_000
+    assert {path.suffix for path in (out / "figures").iterdir()} == {".png", ".svg"}
+
+
+def test_score_json_is_the_table_and_nothing_else(avss_command, llama_folder, text_file):
+    answer = avss_command("score", llama_folder, "--data", text_file, "--criteria", "all", "--json", "--quiet", *SMALL)
+    table = json.loads(answer.out)
+    assert "block-influence" in [scores["criterion"] for scores in table["scores"]]
+    assert answer.err == ""
+
+
+@pytest.mark.parametrize("model", ["llama_folder", "encoder_folder", "masked_folder", "classifier_folder"])
+def test_prune_writes_a_verified_stock_checkpoint(avss_command, model, text_file, tmp_path, request):
+    folder, out = request.getfixturevalue(model), tmp_path / "smaller"
+    answer = avss_command("prune", folder, "--count", 2, "--data", text_file, "--out", out, *SMALL)
+    assert answer.code == 0, answer.err
+    assert "Verified" in answer.out
+    assert "Original -> new" in answer.out
+    record = RunRecord.read(out)
+    proof = record.cuts[0].verification
+    assert proof is not None
+    assert proof.passed
+    assert proof.max_diff_memory == proof.max_diff_bypass == 0
+    assert record.cuts[0].model.num_blocks == record.model.num_blocks - 2
+    card = (out / "README.md").read_text()
+    assert "arxiv.org/abs/2403.03853" in card
+    assert f"--out {out}" in card  # the exact command
+
+
+def test_the_result_loads_and_generates_in_a_process_that_never_heard_of_avss(avss_command, llama_folder, tmp_path):
+    out = tmp_path / "smaller"
+    assert avss_command("prune", llama_folder, "--blocks", "1,2", "--out", out).code == 0
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)
+assert not any(info.values()), info
+tokens = AutoTokenizer.from_pretrained({str(out)!r})("the cat sees the dog", return_tensors="pt")
+one = model.generate(**tokens, max_new_tokens=8, do_sample=False, use_cache=True)
+two = model.generate(**tokens, max_new_tokens=8, do_sample=False, use_cache=False)
+assert torch.equal(one, two)
+assert not any(name.split(".")[0] == "avss" for name in sys.modules)
+print(model.config.num_hidden_layers)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == RunRecord.read(out).model.num_blocks - 2
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "data"),
+    [
+        ("llama_folder", "perplexity", "text_file"),
+        ("llama_folder", "choice", "choice_file"),
+        ("llama_folder", "classification", "review_file"),
+        ("masked_folder", "perplexity", "text_file"),
+        ("masked_folder", "choice", "choice_file"),
+        ("classifier_folder", "classification", "review_file"),
+        ("encoder_folder", "choice", "choice_file"),
+        ("encoder_folder", "classification", "review_file"),
+        ("encoder_folder", "similarity", "text_file"),
+    ],
+)
+def test_evaluate_compares_with_the_baseline(avss_command, model, task, data, tmp_path, request):
+    folder, out = request.getfixturevalue(model), tmp_path / "smaller"
+    assert avss_command("prune", folder, "--blocks", "1", "--out", out).code == 0
+    answer = avss_command(
+        *("evaluate", out, "--baseline", folder, "--data", request.getfixturevalue(data), "--task", task),
+        *("--limit", 6, "--seq-len", 16, "--json", "--quiet"),
+    )
+    assert answer.code == 0, answer.err
+    record = RunRecord.model_validate_json(answer.out)
+    assert record.cuts[0].plan.removed == (1,)
+    assert {m.metric for m in record.dense} & {m.metric for m in record.cuts[0].measurements}
+    assert all(kept.ratio > 0 for kept in record.cuts[0].retention)
+    assert all(m.stderr is not None for m in record.dense)
+
+
+def test_evaluating_a_model_against_itself_keeps_everything(avss_command, llama_folder, choice_file):
+    answer = avss_command(
+        *("evaluate", llama_folder, "--baseline", llama_folder, "--task", f"choice={choice_file}", "--json", "--quiet")
+    )
+    record = RunRecord.model_validate_json(answer.out)
+    assert [kept.ratio for kept in record.cuts[0].retention] == [1.0] * len(record.cuts[0].retention)
+    assert {kept.flips for kept in record.cuts[0].retention} <= {0.0, None}
+
+
+def test_run_goes_the_whole_way(avss_command, llama_folder, text_file, choice_file, tmp_path):
+    out = tmp_path / "run"
+    answer = avss_command(
+        *("run", llama_folder, "--out", out, "--data", text_file, "--count", 1, "--compare", "first", *SMALL),
+        *("--task", f"perplexity={text_file}", "--task", f"choice={choice_file}", "--task", "speed", "--limit", 4),
+    )
+    assert answer.code == 0, answer.err
+    assert "Verified" in answer.out
+    assert "perplexity" in answer.out
+    record = RunRecord.read(out)
+    assert [cut.plan.method for cut in record.cuts] == ["block-influence", "first"]
+    assert record.cuts[1].plan.removed == (0,)
+    assert record.cuts[0].path == "model"
+    assert record.cuts[1].path is None
+    names = {"model", "record.json", "scores.csv", "report.html", "figures", "statistics.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
+    assert (out / "model" / "config.json").is_file()
+    assert all(len(cut.samples) == len(record.prompts) > 0 for cut in record.cuts)
+
+
+def test_run_reads_a_config_file_and_flags_win(avss_command, llama_folder, text_file, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+out = "{tmp_path / "from-file"}"
+criteria = ["update-norm"]
+[model]
+source = "{llama_folder}"
+[data]
+source = "{text_file}"
+samples = 4
+seq_len = 16
+[plan]
+criterion = "update-norm"
+fraction = 0.5
+[[tasks]]
+kind = "perplexity"
+data = "{text_file}"
+limit = 2
+seq_len = 16
+"""
+    )
+    answer = avss_command("run", "--config", file, "--count", 1, "--out", tmp_path / "from-flag", "--quiet")
+    assert answer.code == 0, answer.err
+    record = RunRecord.read(tmp_path / "from-flag")
+    assert record.cuts[0].plan.method == "update-norm"
+    assert len(record.cuts[0].plan.removed) == 1
+    assert not (tmp_path / "from-file").exists()
+
+
+def test_two_runs_with_the_same_seed_give_the_same_record(avss_command, llama_folder, text_file, tmp_path):
+    records = []
+    for name in ("one", "two"):
+        arguments = ("--data", text_file, "--count", 1, "--out", tmp_path / name, *SMALL)
+        assert avss_command("prune", llama_folder, *arguments).code == 0
+        record = RunRecord.read(tmp_path / name)
+        records.append(record.model_copy(update={"created": "", "command": "", "seconds": {}}))
+    assert records[0] == records[1]
+
+
+def test_report_draws_a_record_again(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "scores"
+    avss_command("score", llama_folder, "--data", text_file, "--out", out, "--quiet", *SMALL)
+    (out / "report.html").unlink()
+    assert avss_command("report", out).code == 0
+    assert (out / "report.html").is_file()
+    assert avss_command("report", out / "record.json", "--out", tmp_path / "again", "--quiet").code == 0
+    assert (tmp_path / "again" / "scores.csv").read_text() == (out / "scores.csv").read_text()
+
+
+def test_inspect_shows_the_stack_and_what_a_cut_changes(avss_command, llama_folder):
+    answer = avss_command("inspect", llama_folder)
+    assert answer.code == 0
+    assert "model.layers" in answer.out
+    assert "LlamaDecoderLayer" in answer.out
+    assert "num_hidden_layers" in answer.out
+    raw = json.loads(avss_command("inspect", llama_folder, "--json").out)
+    assert [change["field"] for change in raw["changes"]] == ["num_hidden_layers"]
+
+
+def test_quiet_prints_nothing(avss_command, llama_folder, text_file, tmp_path):
+    answer = avss_command("prune", llama_folder, "--blocks", "1", "--out", tmp_path / "x", "--quiet")
+    assert (answer.out, answer.err) == ("", "")
+
+
+def test_the_api_takes_model_objects_and_leaves_them_alone(llama_folder: Path, text_file: Path):
+    import avss
+    from tests.support.architectures import ARCHITECTURES
+    from tests.support.oracles import hook_count, state_copy
+    from tests.support.tokenizers import word_tokenizer
+
+    model, tokenizer = ARCHITECTURES["llama"](), word_tokenizer(adds="bos")
+    before = state_copy(model)
+    table = avss.score(model, str(text_file), tokenizer=tokenizer, samples=4, seq_len=16)
+    small = avss.prune(model, blocks=[1], tokenizer=tokenizer)
+    record = avss.evaluate(small.model, [f"perplexity={text_file}"], baseline=model, tokenizer=tokenizer, seq_len=16)
+    assert table["block-influence"].num_blocks == len(model.model.layers)
+    assert len(small.model.model.layers) == len(model.model.layers) - 1
+    assert record.cuts[0].retention
+    assert all((before[key] == value).all() for key, value in model.state_dict().items())
+    assert hook_count(model) == 0
+    html = table._repr_html_()
+    assert "<table" in html
+    assert "<svg" in html

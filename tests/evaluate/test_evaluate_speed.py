@@ -1,0 +1,73 @@
+"""Timing: what is timed, in which order, and how sure the median is."""
+
+import numpy as np
+import pytest
+
+from avss.config import TaskConfig
+from avss.evaluate import evaluate_task, retention, speed
+from avss.evaluate.base import Steps
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS_PER_MODEL", 0.0)
+
+
+def test_measures_all_models_in_their_units(causal, quick, shorter):
+    seen = []
+    task = TaskConfig(kind="speed", batch_size=3)
+    results = evaluate_task([causal, shorter(causal, 1, 2, 3)], task, on_step=lambda *step: seen.append(step))
+    for result in results:
+        units = {m.metric: (m.unit, m.higher_is_better, m.num_samples) for m in result.measurements}
+        assert units == {
+            "latency_ms": ("ms", False, 5),
+            "throughput": ("tokens/s", True, 5),
+            "decode_ms_per_token": ("ms", False, 5),
+        }
+        assert all(m.value > 0 and m.stderr >= 0 and m.task == "speed" for m in result.measurements)
+    assert seen[-1] == (30, 30)
+    entries = {entry.metric: entry for entry in retention(*results)}
+    assert entries["latency_ms"].ratio == results[1]["latency_ms"].value / results[0]["latency_ms"].value
+    assert entries["latency_ms"].kept is entries["latency_ms"].flips is None
+
+
+@pytest.mark.parametrize("head", ["masked", "encoder", "classifier"])
+def test_only_causal_models_decode(head, quick, request):
+    result = evaluate_task([request.getfixturevalue(head)], TaskConfig(kind="speed", batch_size=2))[0]
+    assert [m.metric for m in result.measurements] == ["latency_ms", "throughput"]
+
+
+def test_figures_follow_from_the_clock(causal, quick, monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(speed, "_now", lambda model: 0.5 * next(ticks))
+    result = evaluate_task([causal], TaskConfig(kind="speed", batch_size=3))[0]
+    assert result["latency_ms"].value == 500
+    assert result["throughput"].value == 3 * causal.max_len / 0.5
+    assert result["decode_ms_per_token"].value == 500 / speed.DECODED_TOKENS
+    assert result["latency_ms"].stderr == 0
+
+
+def test_models_take_turns_and_warm_up(causal, shorter, quick):
+    models = [causal, shorter(causal, 1)]
+    order = []
+
+    def timer(model):
+        order.append(models.index(model))
+        return 1.0 + len(order)
+
+    seconds = speed._take_turns(models, timer, 0.0, Steps(10, lambda done, total: None))
+    assert order == [0, 1] * 6  # the first round does not count
+    assert [own.tolist() for own in seconds] == [[4, 6, 8, 10, 12], [5, 7, 9, 11, 13]]
+
+
+def test_repeats_go_on_while_there_is_time(causal):
+    seconds = speed._take_turns([causal], lambda model: 1.0, 60.0, Steps(1, lambda done, total: None))
+    assert len(seconds[0]) == speed.MAX_REPEATS
+
+
+def test_error_of_the_median_matches_simulation():
+    random = np.random.default_rng(0)
+    draws = random.normal(10, 2, size=(4000, 40))
+    truth = np.median(draws, axis=1).std()
+    assert np.mean([speed.median_error(draw) for draw in draws]) == pytest.approx(truth, rel=0.05)
+    assert speed.median_error(np.array([1.0])) is None
