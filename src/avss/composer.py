@@ -8,15 +8,14 @@ Every function takes a model by name or as an object, and returns values that sh
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import avss
 from avss.collect import collect
@@ -47,7 +46,10 @@ from avss.reporting.tables import scores_csv
 from avss.scoring import score_blocks, score_warnings
 from avss.statistics.collected import Collected
 
-AnyModel = str | Path | PreTrainedModel | Loaded
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AnyModel = Union[str, Path, "PreTrainedModel", Loaded]
 """A hub id, a folder, a GGUF file, a transformers model object, or what `load` returned."""
 
 DEFAULT_CRITERIA = ("avss", "avss-product", "avss-update", "block-influence", "update-norm")
@@ -69,8 +71,8 @@ class Pruned:
         record: Everything known about it.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
     plan: Plan
     record: RunRecord
 
@@ -100,7 +102,7 @@ class Inspection:
 
 
 def load(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto", **settings: Any
+    model: AnyModel, tokenizer: "PreTrainedTokenizerBase | None" = None, *, head: str = "auto", **settings: Any
 ) -> Loaded:
     """Loads a model by name, or wraps one that is loaded already.
 
@@ -115,7 +117,7 @@ def load(
     """
     if isinstance(model, Loaded):
         return model
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, torch.nn.Module):
         return adopt(model, tokenizer, head=head)
     config = build(ModelConfig, {"source": str(model), "head": head, **settings})
     return load_model(
@@ -166,7 +168,7 @@ def score(
     criteria: str | Sequence[str] = DEFAULT_CRITERIA,
     first_token: bool = True,
     fraction: float = 0.25,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     stages: Stages = silent,
     **settings: Any,
 ) -> ScoreTable:
@@ -246,7 +248,7 @@ def prune(
     data: DataConfig | str | Sequence[str] = "builtin",
     out: str | Path | None = None,
     force: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     command: str | None = None,
     stages: Stages = silent,
     **settings: Any,
@@ -318,7 +320,7 @@ def evaluate(
     tasks: Sequence[TaskConfig | str] = (),
     *,
     baseline: AnyModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     loading: dict[str, Any] | None = None,
     command: str | None = None,
     stages: Stages = silent,
@@ -366,7 +368,7 @@ def evaluate(
     )
 
 
-def inspect(model: AnyModel, *, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any) -> Inspection:
+def inspect(model: AnyModel, *, tokenizer: "PreTrainedTokenizerBase | None" = None, **settings: Any) -> Inspection:
     """The block stack found in a model, and every config field that a cut would change.
 
     Raises:
@@ -655,7 +657,7 @@ def _versions() -> dict[str, str]:
         "avss": avss.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
 
 

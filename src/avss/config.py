@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -177,12 +177,20 @@ def build(cls: type[_Model], values: dict[str, Any]) -> _Model:
 def _problem(cls: type[BaseModel], item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        owner = cls
-        for part in item["loc"][:-1]:
-            annotation = owner.model_fields[str(part)].annotation if str(part) in owner.model_fields else None
-            owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else owner
+        owner = _owner(cls, item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), owner.model_fields, n=1)
         hint = f" (did you mean `{near[0]}`?)" if near else ""
         return f"Unknown setting `{place}`{hint}; allowed: {', '.join(owner.model_fields)}"
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"`{place.replace('_', '-')}` = `{item['input']}` is not allowed: {message}"
+
+
+def _owner(cls: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
+    """The settings class that a key stands in, through nested settings and lists of them."""
+    for part in place:
+        if isinstance(part, str) and part in cls.model_fields:
+            annotation = cls.model_fields[part].annotation
+            for found in (annotation, *get_args(annotation)):
+                if isinstance(found, type) and issubclass(found, BaseModel):
+                    cls = found
+    return cls

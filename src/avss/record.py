@@ -137,9 +137,7 @@ class BlockScores(FrozenValue):
 
     def ranking(self) -> tuple[int, ...]:
         """Block indices from the least important to the most; ties by index, scores that are no number last."""
-        return tuple(
-            sorted(range(len(self.values)), key=lambda b: (math.isnan(self.values[b]), self.values[b], b))
-        )
+        return tuple(sorted(range(len(self.values)), key=lambda b: (math.isnan(self.values[b]), self.values[b], b)))
 
     def ranks(self) -> tuple[int, ...]:
         """Place of each block in `ranking()`: 0 is the first to go."""

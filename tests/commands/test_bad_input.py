@@ -111,7 +111,9 @@ def test_columns_and_rows_of_tables(avss_command, llama_folder, tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("left,right\na b,c d\n")
     refused(avss_command("score", llama_folder, "--data", table, "--quiet", *SMALL), "left, right")
-    refused(avss_command("score", llama_folder, "--data", f"{table}#middle", "--quiet", *SMALL), "middle", "left, right")
+    refused(
+        avss_command("score", llama_folder, "--data", f"{table}#middle", "--quiet", *SMALL), "middle", "left, right"
+    )
     rows = tmp_path / "rows.jsonl"
     good = {"question": "the cat", "choices": ["sees", "hears"], "answer": 0}
     for bad, part in [
@@ -128,7 +130,9 @@ def test_columns_and_rows_of_tables(avss_command, llama_folder, tmp_path):
 
 
 def test_tasks_that_do_not_fit(avss_command, encoder_folder, classifier_folder, llama_folder, masked_folder, text_file):
-    refused(avss_command("evaluate", encoder_folder, "--task", "perplexity", "--data", text_file, "--quiet"), "similarity")
+    refused(
+        avss_command("evaluate", encoder_folder, "--task", "perplexity", "--data", text_file, "--quiet"), "similarity"
+    )
     refused(avss_command("evaluate", classifier_folder, "--task", "choice", "--quiet"), "classification")
     refused(avss_command("evaluate", llama_folder, "--task", "juggling", "--quiet"), "juggling")
     refused(avss_command("evaluate", llama_folder, "--data", text_file, "--quiet"), "--task")
@@ -226,5 +230,3 @@ def test_a_failed_verification_publishes_nothing(avss_command, llama_folder, tmp
     assert "withdrawn" in answer.err
     assert "Traceback" not in answer.err
     assert list(Path(tmp_path).iterdir()) == []
-
-

@@ -45,7 +45,8 @@ def test_a_contiguous_plan_is_the_cheapest_run(values, data):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "blocks", "count"), [(0.25, 30, 8), (0.25, 6, 2), (0.25, 10, 3), (0.25, 32, 8), (0.5, 5, 3), (0.1, 12, 1)]
+    ("fraction", "blocks", "count"),
+    [(0.25, 30, 8), (0.25, 6, 2), (0.25, 10, 3), (0.25, 32, 8), (0.5, 5, 3), (0.1, 12, 1)],
 )
 def test_a_fraction_is_rounded_half_up(fraction, blocks, count):
     assert count_of_fraction(fraction, blocks) == count

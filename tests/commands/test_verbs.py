@@ -14,7 +14,9 @@ SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2)
 
 
 def test_help_answers_fast_because_torch_is_not_imported():
-    code = "import sys; sys.argv=['avss','--help']\ntry:\n import avss.cli.main as m; m.main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; sys.argv=['avss','--help']\ntry:\n import avss.cli.main as m; m.main()\nexcept SystemExit: pass\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
     )
@@ -219,10 +221,11 @@ def test_quiet_prints_nothing(avss_command, llama_folder, text_file, tmp_path):
 
 
 def test_the_api_takes_model_objects_and_leaves_them_alone(llama_folder: Path, text_file: Path):
-    import avss
     from tests.support.architectures import ARCHITECTURES
     from tests.support.oracles import hook_count, state_copy
     from tests.support.tokenizers import word_tokenizer
+
+    import avss
 
     model, tokenizer = ARCHITECTURES["llama"](), word_tokenizer(adds="bos")
     before = state_copy(model)

@@ -65,12 +65,12 @@ def prose(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quiz(tmp_path_factory):
-    """A file of 24 questions with two to four choices of unequal length."""
+    """A file of 16 questions with two to four choices of unequal length."""
     random = np.random.default_rng(1)
     path = tmp_path_factory.mktemp("quiz") / "quiz.jsonl"
     with path.open("w") as file:
-        for _ in range(24):
-            choices = [sentence(random, random.integers(1, 6)) for _ in range(random.integers(2, 5))]
+        for _ in range(16):
+            choices = [sentence(random, random.integers(1, 5)) for _ in range(random.integers(2, 5))]
             answer = int(random.integers(len(choices)))
             row = {"question": sentence(random, random.integers(2, 12)), "choices": choices, "answer": answer}
             file.write(json.dumps(row) + "\n")

@@ -117,12 +117,11 @@ def test_length_is_counted_in_bytes(causal, tmp_path):
 @pytest.mark.parametrize("head", PLAIN)
 def test_neither_batches_nor_company_nor_order_matter(head, quiz, request, shorter):
     loaded = request.getfixturevalue(head)
-    one, two = shorter(loaded, 1), shorter(loaded, 2)
-    alone = [evaluate_task([model], task(quiz, batch_size=1))[0].measurements for model in (loaded, one, two)]
-    for order in ([loaded, one, two], [loaded, two, one]):
-        together = evaluate_task(order, task(quiz, batch_size=16))
-        for model, result in zip(order, together, strict=True):
-            assert result.measurements == alone[[loaded, one, two].index(model)]
+    models = [loaded, shorter(loaded, 1), shorter(loaded, 2)]
+    alone = [evaluate_task([model], task(quiz, batch_size=3))[0].measurements for model in models]
+    for order in ([0, 1, 2], [0, 2, 1]):
+        together = evaluate_task([models[place] for place in order], task(quiz, batch_size=16))
+        assert [result.measurements for result in together] == [alone[place] for place in order]
 
 
 def test_an_identical_model_flips_nothing(causal, quiz, shorter):

@@ -1,5 +1,6 @@
 """Classification by every head against plain loops, the reading of labels, and solved examples."""
 
+import copy
 import csv
 import dataclasses
 import math
@@ -13,12 +14,11 @@ import torch
 from avss.config import TaskConfig
 from avss.errors import DataError, TaskError
 from avss.evaluate import evaluate_task, retention
-from avss.evaluate.classification import ENCODER_TEMPLATE
 from avss.evaluate.labelled import label_words, match_classifier, read_labelled
 from avss.evaluate.scoring import score_continuations
 from avss.evaluate.shots import Shots
 from avss.models.load import adopt
-from support.architectures import PAD, stored
+from support.architectures import stored
 
 WORDS = ("red", "green", "big blue")
 
@@ -81,13 +81,12 @@ def test_a_classifier_matches_a_loop_without_batches(name, batch_size, classifie
 def test_a_decoder_without_padding_token_goes_one_text_at_a_time(classifier, reviews):
     loaded = adopt(stored("llama-classifier"), classifier.tokenizer)
     expected = evaluate_task([loaded], task(reviews))[0]
-    bare = dataclasses.replace(loaded, model=type(loaded.model)(loaded.model.config).eval())
-    bare.model.load_state_dict(loaded.model.state_dict())
-    try:
-        bare.model.config.pad_token_id = None
-        assert evaluate_task([bare], task(reviews))[0].measurements == expected.measurements
-    finally:
-        loaded.model.config.pad_token_id = PAD
+    config = copy.deepcopy(loaded.model.config)
+    config.pad_token_id = None
+    bare = type(loaded.model)(config).eval()
+    bare.load_state_dict(loaded.model.state_dict())
+    found = evaluate_task([dataclasses.replace(loaded, model=bare)], task(reviews))[0]
+    assert found.samples["loss"] == pytest.approx(expected.samples["loss"], abs=1e-5)
 
 
 def test_an_identical_classifier_keeps_exactly_everything(classifier, reviews, shorter):
@@ -138,13 +137,11 @@ def test_refuses_regression_and_classifiers_that_differ(classifier, reviews, no_
 def test_label_words_are_scored_as_continuations(head, batch_size, reviews, request):
     loaded = request.getfixturevalue(head)
     result = evaluate_task([loaded], word_task(reviews, batch_size=batch_size))[0]
-    for (text, label), predicted, correct in zip(
-        read(reviews), result.predictions["accuracy"], result.samples["accuracy"], strict=True
-    ):
-        pairs = [(f"{text} .", f" {word}") for word in WORDS]
-        scores = [score_continuations([loaded], [pair], batch_size=1)[0][0] for pair in pairs]
-        assert predicted == int(np.argmax(scores))
-        assert correct == (predicted == label)
+    texts, labels = zip(*read(reviews), strict=True)
+    pairs = [(f"{text} .", f" {word}") for text in texts for word in WORDS]
+    scores = score_continuations([loaded], pairs, batch_size=1)[0].reshape(30, 3)
+    assert result.predictions["accuracy"].tolist() == scores.argmax(1).tolist()
+    assert result.samples["accuracy"].tolist() == (scores.argmax(1) == labels).tolist()
     assert result["accuracy"].chance == pytest.approx(1 / 3)
     assert result["accuracy"].task == "classification:reviews"
 
@@ -160,10 +157,9 @@ def test_words_of_one_token_share_a_forward_pass(causal, reviews):
 
 def test_an_encoder_compares_with_a_sentence_for_each_label(encoder, reviews):
     result = evaluate_task([encoder], word_task(reviews))[0]
-    for (text, _), predicted in zip(read(reviews), result.predictions["accuracy"], strict=True):
-        sentences = [ENCODER_TEMPLATE.replace("{label}", word) for word in WORDS]
-        scores = [score_continuations([encoder], [(text, one)], batch_size=1)[0][0] for one in sentences]
-        assert predicted == int(np.argmax(scores))
+    pairs = [(text, f"This text is {word}.") for text, _ in read(reviews) for word in WORDS]
+    scores = score_continuations([encoder], pairs, batch_size=1)[0].reshape(30, 3)
+    assert result.predictions["accuracy"].tolist() == scores.argmax(1).tolist()
 
 
 def test_order_and_limit(causal, reviews, shorter):
@@ -212,9 +208,30 @@ def test_examples_can_come_from_other_data(causal, tmp_path, reviews):
     pool = tmp_path / "pool.jsonl"
     pool.write_text('{"text": "a stone", "label": 2}\n')
     result = evaluate_task([causal], word_task(reviews, shots=1, shots_data=str(pool)))[0]
-    for (text, _), predicted in zip(read(reviews), result.predictions["accuracy"], strict=True):
-        pairs = [(f"a stone . big blue\n\n{text} .", f" {word}") for word in WORDS]
-        assert predicted == int(np.argmax(score_continuations([causal], pairs, batch_size=1)[0]))
+    pairs = [(f"a stone . big blue\n\n{text} .", f" {word}") for text, _ in read(reviews) for word in WORDS]
+    scores = score_continuations([causal], pairs, batch_size=4)[0].reshape(30, 3)
+    assert result.predictions["accuracy"].tolist() == scores.argmax(1).tolist()
+
+
+def test_examples_with_words_for_labels_may_lack_a_label(causal, tmp_path):
+    data = table(tmp_path, "the cat,big", "a dog,red", "the bird,old")
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"text": "a stone", "label": "red"}\n')
+    found = evaluate_task([causal], task(data, template="{text} is", shots=1, shots_data=str(pool)))[0]
+    pairs = [(f"a stone is red\n\n{text} is", f" {word}") for text in ("the cat", "a dog", "the bird")
+             for word in ("big", "old", "red")]  # fmt: skip
+    scores = score_continuations([causal], pairs, batch_size=4)[0].reshape(3, 3)
+    assert found.predictions["accuracy"].tolist() == scores.argmax(1).tolist()
+    assert found.samples["accuracy"].tolist() == (scores.argmax(1) == [0, 2, 1]).tolist()
+
+
+def test_a_column_named_with_the_source_counts(classifier, tmp_path):
+    path = tmp_path / "columns.csv"
+    path.write_text("text,body,label\nthe cat,a dog,1\nthe bird,a fish,0\n")
+    by_source, by_task = task(f"{path}#body"), task(str(path), text_column="body")
+    found, expected = (evaluate_task([classifier], one)[0].samples["loss"] for one in (by_source, by_task))
+    assert found == pytest.approx(expected)
+    assert found != pytest.approx(evaluate_task([classifier], task(str(path)))[0].samples["loss"])
 
 
 def test_examples_are_balanced_seeded_and_never_the_item():

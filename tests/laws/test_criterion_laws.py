@@ -174,17 +174,42 @@ def test_baselines_score_places():
     assert all(len(set(draw)) == 8 and min(draw) >= 0 and max(draw) < 1 for draw in draws)
 
 
+class Summaries(Collected):
+    """Made-up summaries in the place of collected rows."""
+
+    def summarise(self, statistic: AbstractStatistic, **_: Any) -> Any:
+        return self.rows[statistic]
+
+
 @every_reading_criterion
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_is_finite_or_refuses(name, bad):
+def test_scores_are_finite_or_refused_by_name(name, bad):
     criterion = CRITERIA[name]
     for need in criterion.needs:
         for field in FIELDS[type(need)]:
-            summaries = made_up(criterion)
+            summaries: Any = made_up(criterion)
             summaries[need][field][2] = bad
-            with contextlib.suppress(DegenerateStatisticError):
-                assert np.isfinite(criterion.score(evidence(summaries)).values).all(), (need, field)
+            refused = pytest.raises(DegenerateStatisticError, match=f"`{name}` is")
+            used = not np.array_equal(FORMULAS[name](summaries), FORMULAS[name](made_up(criterion)))
+            with refused if used and bad != 0 else contextlib.suppress(DegenerateStatisticError):
+                (scores,) = score_blocks(Summaries(NUM_BLOCKS, summaries), (criterion,))
+                assert np.isfinite(scores.values).all(), (need, field)
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_model_with_a_damaged_weight_is_refused(name):
+    """nan sorts anywhere: a ranking with one in it would be an accident."""
+    model = copy.deepcopy(stored("llama"))
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.fill_(torch.nan)
+    seen = collect(adopt(model), in_batches(ragged_sequences(), 3), CRITERIA[name].needs)
+    if name == "sparsity":  # it counts what is near zero, and nan is not
+        assert np.isfinite(score_blocks(seen, (CRITERIA[name],))[0].values).all()
+        return
+    with pytest.raises(DegenerateStatisticError, match=r"blocks? 2\b"):
+        score_blocks(seen, (CRITERIA[name],))
 
 
 @pytest.mark.parametrize("name", ["avss", "avss-reference", "avss-update"])

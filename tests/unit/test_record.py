@@ -157,7 +157,7 @@ def test_wrong_plan_in_a_record_file_is_refused(tmp_path):
     raw = json.loads(full_record().to_json())
     raw["cuts"][0]["plan"]["removed"] = [9]
     (tmp_path / "record.json").write_text(json.dumps(raw))
-    with pytest.raises((DataError, InvalidPlanError), match="no block `9`|not a run record"):
+    with pytest.raises((DataError, InvalidPlanError), match=r"no block `9`|not a run record"):
         RunRecord.read(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_table_finds_scores_by_name_and_lists_them_by_block():
         "two.rank": 1,
         "two.without_first_token": 4.0,
     }
-    with pytest.raises(KeyError, match="`three` was not scored. Scored: one, two"):
+    with pytest.raises(KeyError, match=r"`three` was not scored\. Scored: one, two"):
         table["three"]
 
 
@@ -235,7 +235,8 @@ def test_record_survives_disk(tmp_path):
         assert again.cuts[0].plan == record.cuts[0].plan
         assert again.scores[0].values[2:] == record.scores[0].values[2:]
         assert math.isnan(again.scores[0].values[1])
-        assert math.isnan(again.dense[0].stderr)
+        # Where a field may be missing, null reads back as missing: there is no number either way.
+        assert again.dense[0].stderr is None
 
 
 def test_record_file_is_plain_json():

@@ -21,7 +21,9 @@ def command(
     from avss import composer
 
     with opt.shown_stages(quiet=quiet or json) as stages, stages("Loading the model"):
-        found = composer.inspect(model, head=head, device=device, revision=revision, trust_remote_code=trust_remote_code)
+        found = composer.inspect(
+            model, head=head, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
     if json:
         raw = {
             **dataclasses.asdict(found),

@@ -14,6 +14,8 @@ All four are here, in one file, so that nobody has to guess which one a table me
 import dataclasses
 from typing import ClassVar, final
 
+import numpy as np
+
 from avss.criteria.base import AVSS_PAPER, AVSS_URL, AbstractCriterion, Evidence, Scored, ratio
 from avss.statistics.base import AbstractStatistic
 from avss.statistics.moments import Moments
@@ -117,11 +119,13 @@ class AvssProduct(AbstractCriterion):
     def score(self, evidence: Evidence) -> Scored:
         variance = evidence.summaries[Moments("output")]["variance"]
         sparsity = evidence.summaries[NearZero("output", self.threshold)]["smoothed_share"]
+        # nansum: a block that is no number must be named itself, not spoil the norm of all.
+        norm = np.full_like(variance, np.nansum(variance) * np.nansum(sparsity))
         normalised = ratio(
             variance * sparsity,
-            variance.sum() * sparsity.sum() + 0 * variance,
+            norm,
             criterion=self.name,
-            remedy="The activations do not vary at all; check the model.",
+            remedy="The activations do not vary at all, or are nan or infinite; check the model.",
         )
         return Scored(normalised, {"variance": variance, "sparsity": sparsity})
 

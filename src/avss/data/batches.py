@@ -147,6 +147,8 @@ def make_batches(
         raise ConfigError(f"`--seq-len {seq_len}` must be at least 2: one token has nothing after it.")
     seq_len = min(seq_len, max_len or seq_len)
     pool = _packed(texts, tokenizer, seq_len) if layout == "packed" else _padded(texts, tokenizer, seq_len)
+    if not pool:
+        raise DataError(f"No text of `{texts.source}` has two tokens. Give longer texts.")
     chosen = np.random.default_rng(seed).permutation(len(pool))[:samples]
     sequences = tuple(pool[index] for index in chosen)
     return Batches(

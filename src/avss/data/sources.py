@@ -134,22 +134,27 @@ def _local_path(source: str) -> Path | None:
         if name not in BUILTIN:
             raise DataError(unknown_name("built-in data", name, BUILTIN))
         return Path(str(resources.files("avss.data").joinpath("builtin", BUILTIN[name])))
+    if not source.strip():
+        raise DataError("The name of the data is empty. Give a file, a folder, a hub data set or `builtin`.")
     path = Path(source).expanduser()
     if path.exists():
         return path
     known = path.suffix.lower() in _TEXT_SUFFIXES | _TABLE_SUFFIXES
-    if known or path.is_absolute() or source.startswith((".", "~")) or not source.strip():
+    if known or path.is_absolute() or source.startswith((".", "~")):
         raise DataError(f"There is no file `{source}`. Give a file, a folder, a hub data set or `builtin`.")
     return None
 
 
 def _read_text_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"`{path}` is not UTF-8 text (byte {error.start}). Convert it to UTF-8 text.") from error
     except OSError as error:
         raise DataError(f"`{path}` cannot be read: {error.strerror}.") from error
+    if "\0" in text:
+        raise DataError(f"`{path}` holds NUL bytes: it is no UTF-8 text. Convert it to UTF-8 text.")
+    return text
 
 
 def _read_table_file(path: Path) -> list[Row]:

@@ -27,7 +27,7 @@ BUILTIN_OF_KIND: dict[str, str] = {
 """The data that come with avss, for each kind of task that reads data."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TaskResult:
     """What one model scored on one task, down to the single item, so that two models can be compared item by item.
 
@@ -135,6 +135,13 @@ def task_name(task: TaskConfig) -> str:
 def data_source(task: TaskConfig) -> str:
     """Where the task's data are: what the user named, or the built-in data of its kind."""
     return BUILTIN_OF_KIND.get(task.kind, task.data) if task.data == "builtin" else task.data
+
+
+def text_column_of(task: TaskConfig) -> str | None:
+    """The column that the user named for the texts: in the task, or with `#column` in the source."""
+    source = data_source(task)
+    _, mark, column = source.rpartition("#")
+    return task.text_column or (column if mark and column and not Path(source).exists() else None)
 
 
 def short_source(task: TaskConfig) -> str:

@@ -7,7 +7,16 @@ import numpy as np
 from avss.config import TaskConfig
 from avss.data.sources import read_table
 from avss.errors import TaskError
-from avss.evaluate.base import OnStep, TaskResult, data_source, draw, measure, need_placeholder, short_source
+from avss.evaluate.base import (
+    OnStep,
+    TaskResult,
+    data_source,
+    draw,
+    measure,
+    need_placeholder,
+    short_source,
+    text_column_of,
+)
 from avss.evaluate.questions import Question, read_questions
 from avss.evaluate.scoring import score_continuations
 from avss.models.load import Loaded
@@ -42,7 +51,9 @@ def evaluate_choice(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep)
         )
     template = need_placeholder(task.template or DEFAULT_TEMPLATE, "{question}")
     rows = read_table(data_source(task))
-    questions = read_questions(rows, short_source(task), text_column=task.text_column, answer_column=task.label_column)
+    questions = read_questions(
+        rows, short_source(task), text_column=text_column_of(task), answer_column=task.label_column
+    )
     questions = [questions[index] for index in draw(len(questions), task.limit, task.seed)]
     is_encoder = models[0].head == "encoder"
     pairs = [_pair(question, choice, template, is_encoder) for question in questions for choice in question.choices]

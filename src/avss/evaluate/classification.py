@@ -11,6 +11,7 @@ from avss.data.batches import pad_id_of
 from avss.data.sources import read_table
 from avss.errors import TaskError
 from avss.evaluate.base import (
+    BUILTIN_OF_KIND,
     OnStep,
     Steps,
     TaskResult,
@@ -20,6 +21,7 @@ from avss.evaluate.base import (
     need_placeholder,
     shared_tokenizer,
     short_source,
+    text_column_of,
 )
 from avss.evaluate.embedding import encode_texts
 from avss.evaluate.labelled import Labelled, label_words, match_classifier, read_labelled
@@ -53,7 +55,7 @@ def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step:
     """
     if models[0].head == "classifier":
         return _by_labels(models, task, on_step)
-    data = _read(task, data_source(task), short_source(task))
+    data = _read(task)
     words = label_words(data, task.labels)
     chosen = draw(len(data.texts), task.limit, task.seed)
     contexts, continuations = _prompts(models[0], task, data, words, chosen)
@@ -63,14 +65,30 @@ def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step:
     return [_result(task, labels, one.reshape(len(chosen), len(words))) for one in scores]
 
 
-def _read(task: TaskConfig, source: str, shown: str) -> Labelled:
+def _read(task: TaskConfig) -> Labelled:
     return read_labelled(
-        read_table(source),
-        shown,
-        text_column=task.text_column,
+        read_table(data_source(task)),
+        short_source(task),
+        text_column=text_column_of(task),
         label_column=task.label_column,
         names=task.labels,
     )
+
+
+def _read_shots(task: TaskConfig, data: Labelled, words: tuple[str, ...]) -> Labelled:
+    """The texts that the solved examples come from, their labels numbered as those of the evaluation data."""
+    if task.shots_data is None:
+        return data
+    source = BUILTIN_OF_KIND[task.kind] if task.shots_data == "builtin" else task.shots_data
+    pool = read_labelled(
+        read_table(source),
+        source,
+        text_column=text_column_of(task),
+        label_column=task.label_column,
+        names=data.names or words,
+    )
+    label_words(pool, words)
+    return pool
 
 
 def _prompts(
@@ -87,13 +105,12 @@ def _prompts(
     asked = [template.replace("{text}", data.texts[index]) for index in chosen]
     if not task.shots:
         return asked, [f" {word}" for word in words]
-    pool = data if task.shots_data is None else _read(task, task.shots_data, task.shots_data)
-    pool_words = words if task.shots_data is None else label_words(pool, words)
+    pool = _read_shots(task, data, words)
     shots = Shots(pool.texts, pool.labels, task.seed)
     contexts = []
     for index, question in zip(chosen, asked, strict=True):
         examples = [
-            f"{template.replace('{text}', pool.texts[shot])} {pool_words[pool.labels[shot]]}"
+            f"{template.replace('{text}', pool.texts[shot])} {words[pool.labels[shot]]}"
             for shot in shots.take(task.shots, exclude=data.texts[index])
         ]
         contexts.append(EXAMPLE_BREAK.join([*examples, question]))
@@ -102,7 +119,7 @@ def _prompts(
 
 def _by_labels(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
     num_labels = _num_labels(models, task)
-    data = _read(task, data_source(task), short_source(task))
+    data = _read(task)
     data = match_classifier(data, num_labels, models[0].model.config.label2id or {}, task.labels)
     chosen = draw(len(data.texts), task.limit, task.seed)
     labels = np.array([data.labels[index] for index in chosen])

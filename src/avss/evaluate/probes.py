@@ -12,8 +12,8 @@ from torch import Tensor
 
 from avss.data.batches import pad
 
-_VALUES_AT_ONCE = 2**24
-"""Logits turned into float32 probabilities at a time: 64 MB, however large the vocabulary."""
+_VALUES_AT_ONCE = 2**22
+"""Logits turned into float32 probabilities at a time: 16 MB, however large the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)

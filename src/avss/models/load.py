@@ -1,6 +1,7 @@
 """Loads a model from a hub id, a folder or a GGUF file, with the head it was made for; saves stock checkpoints."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -194,7 +195,7 @@ def load_model(
         stored = model.dtype
     compute = _compute_dtype(dtype, stored, target)
     if device != "map":
-        model = cast(Any, model).to(device=target, dtype=compute)
+        model = cast(Any, in_dtype(model, compute)).to(target)
     return Loaded(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -377,12 +378,25 @@ def _read_weights(
     if device == "map":
         arguments["device_map"] = "auto"
     try:
-        return model_class.from_pretrained(**arguments)
+        model, info = model_class.from_pretrained(**arguments, output_loading_info=True)
     except Exception as error:
         raise ModelLoadError(
             f"Cannot load the weights of `{location.name}` as `{model_class.__name__}`: {_first_line(error)}. "
             "Only safetensors and GGUF weights are read; is the download whole?"
         ) from error
+    _refuse_missing(model, info, location.name)
+    return model
+
+
+def _refuse_missing(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> None:
+    """A block without its weights would be a random one. A new head over an old body is the user's choice."""
+    stacks = tuple(path for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    lacking = sorted(key for key in info["missing_keys"] if any(key.startswith(f"{path}.") for path in stacks))
+    if lacking:
+        raise ModelLoadError(
+            f"The checkpoint `{name}` lacks {len(lacking)} weights of its blocks, `{lacking[0]}` first: they would be "
+            "random. The config and the weights do not belong together, or a file is missing."
+        )
 
 
 def _read_tokenizer(location: _Location, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -448,21 +462,31 @@ def assemble(
     return model.eval()
 
 
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with its weights in another dtype; the model itself where it has that dtype already.
+
+    Assembled anew rather than converted in place: buffers that the constructor computes (Gemma's embedding scale,
+    rotary frequencies) must have the digits of the new dtype, as they have after a fresh load.
+    """
+    if model.dtype == dtype:
+        return model
+    # One tensor for each storage, so that tied weights stay tied.
+    recast: dict[int, Tensor] = {}
+    state = model.state_dict()
+    for tensor in state.values():
+        if tensor.data_ptr() not in recast:
+            recast[tensor.data_ptr()] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    other = assemble(type(model), config, {name: recast[tensor.data_ptr()] for name, tensor in state.items()})
+    if getattr(model, "generation_config", None) is not None:
+        other.generation_config = model.generation_config
+    return other
+
+
 def save_model(loaded: Loaded, folder: Path) -> None:
     """Writes a stock checkpoint: weights in the stored dtype, config, generation config, tokenizer, companions."""
-    model = loaded.model
-    if model.dtype != loaded.stored_dtype:
-        stored = loaded.stored_dtype
-        # One tensor for each storage, so that tied weights stay tied.
-        narrow: dict[int, Tensor] = {}
-        for tensor in model.state_dict().values():
-            if tensor.data_ptr() not in narrow:
-                narrow[tensor.data_ptr()] = tensor.to(stored) if tensor.is_floating_point() else tensor
-        state = {name: narrow[tensor.data_ptr()] for name, tensor in model.state_dict().items()}
-        generation = getattr(model, "generation_config", None)
-        model = assemble(type(model), model.config, state)
-        if generation is not None:
-            model.generation_config = generation
+    model = in_dtype(loaded.model, loaded.stored_dtype)
     with quiet_transformers():
         model.save_pretrained(folder)
         if loaded.tokenizer is not None:
@@ -479,6 +503,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
     names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
     names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
     for name in names:
-        if (source / name).is_file() and not (folder / name).exists():
+        inside = (source / name).resolve().is_relative_to(source.resolve())
+        if inside and (source / name).is_file() and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((source / name).read_bytes())

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from avss.errors import VerificationError
@@ -32,10 +33,16 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
         VerificationError: A check failed; the message says which, and by how much.
     """
     token_ids, keep = batch
-    with quiet_transformers():
-        loading: Any = type(smaller.model).from_pretrained(
-            folder, dtype=smaller.model.dtype, output_loading_info=True, use_safetensors=True
-        )
+    try:
+        with quiet_transformers():
+            loading: Any = type(smaller.model).from_pretrained(
+                folder, dtype=smaller.model.dtype, output_loading_info=True, use_safetensors=True
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise VerificationError(
+            f"The saved model cannot be loaded again and has been withdrawn: {error}. Nothing was published. Is the "
+            "disk full?"
+        ) from error
     model, info = loading
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     fresh = Loaded(model=model.to(smaller.device).eval(), tokenizer=smaller.tokenizer, head=smaller.head, source=folder)

@@ -103,8 +103,11 @@ class AbstractStatistic(abc.ABC):
         """
 
 
-def total(column: FloatArray, *, first_token: bool) -> float:
-    """Sum of an additive column over sequences, with or without the first tokens."""
+def total(rows: Rows, name: str, *, first_token: bool) -> float:
+    """Sum of an additive column over sequences, with or without the first tokens; 0 where nothing was seen."""
+    if not rows.columns:
+        return 0.0
+    column = rows.columns[name]
     return float(column.sum() if first_token else column[:, 1].sum())
 
 

@@ -33,9 +33,9 @@ class CosineSimilarity(AbstractStatistic):
         return {"cosine": seen.by_part(cosine.clamp(-1, 1)), "tokens": seen.num_tokens}
 
     def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
-        tokens = total(rows.columns["tokens"], first_token=first_token)
+        tokens = total(rows, "tokens", first_token=first_token)
         require(tokens, "cosine between a block's input and output")
-        return {"cosine": total(rows.columns["cosine"], first_token=first_token) / tokens}
+        return {"cosine": total(rows, "cosine", first_token=first_token) / tokens}
 
 
 @final
@@ -55,6 +55,6 @@ class RelativeUpdate(AbstractStatistic):
         return {"ratio": seen.by_part(ratio.where(has_input, zero)), "tokens": seen.by_part(has_input.double())}
 
     def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
-        tokens = total(rows.columns["tokens"], first_token=first_token)
+        tokens = total(rows, "tokens", first_token=first_token)
         require(tokens, "relative length of a block's update")
-        return {"ratio": total(rows.columns["ratio"], first_token=first_token) / tokens}
+        return {"ratio": total(rows, "ratio", first_token=first_token) / tokens}

@@ -46,6 +46,7 @@ class Moments(AbstractStatistic):
         return {"count": tokens * hidden.width, "mean": mean, "m2": m2}
 
     def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
+        require(rows.num_sequences, "variance of activations")
         start = 0 if first_token else 1
         count, mean, m2 = (rows.columns[name][:, start:] for name in ("count", "mean", "m2"))
         num = float(count.sum())

@@ -36,8 +36,8 @@ class NearZero(AbstractStatistic):
         return {"below": seen.by_part(below), "count": seen.num_tokens * hidden.width}
 
     def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
-        below = total(rows.columns["below"], first_token=first_token)
-        count = total(rows.columns["count"], first_token=first_token)
+        below = total(rows, "below", first_token=first_token)
+        count = total(rows, "count", first_token=first_token)
         require(count, "share of near-zero activations")
         # Laplace's rule: never exactly zero or one, so a ratio with it stays finite; no effect on large counts.
         return {"below": below, "count": count, "share": below / count, "smoothed_share": (below + 1) / (count + 2)}

@@ -1,0 +1,61 @@
+"""The real hub code without a network: a hub cache on disk, read by a process that is told to stay offline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CODE = "import sys; sys.argv[0] = 'avss'; from avss.cli.main import main; main()"
+
+
+def cached(root: Path, kind: str, owner: str, name: str, files: dict[str, bytes]) -> None:
+    """Lays out a repository as `huggingface_hub` caches it."""
+    repository = root / f"{kind}--{owner}--{name}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    for file, content in files.items():
+        path = repository / "snapshots" / COMMIT / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def offline(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CODE, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_hub_id_and_a_revision_load_from_the_cache(tmp_path: Path, llama_folder: Path):
+    cached(tmp_path, "models", "acme", "tiny", {path.name: path.read_bytes() for path in llama_folder.iterdir()})
+    for extra in ((), ("--revision", "main"), ("--revision", COMMIT)):
+        done = offline(tmp_path, "inspect", "acme/tiny", "--json", "--quiet", *extra)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"]["source"] == "acme/tiny"
+
+
+def test_a_hub_id_can_be_pruned_and_its_card_names_it(tmp_path: Path, llama_folder: Path):
+    cached(tmp_path, "models", "acme", "tiny", {path.name: path.read_bytes() for path in llama_folder.iterdir()})
+    done = offline(tmp_path, "prune", "acme/tiny", "--blocks", "1", "--out", str(tmp_path / "out"), "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert 'base_model: "acme/tiny"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_id_that_is_not_cached_is_one_sentence(tmp_path: Path):
+    done = offline(tmp_path, "inspect", "acme/absent", "--quiet")
+    assert done.returncode == 2
+    assert done.stderr.startswith("avss: Cannot read the config of `acme/absent`")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_one_sentence(tmp_path: Path, llama_folder: Path):
+    done = offline(tmp_path, "score", str(llama_folder), "--data", "acme/corpus:small@test#text", "--quiet")
+    assert done.returncode == 2
+    assert "The data set `acme/corpus` cannot be read" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,60 @@
+"""Every `avss` line and every Python block of the README runs, on a tiny model in place of the named one."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def blocks(language: str) -> list[str]:
+    return [body for found, body in BLOCK.findall(README.read_text(encoding="utf-8")) if found == language]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, llama_folder, text_file, choice_file, review_file) -> Path:
+    """A folder with the files that the README names."""
+    for name, file in {"text.txt": text_file, "questions.jsonl": choice_file, "reviews.csv": review_file}.items():
+        (tmp_path / name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("avss ")]
+
+
+def test_the_readme_shows_every_verb():
+    shown = {line[0] for line in commands()}
+    assert {"run", "score", "prune", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
+    assert len(commands()) >= 6
+
+
+def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder):
+    small = {"score": ("--samples", "4", "--seq-len", "16"), "prune": ("--samples", "4", "--seq-len", "16")}
+    small["run"] = ("--samples", "4", "--seq-len", "16", "--limit", "4")
+    small["evaluate"] = ("--seq-len", "16", "--limit", "4")
+    for line in commands():
+        if line[0] == "demo":  # minutes on the real model: `make demo`
+            continue
+        arguments = [str(llama_folder) if word == MODEL else word for word in line]
+        answer = avss_command(*arguments, *small.get(line[0], ()))
+        assert answer.code == 0, (line, answer.err)
+
+
+def test_every_python_block_of_the_readme_runs(workplace, llama_folder):
+    for body in blocks("python"):
+        code = body.replace(MODEL, str(llama_folder)).replace("samples=64", "samples=4, seq_len=16")
+        exec(compile(code, "README", "exec"), {})
+
+
+def test_the_make_targets_of_the_readme_exist():
+    makefile = (README.parent / "Makefile").read_text()
+    for line in "\n".join(blocks("sh")).splitlines():
+        if line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE), line
