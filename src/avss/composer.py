@@ -30,7 +30,7 @@ from avss.errors import (
     OutputExistsError,
     UnsupportedArchitectureError,
 )
-from avss.evaluate import TaskResult, evaluate_task, retention
+from avss.evaluation import TaskResult, evaluate_task, retention
 from avss.models.forward import can_generate, generate
 from avss.models.load import Loaded, adopt, load_model, save_model
 from avss.models.rewrite import config_changes, rewrite_config

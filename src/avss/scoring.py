@@ -92,8 +92,8 @@ def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, cou
         if lowest == list(range(count)) and depth >= DEPTH_CORRELATION:
             warnings.append(
                 f"`{one.criterion}` ranks these blocks by depth (Spearman {depth:+.2f} with the index): its lowest "
-                f"{count} are the first {count}. Removing the first blocks usually destroys a model; measure before you "
-                "cut."
+                f"{count} are the first {count}. Removing the first blocks usually destroys a model; measure before "
+                "you cut."
             )
         if one.without_first_token is not None:
             without = one.model_copy(update={"values": one.without_first_token})

@@ -21,19 +21,23 @@ def test_the_folder_appears_only_at_the_end(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_error_leaves_nothing_behind(tmp_path: Path):
-    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
+def fail_halfway(out: Path) -> None:
+    with fresh_folder(out, force=True) as folder:
+        (folder / "record.json").write_text("new")
         raise RuntimeError
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path):
+    with pytest.raises(RuntimeError):
+        fail_halfway(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_while_replacing_keeps_the_old(tmp_path: Path):
     with fresh_folder(tmp_path / "out") as folder:
         (folder / "record.json").write_text("old")
-    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "out", force=True) as folder:
-        (folder / "record.json").write_text("new")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_halfway(tmp_path / "out")
     assert (tmp_path / "out" / "record.json").read_text() == "old"
 
 

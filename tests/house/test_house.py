@@ -25,15 +25,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "compensate",
         "cut",
         "damage",
-        "evaluate",
         "evaluation",
         "heal",
         "output",
         "plan",
         "progress",
-        "report",
         "reporting",
-        "score",
         "scoring",
         "search",
     ),
@@ -45,13 +42,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 NEIGHBOURS = frozenset({("criteria", "statistics")})
 """Imports within a level that are allowed."""
 
-NOTEBOOK = ("record", ("report.notebook", "reporting.notebook"))
+NOTEBOOK = ("record", "reporting.notebook")
 """The one import that points up (docs/decisions): a value shows itself. Inside a method only."""
 
-TRANSFORMERS_ROOMS = frozenset({"models", "heal", "evaluate", "evaluation"})
+TRANSFORMERS_ROOMS = frozenset({"models", "heal", "evaluation"})
 """Rooms that may import transformers."""
 
-LIGHT_ROOMS = ("errors", "record", "config", "plan", "criteria", "score", "scoring", "report", "reporting", "progress")
+LIGHT_ROOMS = ("errors", "record", "config", "plan", "criteria", "scoring", "reporting", "progress")
 """Rooms that open without torch and transformers, with everything in them."""
 
 Import = tuple[str, str, bool]
@@ -149,7 +146,7 @@ def test_imports_point_down():
     [
         ("errors", "from avss.record import Plan"),
         ("record", "from avss.statistics import Moments"),
-        ("record", "from avss.report.notebook import scores_html"),
+        ("record", "from avss.reporting.notebook import scores_html"),
         ("statistics.base", "from avss.criteria import CRITERIA"),
         ("data.batches", "import avss.models.load"),
         ("collect", "from avss.cut import cut"),
@@ -165,7 +162,7 @@ def test_a_wrong_import_would_be_noticed(importer, line):
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("record", "def f():\n    from avss.report.notebook import scores_html"),
+        ("record", "def f():\n    from avss.reporting.notebook import scores_html"),
         ("criteria.avss", "from avss.statistics.moments import Moments"),
         ("collect", "from avss.models.load import Loaded"),
         ("statistics.base", "if TYPE_CHECKING:\n    from avss.cli import main"),

@@ -36,7 +36,7 @@ def find_demo_model() -> Path:
 def command(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("demo"),
     samples: Annotated[int, typer.Option(help="Calibration sequences of 512 tokens.")] = 16,
-    limit: Annotated[int, typer.Option(help="Windows or items per task.")] = 100,
+    limit: Annotated[int, typer.Option(help="Items per task.")] = 60,
     force: opt.Force = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -52,7 +52,7 @@ def command(
         plan=PlanConfig(criterion="block-influence", fraction=0.25),
         compare=("avss",),
         tasks=(
-            TaskConfig(kind="perplexity", limit=limit, batch_size=4),
+            TaskConfig(kind="perplexity", batch_size=4),
             TaskConfig(kind="choice", limit=limit),
             TaskConfig(kind="classification", limit=limit),
             TaskConfig(kind="speed", batch_size=4),

@@ -7,8 +7,8 @@ import numpy as np
 from avss.config import TaskConfig
 from avss.data.sources import read_texts
 from avss.errors import DataError
-from avss.evaluate.base import OnStep, TaskResult, data_source, draw, measure, short_source
-from avss.evaluate.embedding import cosine, embed, encode_texts
+from avss.evaluation.base import OnStep, TaskResult, data_source, draw, measure, short_source
+from avss.evaluation.embedding import cosine, embed, encode_texts
 from avss.models.load import Loaded
 
 _ROWS_AT_ONCE = 1024

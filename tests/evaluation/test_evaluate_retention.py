@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from avss.config import TaskConfig
 from avss.errors import ConfigError
-from avss.evaluate import TASKS, TaskResult, mean_chance_corrected, mean_retention, retention
-from avss.evaluate.base import data_source, draw, measure, short_source, standard_error, task_name
-from avss.record import Measurement, Retention
+from avss.evaluation import TASKS, TaskResult, retention
+from avss.evaluation.base import data_source, draw, measure, short_source, standard_error, task_name
+from avss.record import Measurement
 
 TASK = TaskConfig(kind="choice", name="quiz")
 
@@ -121,25 +121,6 @@ def test_comparisons_with_the_dense_model_are_left_out():
     x = np.array([1.0, 0.5])
     cosine = TaskResult((measure(TASK, "cosine", x, higher_is_better=True),), {"cosine": x})
     assert retention(cosine, cosine) == ()
-
-
-def entry(task, metric, ratio, corrected=None):
-    return Retention(task=task, metric=metric, dense=1, value=ratio, ratio=ratio, chance_corrected=corrected)
-
-
-def test_mean_counts_each_task_once_by_plain_accuracy():
-    entries = (
-        entry("perplexity", "perplexity", 2.0),
-        entry("perplexity", "loss", 1.3),
-        entry("choice", "accuracy", 0.9, 0.8),
-        entry("choice", "accuracy_norm", 0.1, 0.1),
-        entry("classification", "accuracy", 0.7, 0.2),
-    )
-    assert mean_retention(entries) == pytest.approx(0.8)
-    assert mean_chance_corrected(entries) == pytest.approx(0.5)
-    assert mean_chance_corrected((*entries, entry("hard", "accuracy", 1.0))) is None
-    assert mean_retention(entries[:2]) is mean_chance_corrected(entries[:2]) is None
-    assert mean_retention(()) is None
 
 
 # --- what the tasks share ---

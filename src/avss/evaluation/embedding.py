@@ -12,8 +12,8 @@ from torch import Tensor
 
 from avss.data.batches import pad_id_of
 from avss.errors import DataError, TaskError
-from avss.evaluate.base import OnStep, Steps, max_len, shared_tokenizer
-from avss.evaluate.probes import in_batches, num_batches
+from avss.evaluation.base import OnStep, Steps, max_len, shared_tokenizer
+from avss.evaluation.probes import in_batches, num_batches
 from avss.models.forward import run_body
 from avss.models.load import Loaded
 

@@ -1,18 +1,14 @@
 """How much of the dense model's result a smaller model keeps, and how sure that is."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
-from avss.evaluate.base import TaskResult, standard_error
+from avss.evaluation.base import TaskResult, standard_error
 from avss.record import Measurement, Retention
 
 RELATIVE_METRICS = frozenset({"kl", "top1_agreement", "cosine", "neighbour_agreement"})
 """Metrics that compare with the dense model already; their value is the answer."""
-
-MEAN_METRIC = "accuracy"
-"""The metric by which a task counts in the mean over tasks."""
 
 
 def retention(dense: TaskResult, other: TaskResult) -> tuple[Retention, ...]:
@@ -43,26 +39,6 @@ def retention(dense: TaskResult, other: TaskResult) -> tuple[Retention, ...]:
         for after in other.measurements
         if after.metric in measured and after.metric not in RELATIVE_METRICS
     )
-
-
-def mean_retention(retentions: Sequence[Retention]) -> float | None:
-    """The mean over tasks of the share of accuracy kept, `ratio`. Each task counts once.
-
-    The mean of ratios, not the ratio of means (as LinearPatch and Prune&Comp report it): a hard task counts as much as
-    an easy one. A task counts by its plain `accuracy`, which every task with right answers has; not by `accuracy_norm`.
-    None where there is no such task.
-    """
-    return _mean([entry.ratio for entry in retentions if entry.metric == MEAN_METRIC])
-
-
-def mean_chance_corrected(retentions: Sequence[Retention]) -> float | None:
-    """The mean over the same tasks of the chance-corrected share. None unless every one of them has such a share."""
-    return _mean([entry.chance_corrected for entry in retentions if entry.metric == MEAN_METRIC])
-
-
-def _mean(shares: Sequence[float | None]) -> float | None:
-    known = [share for share in shares if share is not None and math.isfinite(share)]
-    return math.fsum(known) / len(known) if known and len(known) == len(shares) else None
 
 
 def _retention(dense: TaskResult, other: TaskResult, before: Measurement, after: Measurement) -> Retention:

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from avss.config import TaskConfig
 from avss.errors import DataError, TaskError
-from avss.evaluate import evaluate_task, retention
-from avss.evaluate.questions import read_questions
-from avss.evaluate.scoring import score_continuations
+from avss.evaluation import evaluate_task, retention
+from avss.evaluation.questions import read_questions
+from avss.evaluation.scoring import score_continuations
 
 TEMPLATE = "the cat hears {question} ?"
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from avss.data.sources import TEXT_COLUMNS, Row
 from avss.errors import DataError, TaskError
-from avss.evaluate.base import find_column
+from avss.evaluation.base import find_column
 
 LABEL_COLUMNS = ("label", "labels", "class", "sentiment", "target")
 

@@ -10,9 +10,9 @@ import torch
 from avss.config import TaskConfig
 from avss.data.sources import read_texts
 from avss.errors import DataError, TaskError
-from avss.evaluate import evaluate_task, retention
-from avss.evaluate.embedding import cosine
-from avss.evaluate.similarity import nearest
+from avss.evaluation import evaluate_task, retention
+from avss.evaluation.embedding import cosine
+from avss.evaluation.similarity import nearest
 from avss.models.load import adopt
 from support.architectures import stored
 

@@ -7,8 +7,8 @@ import pytest
 from transformers import LlamaForSequenceClassification
 
 from avss.config import TaskConfig
-from avss.evaluate import evaluate_task, retention, speed
-from avss.evaluate.base import Steps
+from avss.evaluation import evaluate_task, retention, speed
+from avss.evaluation.base import Steps
 from avss.models.load import adopt
 from support.architectures import stored
 

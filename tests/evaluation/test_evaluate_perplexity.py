@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from avss.config import TaskConfig
 from avss.errors import DataError, TaskError
-from avss.evaluate import evaluate_task, probes, retention
-from avss.evaluate.base import draw
-from avss.evaluate.perplexity import masked_places
-from avss.evaluate.probes import Probe, divergence
+from avss.evaluation import evaluate_task, probes, retention
+from avss.evaluation.base import draw
+from avss.evaluation.perplexity import masked_places
+from avss.evaluation.probes import Probe, divergence
 
 
 def task(prose, **settings):

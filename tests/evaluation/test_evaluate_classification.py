@@ -13,10 +13,10 @@ import torch
 
 from avss.config import TaskConfig
 from avss.errors import DataError, TaskError
-from avss.evaluate import evaluate_task, retention
-from avss.evaluate.labelled import label_words, match_classifier, read_labelled
-from avss.evaluate.scoring import score_continuations
-from avss.evaluate.shots import Shots
+from avss.evaluation import evaluate_task, retention
+from avss.evaluation.labelled import label_words, match_classifier, read_labelled
+from avss.evaluation.scoring import score_continuations
+from avss.evaluation.shots import Shots
 from avss.models.load import adopt
 from support.architectures import stored
 

@@ -12,7 +12,7 @@ from avss.config import TaskConfig
 from avss.data.batches import DOCUMENT_BREAK, pad, pad_id_of, windows
 from avss.data.sources import read_texts
 from avss.errors import DataError, TaskError
-from avss.evaluate.base import (
+from avss.evaluation.base import (
     OnStep,
     Steps,
     TaskResult,
@@ -24,8 +24,8 @@ from avss.evaluate.base import (
     short_source,
     task_name,
 )
-from avss.evaluate.probes import Probe, divergence, hidden_tokens, log_likelihood, next_tokens, num_batches
-from avss.evaluate.scoring import mask_id_of, special_frame
+from avss.evaluation.probes import Probe, divergence, hidden_tokens, log_likelihood, next_tokens, num_batches
+from avss.evaluation.scoring import mask_id_of, special_frame
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded
 from avss.record import Measurement

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avss.config import TaskConfig
-from avss.evaluate.base import OnStep, Steps, TaskResult, max_len, task_name
+from avss.evaluation.base import OnStep, Steps, TaskResult, max_len, task_name
 from avss.models.forward import run_body, run_outputs
 from avss.models.load import Loaded
 from avss.record import Measurement

@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 
 from avss.config import TaskConfig, TaskKind
 from avss.errors import TaskError
-from avss.evaluate.base import OnStep, TaskResult
-from avss.evaluate.choice import evaluate_choice
-from avss.evaluate.classification import evaluate_classification
-from avss.evaluate.perplexity import evaluate_perplexity
-from avss.evaluate.retention import mean_chance_corrected, mean_retention, retention
-from avss.evaluate.similarity import evaluate_similarity
-from avss.evaluate.speed import evaluate_speed
+from avss.evaluation.base import OnStep, TaskResult
+from avss.evaluation.choice import evaluate_choice
+from avss.evaluation.classification import evaluate_classification
+from avss.evaluation.perplexity import evaluate_perplexity
+from avss.evaluation.retention import retention
+from avss.evaluation.similarity import evaluate_similarity
+from avss.evaluation.speed import evaluate_speed
 from avss.models.load import Loaded
 
-__all__ = ["TASKS", "TaskResult", "evaluate_task", "mean_chance_corrected", "mean_retention", "retention"]
+__all__ = ["TASKS", "TaskResult", "evaluate_task", "retention"]
 
 Runner = Callable[[Sequence[Loaded], TaskConfig, OnStep], list[TaskResult]]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from avss.data.sources import Row
 from avss.errors import DataError
-from avss.evaluate.base import find_column
+from avss.evaluation.base import find_column
 
 QUESTION_COLUMNS = ("question", "query", "goal", "ctx", "question_stem", "prompt", "text")
 CHOICES_COLUMNS = ("choices", "options", "endings")

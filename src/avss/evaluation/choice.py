@@ -7,7 +7,7 @@ import numpy as np
 from avss.config import TaskConfig
 from avss.data.sources import read_table
 from avss.errors import TaskError
-from avss.evaluate.base import (
+from avss.evaluation.base import (
     OnStep,
     TaskResult,
     data_source,
@@ -17,8 +17,8 @@ from avss.evaluate.base import (
     short_source,
     text_column_of,
 )
-from avss.evaluate.questions import Question, read_questions
-from avss.evaluate.scoring import score_continuations
+from avss.evaluation.questions import Question, read_questions
+from avss.evaluation.scoring import score_continuations
 from avss.models.load import Loaded
 
 DEFAULT_TEMPLATE = "Question: {question}\nAnswer:"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from avss.data.batches import leading_ids, pad_id_of, tokenise
 from avss.errors import TaskError
-from avss.evaluate.base import OnStep, Steps, max_len, shared_tokenizer
-from avss.evaluate.embedding import cosine, embed, encode_texts
-from avss.evaluate.probes import Probe, hidden_tokens, in_batches, log_likelihood, next_tokens, num_batches
+from avss.evaluation.base import OnStep, Steps, max_len, shared_tokenizer
+from avss.evaluation.embedding import cosine, embed, encode_texts
+from avss.evaluation.probes import Probe, hidden_tokens, in_batches, log_likelihood, next_tokens, num_batches
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded
 

@@ -10,7 +10,7 @@ from avss.config import TaskConfig
 from avss.data.batches import pad_id_of
 from avss.data.sources import read_table
 from avss.errors import TaskError
-from avss.evaluate.base import (
+from avss.evaluation.base import (
     BUILTIN_OF_KIND,
     OnStep,
     Steps,
@@ -23,11 +23,11 @@ from avss.evaluate.base import (
     short_source,
     text_column_of,
 )
-from avss.evaluate.embedding import encode_texts
-from avss.evaluate.labelled import Labelled, label_words, match_classifier, read_labelled
-from avss.evaluate.probes import in_batches, num_batches
-from avss.evaluate.scoring import score_continuations
-from avss.evaluate.shots import Shots
+from avss.evaluation.embedding import encode_texts
+from avss.evaluation.labelled import Labelled, label_words, match_classifier, read_labelled
+from avss.evaluation.probes import in_batches, num_batches
+from avss.evaluation.scoring import score_continuations
+from avss.evaluation.shots import Shots
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded
 
