@@ -53,8 +53,8 @@ AnyModel = Union[str, Path, "PreTrainedModel", Loaded]
 """A hub id, a folder, a GGUF file, a transformers model object, or what `load` returned."""
 
 DEFAULT_CRITERIA = ("avss", "avss-product", "avss-update", "block-influence", "update-norm")
-WRECKED = 3.0
-"""Perplexity ratio from which a cut is called unusable without repair."""
+COSTLY, WRECKED = 1.5, 10.0
+"""Perplexity ratios from which a cut is said to need repair, and to be a wreck."""
 
 _CONTINUATION_TOKENS = 32
 DEFAULT_PROMPTS = ("The three states of matter are", "Once upon a time, in a small village by the sea,")
@@ -607,12 +607,16 @@ def _measured(cuts: tuple[Cut, ...], results: list[list[TaskResult]]) -> tuple[C
 
 def _wreck_warnings(cuts: tuple[Cut, ...]) -> tuple[str, ...]:
     return tuple(
-        f"The cut by `{one.name}` (blocks {one.plan.describe()}) wrecks the model: perplexity {kept.dense:,.1f} -> "
-        f"{kept.value:,.1f}, {kept.ratio:,.1f} times. Do not use it as it is."
+        f"The cut by `{one.name}` (blocks {one.plan.describe()}) {_harm(kept.ratio)}: perplexity {kept.dense:,.1f} -> "
+        f"{kept.value:,.1f}, {kept.ratio:,.1f} times."
         for one in cuts
         for kept in one.retention
-        if kept.metric.endswith("perplexity") and kept.ratio >= WRECKED
+        if kept.metric.endswith("perplexity") and kept.ratio >= COSTLY
     )
+
+
+def _harm(ratio: float) -> str:
+    return "wrecks the model" if ratio >= WRECKED else "costs too much to be used as it is"
 
 
 def _continuations(loaded: Loaded, prompts: tuple[str, ...]) -> tuple[str, ...]:

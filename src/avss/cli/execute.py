@@ -8,6 +8,7 @@ import typer
 from avss.cli import options as opt
 from avss.config import RunConfig, TaskConfig, build, read_toml
 from avss.errors import ConfigError
+from avss.record import RunRecord
 
 
 def merge_flags(
@@ -37,7 +38,7 @@ def merge_flags(
     return build(RunConfig, raw)
 
 
-def execute(config: RunConfig, *, command: str, as_json: bool, quiet: bool) -> None:
+def execute(config: RunConfig, *, command: str, as_json: bool, quiet: bool) -> RunRecord:
     """Runs it, prints the tables, and says where everything is."""
     from avss import composer
 
@@ -45,9 +46,9 @@ def execute(config: RunConfig, *, command: str, as_json: bool, quiet: bool) -> N
         record = composer.run(config, command=command, stages=stages)
     if as_json:
         typer.echo(record.to_json())
-        return
+        return record
     if quiet:
-        return
+        return record
     from avss.cli.show import show_path
     from avss.cli.summary import show_record
 
@@ -55,3 +56,4 @@ def execute(config: RunConfig, *, command: str, as_json: bool, quiet: bool) -> N
     out = Path(config.out)
     show_path("Smaller model", out / "model")
     show_path("Report", out / "report.html")
+    return record

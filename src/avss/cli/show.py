@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +20,10 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def show_warnings(warnings: tuple[str, ...]) -> None:
     """One paragraph a warning."""
     for warning in warnings:
@@ -28,18 +33,18 @@ def show_warnings(warnings: tuple[str, ...]) -> None:
 def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
     """Blocks by criteria; the blocks a plan removes are marked, the lowest quarter of each criterion is red."""
     console = _console()
-    grid = Table(title="Scores (higher = keep; red = the lowest quarter)", title_justify="left")
+    grid = _table("Scores (higher = keep; red = the lowest quarter of a criterion)")
     grid.add_column("block", justify="right")
     for scores in table.scores:
-        grid.add_column(scores.criterion, justify="right")
+        grid.add_column(scores.criterion.replace("-", "-\n"), justify="right", no_wrap=True)
     for plan in plans:
-        grid.add_column(f"cut by\n{plan.method}", justify="center")
+        grid.add_column("cut by\n" + plan.method.replace("-", "-\n"), justify="center", no_wrap=True)
     lowest = max(1, round(table.num_blocks / 4))
     ranks = [scores.ranks() for scores in table.scores]
     for block in range(min(table.num_blocks, _MAX_BLOCKS_ON_SCREEN)):
         cells = []
         for scores, places in zip(table.scores, ranks, strict=True):
-            text = f"{scores.values[block]:.4g}"
+            text = f"{scores.values[block]:.3g}"
             cells.append(f"[red]{text}[/red]" if places[block] < lowest else text)
         marks = ["[red]x[/red]" if block in plan.removed else "" for plan in plans]
         grid.add_row(str(block), *cells, *marks)
@@ -68,7 +73,7 @@ def show_results(record: RunRecord) -> None:
     rows = comparison_rows(record)
     if not rows:
         return
-    grid = Table(title="Results (± standard error; in brackets: against the dense model)", title_justify="left")
+    grid = _table("Results (± standard error; in brackets: against the dense model)")
     grid.add_column("task")
     grid.add_column("dense" if record.cuts else "value", justify="right")
     for label, cut in zip(cut_labels(record.cuts), record.cuts, strict=True):

@@ -73,7 +73,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """Where token ids must be."""
-        return self.model.get_input_embeddings().weight.device
+        return cast(Tensor, self.model.get_input_embeddings().weight).device
 
     @property
     def vocabulary(self) -> int:
