@@ -105,10 +105,7 @@ def show_inspection(inspection: "Inspection") -> None:
     if inspection.refusal:
         console.print(f"[yellow]It can be scored and evaluated, not cut.[/yellow] {escape(inspection.refusal)}")
         return
-    grid = Table(
-        title=f"Config fields a cut changes (shown for removing block {inspection.example.describe()})",
-        title_justify="left",
-    )
+    grid = _table(f"Config fields a cut changes (shown for removing block {inspection.example.describe()})")
     for column in ("field", "before", "after"):
         grid.add_column(column, overflow="fold")
     for change in inspection.changes:
