@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.architectures import ARCHITECTURES
-from tests.support.tokenizers import WORDS, word_tokenizer
 
 from avss.cli.main import main
+from tests.support.architectures import ARCHITECTURES
+from tests.support.tokenizers import WORDS, word_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,11 +221,10 @@ def test_quiet_prints_nothing(avss_command, llama_folder, text_file, tmp_path):
 
 
 def test_the_api_takes_model_objects_and_leaves_them_alone(llama_folder: Path, text_file: Path):
+    import avss
     from tests.support.architectures import ARCHITECTURES
     from tests.support.oracles import hook_count, state_copy
     from tests.support.tokenizers import word_tokenizer
-
-    import avss
 
     model, tokenizer = ARCHITECTURES["llama"](), word_tokenizer(adds="bos")
     before = state_copy(model)

@@ -9,8 +9,8 @@ import torch
 from avss.cut import cut
 from avss.models.load import adopt
 from avss.record import Plan
-from support.architectures import stored
-from support.tokenizers import WORDS, word_tokenizer
+from tests.support.architectures import stored
+from tests.support.tokenizers import WORDS, word_tokenizer
 
 ADDS = {"causal": "bos", "masked": "cls", "encoder": "cls", "classifier": "cls"}
 NAMES = {"causal": "llama", "masked": "bert-masked", "encoder": "bert", "classifier": "distilbert-classifier"}

@@ -18,7 +18,7 @@ from avss.evaluation.labelled import label_words, match_classifier, read_labelle
 from avss.evaluation.scoring import score_continuations
 from avss.evaluation.shots import Shots
 from avss.models.load import adopt
-from support.architectures import stored
+from tests.support.architectures import stored
 
 WORDS = ("red", "green", "big blue")
 

@@ -14,7 +14,7 @@ from avss.evaluation import evaluate_task, retention
 from avss.evaluation.embedding import cosine
 from avss.evaluation.similarity import nearest
 from avss.models.load import adopt
-from support.architectures import stored
+from tests.support.architectures import stored
 
 
 def task(prose, **settings):

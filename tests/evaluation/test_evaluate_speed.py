@@ -10,7 +10,7 @@ from avss.config import TaskConfig
 from avss.evaluation import evaluate_task, retention, speed
 from avss.evaluation.base import Steps
 from avss.models.load import adopt
-from support.architectures import stored
+from tests.support.architectures import stored
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from avss.models.stack import bypassed, find_stack, hooked
 from avss.models.verify import verify
 from avss.record import Plan
 from avss.statistics import Moments
-from support.architectures import ARCHITECTURES, FULL, MIXED_5, SLIDING, build, gpt2, stored, token_batch
-from support.oracles import (
+from tests.support.architectures import ARCHITECTURES, FULL, MIXED_5, SLIDING, build, gpt2, stored, token_batch
+from tests.support.oracles import (
     auto_class_name,
     hook_count,
     is_causal,

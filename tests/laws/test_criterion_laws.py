@@ -28,9 +28,9 @@ from avss.statistics import (
     RelativeUpdate,
 )
 from avss.statistics.collected import Collected
-from support.architectures import VOCAB, stored
-from support.fakes import adding
-from support.observations import Batch, observe, oracle, random_batch
+from tests.support.architectures import VOCAB, stored
+from tests.support.fakes import adding
+from tests.support.observations import Batch, observe, oracle, random_batch
 
 POSITIONAL = ("first", "last", "random")
 """Baselines: they score places, not blocks."""

@@ -24,7 +24,7 @@ from avss.statistics import (
 )
 from avss.statistics.collected import Collected
 from avss.statistics.observation import Hidden, Observation
-from support.observations import Batch, observe, oracle, random_batch
+from tests.support.observations import Batch, observe, oracle, random_batch
 
 SETTINGS: tuple[AbstractStatistic, ...] = (
     CosineSimilarity(),

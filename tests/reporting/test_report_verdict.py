@@ -43,6 +43,21 @@ def test_sentences_say_what_went_what_it_did_and_what_is_left(record):
     assert "nothing to verify" in published
 
 
+@pytest.mark.parametrize(
+    ("ratio", "stderr", "says"),
+    [
+        (0.93, 0.01, "above the 90 %"),
+        (0.87, 0.01, "below the 90 %"),
+        (0.93, 0.02, "too uncertain"),
+        (0.87, None, "below"),
+    ],
+)
+def test_the_promise_is_judged_only_where_two_standard_errors_allow_it(record, ratio, stderr, says):
+    entry = Retention(task="choice", metric="accuracy", dense=1.0, value=ratio, ratio=ratio, ratio_stderr=stderr)
+    only = record.cuts[0].model_copy(update={"retention": (entry,)})
+    assert says in " ".join(verdict.sentences(record.model_copy(update={"cuts": (only,)})))
+
+
 def test_a_failed_verification_is_said_aloud(record):
     cut = record.cuts[0]
     proof = cut.verification.model_copy(update={"max_diff_bypass": 0.5})

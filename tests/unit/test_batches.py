@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from avss.data.batches import content_hash, leading_ids, make_batches, need_tokenizer, pad, pad_id_of, windows
 from avss.data.sources import Texts
 from avss.errors import ConfigError, DataError
-from support.tokenizers import VOCABULARY, WORDS, word_tokenizer
+from tests.support.tokenizers import VOCABULARY, WORDS, word_tokenizer
 
 PLAIN, WITH_BOS, WITH_CLS = word_tokenizer(), word_tokenizer(adds="bos"), word_tokenizer(adds="cls")
 BOS = VOCABULARY["[BOS]"]

@@ -17,9 +17,9 @@ from avss.models.load import Loaded, adopt, fingerprint, load_model, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.record import Plan
-from support.architectures import ARCHITECTURES, POSITIONS, VOCAB, randomise, stored, token_batch
-from support.oracles import run
-from support.tokenizers import word_tokenizer
+from tests.support.architectures import ARCHITECTURES, POSITIONS, VOCAB, randomise, stored, token_batch
+from tests.support.oracles import run
+from tests.support.tokenizers import word_tokenizer
 
 
 def saved(model: PreTrainedModel, folder: Path, *, tokenizer: bool = False) -> Path:

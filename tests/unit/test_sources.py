@@ -9,7 +9,7 @@ import pytest
 from avss.data.batches import make_batches
 from avss.data.sources import BUILTIN, Texts, read_table, read_texts
 from avss.errors import DataError
-from support.tokenizers import word_tokenizer
+from tests.support.tokenizers import word_tokenizer
 
 ROWS = [{"text": "The cat sees a dog.", "label": 0}, {"text": "NA", "label": 1}, {"text": "Ein Bär, zwei.", "label": 2}]
 TEXTS = tuple(row["text"] for row in ROWS)

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from avss.errors import UnsupportedArchitectureError
 from avss.models.forward import run_body
 from avss.models.stack import bypassed, hooked
-from support.fakes import ANSWERS, CALLS, AddingBlock, adding, stack_of
+from tests.support.fakes import ANSWERS, CALLS, AddingBlock, adding, stack_of
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 

@@ -150,12 +150,17 @@ def _retention_sentences(record: RunRecord, cut: Cut) -> list[str]:
     stricter = ""
     if mean.chance_corrected is not None:
         stricter = f", {numbers.percent(mean.chance_corrected)} once guessing is subtracted"
-    side = "above" if mean.ratio >= PROMISE else "below"
     tasks = "the one task" if mean.num_tasks == 1 else f"{mean.num_tasks} tasks"
     return [
-        f"Over {tasks} it keeps {mean.text} of the dense model's result{stricter}; "
-        f"that is {side} the 90 % that the AVSS paper reports."
+        f"Over {tasks} it keeps {mean.text} of the dense model's result{stricter}; that is {_against_promise(mean)}."
     ]
+
+
+def _against_promise(mean: MeanRetention) -> str:
+    """Above or below only where two standard errors do not reach across: a small sample proves neither."""
+    if mean.stderr is not None and abs(mean.ratio - PROMISE) < 2 * mean.stderr:
+        return "too uncertain to tell from the 90 % that the AVSS paper reports (more items would tell)"
+    return f"{'above' if mean.ratio >= PROMISE else 'below'} the 90 % that the AVSS paper reports"
 
 
 def _score_sentences(record: RunRecord) -> list[str]:
