@@ -43,7 +43,7 @@ def test_score_prints_a_table_and_writes_scores_report_and_figures(avss_command,
         "score", llama_folder, "--data", text_file, "--criteria", "avss,block-influence", "--out", out, *SMALL
     )
     assert answer.code == 0, answer.err
-    assert "block-influence" in answer.out
+    assert "influence" in answer.out  # the head of the table breaks long names at their hyphen
     record = RunRecord.read(out)
     with (out / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))

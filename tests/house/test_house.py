@@ -34,7 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "scoring",
         "search",
     ),
-    ("composer", "run"),
+    ("composer",),
     ("cli", "__main__"),
 )
 """From the ground up. A room may import from lower levels only; rooms of one level do not know each other."""

@@ -1,0 +1,30 @@
+"""The composer: the one room that knows all stages, and the Python API. One file per verb.
+
+    model + text --collect--> statistics --score--> scores --plan--> plan --cut--> model' --verify, evaluate--> record
+
+Every function takes a model by name or as an object, and returns values that show themselves in a notebook.
+"""
+
+from avss.composer.evaluating import evaluate
+from avss.composer.inputs import AnyModel, calibration, load
+from avss.composer.inspection import Inspection, inspect
+from avss.composer.pruning import Pruned, prune
+from avss.composer.records import report, write_record
+from avss.composer.scores import score, write_scores
+from avss.composer.whole import run
+
+__all__ = [
+    "AnyModel",
+    "Inspection",
+    "Pruned",
+    "calibration",
+    "evaluate",
+    "inspect",
+    "load",
+    "prune",
+    "report",
+    "run",
+    "score",
+    "write_record",
+    "write_scores",
+]

@@ -1,0 +1,147 @@
+"""`avss.evaluate`: a model beside its baseline, on the same items."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from avss.composer.inputs import AnyModel, load
+from avss.composer.pruning import describe_cut
+from avss.composer.records import begin_record
+from avss.config import TaskConfig, build
+from avss.evaluation import TaskResult, evaluate_task, retention
+from avss.models.forward import can_generate, generate
+from avss.models.load import Loaded
+from avss.progress import Stages, Timed, silent
+from avss.record import Cut, Plan, RunRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COSTLY, WRECKED = 1.5, 10.0
+"""Perplexity ratios from which a cut is said to need repair, and to be a wreck."""
+
+_CONTINUATION_TOKENS = 32
+
+
+def evaluate(
+    model: AnyModel,
+    tasks: Sequence[TaskConfig | str] = (),
+    *,
+    baseline: AnyModel | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    loading: dict[str, Any] | None = None,
+    command: str | None = None,
+    stages: Stages = silent,
+    **settings: Any,
+) -> RunRecord:
+    """Measures a model, beside its baseline if there is one, in one run on the same items.
+
+    Args:
+        model: Hub id, folder, GGUF file, or a model object.
+        tasks: `TaskConfig`s, or strings such as `"choice=piqa.jsonl"`; by default what suits the model's head.
+        baseline: The dense model.
+        tokenizer: For model objects.
+        loading: For models named: `head`, `dtype`, `device`, `revision` (the model's), `trust_remote_code`.
+        command: The command to note in the record.
+        stages: Where progress goes.
+        **settings: For every task given as a string: `limit`, `seq_len`, ...; see `avss.config.TaskConfig`.
+
+    Returns:
+        A record: `dense` holds the baseline's measurements and `cuts[0]` the model's; without a baseline, `dense`
+        holds the model's own.
+    """
+    timed = Timed(stages)
+    with timed("Loading the model"):
+        loaded = load(model, tokenizer, **(loading or {}))
+    models = [loaded]
+    if baseline is not None:
+        same = {**(loading or {}), "head": loaded.head, "revision": None}
+        with timed("Loading the baseline"):
+            models.insert(0, load(baseline, tokenizer, **same))
+    dense = models[0]
+    wanted = choose_tasks(tasks, dense, settings)
+    results = evaluate_all(models, wanted, timed)
+    cuts: tuple[Cut, ...] = ()
+    if baseline is not None:
+        plan = _plan_of(model, loaded, dense)
+        cuts = with_measurements((describe_cut(dense, loaded, plan),), results)
+    record = begin_record(dense, command or f"avss.evaluate({loaded.source!r}, ...)", timed, None)
+    return record.model_copy(
+        update={
+            "dense": tuple(m for result in results for m in result[0].measurements),
+            "cuts": cuts,
+            "warnings": wreck_warnings(cuts),
+            "settings": {"tasks": [task.model_dump(mode="json") for task in wanted]},
+        }
+    )
+
+
+def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: dict[str, Any]) -> tuple[TaskConfig, ...]:
+    """The tasks as settings: those named, or what suits the model's head."""
+    if not tasks:
+        kinds = {
+            "causal": ("perplexity", "choice", "classification", "speed"),
+            "masked": ("perplexity", "similarity", "speed"),
+        }.get(loaded.head, ("similarity", "speed"))
+        return tuple(build(TaskConfig, {"kind": kind, **settings}) for kind in kinds)
+    return tuple(task if isinstance(task, TaskConfig) else TaskConfig.parse(task, **settings) for task in tasks)
+
+
+def evaluate_all(models: list[Loaded], tasks: Sequence[TaskConfig], timed: Timed) -> list[list[TaskResult]]:
+    """One list per task, with one result per model in it."""
+    results = []
+    for task in tasks:
+        with timed(f"Evaluating {task.name or task.kind}") as advance:
+            results.append(evaluate_task(models, task, on_step=advance))
+    return results
+
+
+def with_measurements(cuts: tuple[Cut, ...], results: list[list[TaskResult]]) -> tuple[Cut, ...]:
+    """The cuts with what each scored and kept; `results` holds the dense model's first in every task."""
+    return tuple(
+        one.model_copy(
+            update={
+                "measurements": tuple(m for result in results for m in result[place].measurements),
+                "retention": tuple(r for result in results for r in retention(result[0], result[place])),
+            }
+        )
+        for place, one in enumerate(cuts, start=1)
+    )
+
+
+def wreck_warnings(cuts: tuple[Cut, ...]) -> tuple[str, ...]:
+    """A sentence for every cut whose perplexity says that it cannot be used as it is."""
+    return tuple(
+        f"The cut by `{one.name}` (blocks {one.plan.describe()}) {_harm(kept.ratio)}: perplexity {kept.dense:,.1f} -> "
+        f"{kept.value:,.1f}, {kept.ratio:,.1f} times."
+        for one in cuts
+        for kept in one.retention
+        if kept.metric.endswith("perplexity") and kept.ratio >= COSTLY
+    )
+
+
+def _harm(ratio: float) -> str:
+    return "wrecks the model" if ratio >= WRECKED else "costs too much to be used as it is"
+
+
+def continuations(loaded: Loaded, prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """What a model writes after each prompt, greedily; nothing where it cannot."""
+    if not can_generate(loaded.head) or loaded.tokenizer is None:
+        return ()
+    texts = []
+    for prompt in prompts:
+        token_ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=loaded.device)
+        new = generate(loaded.model, token_ids, num_tokens=_CONTINUATION_TOKENS)
+        texts.append(str(loaded.tokenizer.decode(new)))
+    return tuple(texts)
+
+
+def _plan_of(model: AnyModel, loaded: Loaded, dense: Loaded) -> Plan:
+    """The plan noted in a model's folder, if it was cut from a model of the baseline's size; else an empty one."""
+    if isinstance(model, str | Path) and (Path(model) / "record.json").is_file():
+        plan = RunRecord.read(Path(model)).cuts[0].plan
+        if plan.num_blocks == len(dense.stack):
+            return plan
+    return Plan(num_blocks=len(loaded.stack), removed=(), method="model", rule="as loaded")

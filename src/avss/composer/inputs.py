@@ -1,0 +1,101 @@
+"""Models and texts as users name them -> what the stages take."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import Tensor
+
+from avss.config import DataConfig, ModelConfig, build
+from avss.data.batches import Batches, Layout, make_batches, need_tokenizer
+from avss.data.sources import read_texts
+from avss.models.load import Loaded, adopt, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AnyModel = Union[str, Path, "PreTrainedModel", Loaded]
+"""A hub id, a folder, a GGUF file, a transformers model object, or what `load` returned."""
+
+
+def load(
+    model: AnyModel, tokenizer: "PreTrainedTokenizerBase | None" = None, *, head: str = "auto", **settings: Any
+) -> Loaded:
+    """Loads a model by name, or wraps one that is loaded already.
+
+    Args:
+        model: Hub id, folder, GGUF file, or a model object.
+        tokenizer: For a model object: its tokenizer.
+        head: `auto`, or what to use it as: causal, masked, classifier, encoder, seq2seq.
+        **settings: `dtype`, `device`, `revision`, `trust_remote_code`; see `avss.config.ModelConfig`.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
+    if isinstance(model, Loaded):
+        return model
+    if isinstance(model, torch.nn.Module):
+        return adopt(model, tokenizer, head=head)
+    config = build(ModelConfig, {"source": str(model), "head": head, **settings})
+    return load_model(
+        config.source,
+        head=config.head,
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builtin", **settings: Any) -> Batches:
+    """The batches a model is scored on.
+
+    Args:
+        loaded: The model.
+        data: A source (`avss.data.sources`), a list of texts, or a whole `DataConfig`.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
+
+    Raises:
+        DataError: The text cannot be read or is too short.
+    """
+    if isinstance(data, DataConfig):
+        config, source = data, data.source
+    else:
+        is_name = isinstance(data, str | Path)
+        config = build(DataConfig, {**({"source": str(data)} if is_name else {}), **settings})
+        source = config.source if is_name else data
+    layout: Layout = config.layout if config.layout != "auto" else "packed" if loaded.head == "causal" else "padded"
+    tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
+    return make_batches(
+        read_texts(source),
+        tokenizer,
+        layout=layout,
+        samples=config.samples,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_len=loaded.max_len,
+    )
+
+
+def model_settings(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `load` that a `ModelConfig` stands for."""
+    settings = config.model_dump()
+    return {"model": settings.pop("source"), **settings}
+
+
+def probe_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
+    """A small batch with padding in it, for verification: real text where there is a tokenizer, drawn ids otherwise."""
+    length = min(48, loaded.max_len or 48)
+    if loaded.tokenizer is not None:
+        batches = make_batches(
+            read_texts("builtin"), loaded.tokenizer, layout="padded", samples=3, seq_len=length, batch_size=3, seed=0
+        )
+        token_ids, keep = next(iter(batches))
+        if int(token_ids.max()) < loaded.vocabulary:
+            return token_ids, keep
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(loaded.vocabulary, (3, length), generator=generator)
+    keep = torch.ones_like(token_ids, dtype=torch.bool)
+    return token_ids, keep

@@ -1,0 +1,142 @@
+"""`avss.prune`: choose, cut, save, prove."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avss.composer.inputs import AnyModel, calibration, load, probe_batch
+from avss.composer.inspection import example_plan
+from avss.composer.records import begin_record
+from avss.composer.scores import score_loaded
+from avss.config import DataConfig, PlanConfig, build
+from avss.criteria import find_criteria
+from avss.cut import cut
+from avss.models.load import Loaded, save_model
+from avss.models.rewrite import config_changes, rewrite_config
+from avss.models.verify import verify
+from avss.output import check_free, fresh_folder
+from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.progress import Stages, Timed, silent
+from avss.record import Cut, Plan, RunRecord
+from avss.reporting.card import render_card
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """A smaller model and its story.
+
+    Attributes:
+        model: The smaller model. It shares the kept weights with the model it was cut from.
+        tokenizer: The tokenizer, if there is one.
+        plan: The blocks removed.
+        record: Everything known about it.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    plan: Plan
+    record: RunRecord
+
+    def _repr_html_(self) -> str:
+        return self.record._repr_html_()
+
+
+def prune(
+    model: AnyModel,
+    *,
+    criterion: str = "block-influence",
+    fraction: float | None = None,
+    count: int | None = None,
+    blocks: str | Iterable[int] | None = None,
+    contiguous: bool = False,
+    protect: str = "auto",
+    data: DataConfig | str | Sequence[str] = "builtin",
+    out: str | Path | None = None,
+    force: bool = False,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    command: str | None = None,
+    stages: Stages = silent,
+    **settings: Any,
+) -> Pruned:
+    """Removes blocks, and saves and verifies the smaller model where `out` is given.
+
+    Args:
+        model: Hub id, folder, GGUF file, or a model object (left as it was).
+        criterion: Chooses the blocks.
+        fraction: Share of blocks to remove, rounded half up; or
+        count: their number; or
+        blocks: the blocks themselves, `"3,12-15"` or indices.
+        contiguous: Whether they must be neighbours.
+        protect: Blocks that stay: `auto`, `none`, or a list.
+        data: The calibration text.
+        out: Folder for the checkpoint; it appears whole and verified, or not at all.
+        force: Whether a folder that avss wrote may be replaced.
+        tokenizer: For a model object.
+        command: The command to note in the record.
+        stages: Where progress goes.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
+
+    Raises:
+        UserError: Anything the caller can fix, in one sentence.
+        VerificationError: The saved model was not what it should be; it has been withdrawn.
+    """
+    named = blocks if isinstance(blocks, str) or blocks is None else ",".join(map(str, blocks))
+    config = build(
+        PlanConfig,
+        {
+            "criterion": criterion,
+            "fraction": fraction,
+            "count": count,
+            "blocks": named,
+            "contiguous": contiguous,
+            "protect": protect,
+        },
+    )
+    check_one_target(config)
+    (wanted,) = find_criteria([criterion])
+    if out is not None:
+        check_free(Path(out), force=force)
+    timed = Timed(stages)
+    with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
+        loaded = load(model, tokenizer)
+        rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))  # refuse before scoring
+    table = None
+    if config.blocks is not None:
+        plan = explicit_plan(config, len(loaded.stack))
+    else:
+        batches = calibration(loaded, data, **settings)
+        table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
+        plan = make_plan(table.scores[0], config, protects_ends=wanted.protects_ends)
+    smaller = cut(loaded, plan)
+    one = describe_cut(loaded, smaller, plan)
+    record = begin_record(loaded, command or f"avss.prune({loaded.source!r}, ...)", timed, table).model_copy(
+        update={"cuts": (one,), "settings": config.model_dump(mode="json")}
+    )
+    if out is not None:
+        with fresh_folder(Path(out), force=force) as folder:
+            record = save_verified(folder, loaded, smaller, record, timed)
+            (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
+            (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
+    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=plan, record=record)
+
+
+def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
+    """A cut as the record tells it, before anything is measured."""
+    return Cut(plan=plan, model=smaller.facts(), changes=config_changes(original.model.config, smaller.model.config))
+
+
+def save_verified(
+    folder: Path, original: Loaded, smaller: Loaded, record: RunRecord, timed: Timed, *, path: str = "."
+) -> RunRecord:
+    """Saves the first cut and proves it; the record then carries the proof."""
+    with timed("Saving the smaller model"):
+        save_model(smaller, folder)
+    with timed("Verifying it"):
+        proof = verify(str(folder), smaller, original, record.cuts[0].plan, probe_batch(smaller))
+    first = record.cuts[0].model_copy(update={"path": path, "verification": proof})
+    return record.model_copy(update={"cuts": (first, *record.cuts[1:]), "seconds": timed.seconds})

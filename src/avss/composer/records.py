@@ -1,0 +1,82 @@
+"""Records: begun, written, drawn again."""
+
+import datetime
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+import avss
+from avss.errors import OutputExistsError
+from avss.models.load import Loaded
+from avss.output import fresh_folder
+from avss.progress import Timed
+from avss.record import RunRecord, ScoreTable
+from avss.reporting.charts import save_figures
+from avss.reporting.page import render_page
+from avss.reporting.tables import scores_csv
+
+
+def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable | None) -> RunRecord:
+    """A record with what is known before anything is cut or measured."""
+    return RunRecord(
+        created=now(),
+        command=command,
+        versions=versions(),
+        model=loaded.facts(),
+        data=table.data if table else None,
+        scores=table.scores if table else (),
+        warnings=table.warnings if table else (),
+        seconds=timed.seconds,
+    )
+
+
+def write_record(record: RunRecord, folder: Path) -> None:
+    """Writes `record.json` and all that can be made from it: `scores.csv`, `report.html`, `figures/`."""
+    (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
+    if record.scores:
+        table = ScoreTable(scores=record.scores, model=record.model, data=record.data)
+        (folder / "scores.csv").write_text(scores_csv(table), encoding="utf-8")
+    (folder / "report.html").write_text(render_page(record), encoding="utf-8")
+    (folder / "figures").mkdir(exist_ok=True)
+    save_figures(record, folder / "figures")
+
+
+def report(record: RunRecord | str | Path, out: str | Path | None = None, *, force: bool = False) -> Path:
+    """Draws a record again.
+
+    Args:
+        record: The record, its file, or the folder that holds it.
+        out: A new folder for record, tables, figures and page; by default those beside the record are replaced.
+        force: Whether an existing `out` that avss wrote may be replaced.
+
+    Returns:
+        The page.
+    """
+    value = record if isinstance(record, RunRecord) else RunRecord.read(Path(record))
+    if out is not None:
+        with fresh_folder(Path(out), force=force) as folder:
+            write_record(value, folder)
+        return Path(out) / "report.html"
+    if isinstance(record, RunRecord):
+        raise OutputExistsError("A record in memory has no folder to be drawn in. Give `out`.")
+    path = Path(record)
+    folder = path if path.is_dir() else path.parent
+    write_record(value, folder)
+    return folder / "report.html"
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    return {
+        "avss": avss.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }

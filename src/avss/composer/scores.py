@@ -1,0 +1,122 @@
+"""`avss.score`: every criterion on one model, from one pass."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avss.collect import collect
+from avss.composer.inputs import AnyModel, calibration, load
+from avss.composer.records import now, versions, write_record
+from avss.config import DataConfig
+from avss.criteria import AbstractCriterion, find_criteria
+from avss.data.batches import Batches
+from avss.errors import ConfigError, DegenerateStatisticError
+from avss.models.load import Loaded
+from avss.output import fresh_folder
+from avss.progress import Stages, silent
+from avss.record import BlockScores, RunRecord, ScoreTable
+from avss.scoring import score_blocks, score_warnings
+from avss.statistics.collected import Collected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_CRITERIA = ("avss", "avss-product", "avss-update", "block-influence", "update-norm")
+
+
+def score(
+    model: AnyModel,
+    data: DataConfig | str | Sequence[str] = "builtin",
+    *,
+    criteria: str | Sequence[str] = DEFAULT_CRITERIA,
+    first_token: bool = True,
+    fraction: float = 0.25,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stages: Stages = silent,
+    **settings: Any,
+) -> ScoreTable:
+    """Scores every block by every criterion, from one forward pass.
+
+    Args:
+        model: Hub id, folder, GGUF file, or a model object.
+        data: The calibration text: a source, a list of texts, or a `DataConfig`.
+        criteria: Names from `avss.CRITERIA`, or `all`.
+        first_token: Whether the first token of each sequence counts.
+        fraction: Share of blocks whose choice the warnings speak of.
+        tokenizer: For a model object.
+        stages: Where progress goes.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
+
+    Returns:
+        A table that shows itself in a notebook; `table["block-influence"].values` are the numbers.
+
+    Raises:
+        UserError: Anything the caller can fix, in one sentence.
+    """
+    wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
+    loaded = load(model, tokenizer)
+    return score_loaded(loaded, calibration(loaded, data, **settings), wanted, first_token, fraction, stages)[0]
+
+
+def score_loaded(
+    loaded: Loaded,
+    batches: Batches,
+    criteria: tuple[AbstractCriterion, ...],
+    first_token: bool,
+    fraction: float,
+    stages: Stages,
+) -> tuple[ScoreTable, Collected]:
+    """Scores a loaded model; also returns what was collected, for whoever wants to score again or save it."""
+    with stages("Scoring blocks") as advance:
+        done = 0
+
+        def on_batch() -> None:
+            nonlocal done
+            done += 1
+            advance(done, len(batches))
+
+        advance(0, len(batches))
+        needs = [need for criterion in criteria for need in criterion.needs]
+        collected = collect(loaded, batches, needs, on_batch=on_batch)
+    scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
+    count = max(1, round(fraction * len(loaded.stack)))
+    warnings = (*problems, *score_warnings(scores, collected, count=count))
+    return ScoreTable(scores=scores, model=loaded.facts(), data=batches.facts, warnings=warnings), collected
+
+
+def _defined(
+    collected: Collected, criteria: tuple[AbstractCriterion, ...], *, first_token: bool, seed: int
+) -> tuple[tuple[BlockScores, ...], tuple[str, ...]]:
+    """The scores that exist, and a sentence for each that does not; an error if none does."""
+    scores: list[BlockScores] = []
+    problems: list[DegenerateStatisticError] = []
+    for criterion in criteria:
+        try:
+            scores += score_blocks(collected, (criterion,), first_token=first_token, seed=seed)
+        except DegenerateStatisticError as error:
+            problems.append(error)
+    if not scores:
+        raise problems[0]
+    return tuple(scores), tuple(f"Left out: {problem}" for problem in problems)
+
+
+def write_scores(table: ScoreTable, out: str | Path, *, command: str, force: bool = False) -> RunRecord:
+    """Writes scores as a record with its tables, figures and page to a new folder.
+
+    Raises:
+        OutputExistsError: The folder exists.
+    """
+    if table.model is None:
+        raise ConfigError("These scores name no model; make them with `avss.score`.")
+    record = RunRecord(
+        created=now(),
+        command=command,
+        versions=versions(),
+        model=table.model,
+        data=table.data,
+        scores=table.scores,
+        warnings=table.warnings,
+    )
+    with fresh_folder(Path(out), force=force) as folder:
+        write_record(record, folder)
+    return record

@@ -1,0 +1,101 @@
+"""`avss.run`: the whole path."""
+
+from pathlib import Path
+
+from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
+from avss.composer.inputs import calibration, load, model_settings
+from avss.composer.inspection import example_plan
+from avss.composer.pruning import describe_cut, save_verified
+from avss.composer.records import begin_record, write_record
+from avss.composer.scores import score_loaded
+from avss.config import PlanConfig, RunConfig
+from avss.criteria import CRITERIA, find_criteria
+from avss.cut import cut
+from avss.errors import DegenerateStatisticError
+from avss.models.forward import can_generate
+from avss.models.rewrite import rewrite_config
+from avss.output import check_free, fresh_folder
+from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.progress import Stages, Timed, silent
+from avss.record import Plan, RunRecord, ScoreTable
+from avss.reporting.card import render_card
+
+DEFAULT_PROMPTS = ("The three states of matter are", "Once upon a time, in a small village by the sea,")
+
+
+def run(config: RunConfig, *, command: str | None = None, stages: Stages = silent) -> RunRecord:
+    """The whole path: score, choose, cut, verify, evaluate before and after, report. Writes `config.out`.
+
+    Args:
+        config: The run.
+        command: The command to note in the record.
+        stages: Where progress goes.
+
+    Raises:
+        UserError: Anything the caller can fix, in one sentence; nothing has been written.
+        VerificationError: The saved model was not what it should be; nothing has been published.
+    """
+    out = Path(config.out)
+    check_one_target(config.plan)
+    names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare))
+    criteria = find_criteria([name for name in names if name != "explicit"])
+    check_free(out, force=config.force)
+    timed = Timed(stages)
+    with timed("Loading the model"):
+        loaded = load(**model_settings(config.model))
+        rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))
+    tasks = choose_tasks(config.tasks, loaded, {})
+    batches = calibration(loaded, config.data)
+    fraction = config.plan.fraction or (config.plan.count or 1) / len(loaded.stack)
+    table, collected = score_loaded(loaded, batches, criteria, config.first_token, fraction, timed)
+    plans = _plans(config, table, len(loaded.stack))
+    smaller = [cut(loaded, plan) for plan in plans]
+    cuts = tuple(describe_cut(loaded, model, plan) for model, plan in zip(smaller, plans, strict=True))
+    with fresh_folder(out, force=config.force) as folder:
+        record = begin_record(loaded, command or "avss.run(...)", timed, table).model_copy(
+            update={"cuts": cuts, "settings": config.model_dump(mode="json")}
+        )
+        (folder / "model").mkdir()
+        record = save_verified(folder / "model", loaded, smaller[0], record, timed, path="model")
+        results = evaluate_all([loaded, *smaller], tasks, timed)
+        prompts = config.prompts or (DEFAULT_PROMPTS if can_generate(loaded.head) else ())
+        with timed("Writing samples"):
+            samples = [continuations(model, prompts) for model in (loaded, *smaller)]
+        cuts = tuple(
+            one.model_copy(update={"samples": texts}) for one, texts in zip(record.cuts, samples[1:], strict=True)
+        )
+        cuts = with_measurements(cuts, results)
+        record = record.model_copy(
+            update={
+                "dense": tuple(m for result in results for m in result[0].measurements),
+                "cuts": cuts,
+                "warnings": (*table.warnings, *wreck_warnings(cuts)),
+                "prompts": prompts if samples[0] else (),
+                "samples": samples[0],
+                "seconds": timed.seconds,
+            }
+        )
+        collected.save(folder / "statistics.safetensors")
+        (folder / "model" / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
+        (folder / "model" / "record.json").write_text(record.to_json(), encoding="utf-8")
+        with timed("Drawing the report"):
+            write_record(record, folder)
+    return record
+
+
+def _plans(config: RunConfig, table: ScoreTable, num_blocks: int) -> list[Plan]:
+    if config.plan.blocks is not None:
+        plans = [explicit_plan(config.plan, num_blocks)]
+    else:
+        plans = [_plan_by(config.plan.criterion, config.plan, table)]
+    same_size = config.plan.model_copy(update={"fraction": None, "blocks": None, "count": len(plans[0].removed)})
+    return plans + [_plan_by(name, same_size, table) for name in config.compare if name != plans[0].method]
+
+
+def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable) -> Plan:
+    try:
+        scores = table[criterion]
+    except KeyError as error:
+        problem = next((text for text in table.warnings if f"`{criterion}`" in text), f"`{criterion}` was not scored.")
+        raise DegenerateStatisticError(problem.removeprefix("Left out: ")) from error
+    return make_plan(scores, config, protects_ends=CRITERIA[criterion].protects_ends)
