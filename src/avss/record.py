@@ -269,6 +269,84 @@ class Plan(FrozenValue):
         return ", ".join(str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in self.runs())
 
 
+DamageMeasure = Literal["kl", "cosine"]
+"""How far answers are apart: KL divergence from the dense model in nats, or one minus the cosine of embeddings."""
+
+
+class SetDamage(FrozenValue):
+    """What leaving out one set of blocks costs, without any repair.
+
+    Attributes:
+        removed: The blocks, ascending.
+        distance: How far the answers move, mean over sequences; see `DamageTable.measure`.
+        stderr: Its standard error over sequences.
+        loss_change: Next-token loss minus the dense model's, nats a token; None for models without such a loss.
+        loss_change_stderr: Its standard error, from paired differences.
+        perplexity: Of the model without these blocks.
+    """
+
+    removed: tuple[int, ...]
+    distance: JsonFloat
+    stderr: JsonFloat | None = None
+    loss_change: JsonFloat | None = None
+    loss_change_stderr: JsonFloat | None = None
+    perplexity: JsonFloat | None = None
+
+
+class DamageTable(FrozenValue):
+    """The measured cost of leaving out each block alone: what every criterion guesses at.
+
+    Attributes:
+        measure: `kl` or `cosine`.
+        blocks: One entry per block, in block order.
+        dense_loss: Next-token loss of the dense model on the same text, nats a token.
+        num_blocks_run: Blocks that were computed for it, in units of one block on one batch.
+        num_blocks_naive: Blocks that running every model from its first block would have taken.
+        model: What was measured.
+        data: The text it was measured on.
+    """
+
+    measure: DamageMeasure
+    blocks: tuple[SetDamage, ...] = Field(min_length=1)
+    dense_loss: JsonFloat | None = None
+    num_blocks_run: int
+    num_blocks_naive: int
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The distance that each block's absence causes, in block order."""
+        return tuple(one.distance for one in self.blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks measured."""
+        return len(self.blocks)
+
+    @property
+    def dense_perplexity(self) -> float | None:
+        """Perplexity of the dense model on the same text."""
+        return None if self.dense_loss is None else math.exp(min(self.dense_loss, 700.0))
+
+    def ranking(self) -> tuple[int, ...]:
+        """Block indices from the cheapest to lose to the dearest; ties by index."""
+        return tuple(sorted(range(self.num_blocks), key=lambda block: (self.values[block], block)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per block: index, distance, loss change and perplexity with standard errors, and the rank."""
+        places = {block: place for place, block in enumerate(self.ranking())}
+        return [
+            {"block": block, "rank": places[block], **one.model_dump(exclude={"removed"})}
+            for block, one in enumerate(self.blocks)
+        ]
+
+    def _repr_html_(self) -> str:
+        from avss.reporting.notebook import damage_html  # see ScoreTable._repr_html_
+
+        return damage_html(self)
+
+
 class Measurement(FrozenValue):
     """One evaluation result with its standard error.
 

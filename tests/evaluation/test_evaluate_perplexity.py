@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from avss.config import TaskConfig
 from avss.errors import DataError, TaskError
-from avss.evaluation import evaluate_task, probes, retention
+from avss.evaluation import evaluate_task, retention
 from avss.evaluation.base import draw
 from avss.evaluation.perplexity import masked_places
 from avss.evaluation.probes import Probe, divergence
+from avss.models import predictions
 
 
 def task(prose, **settings):
@@ -71,7 +72,7 @@ def test_batch_size_and_chunks_do_not_matter(head, prose, request, monkeypatch, 
     loaded = request.getfixturevalue(head)
     models = [loaded, shorter(loaded, 1)]
     expected = evaluate_task(models, task(prose, batch_size=1))
-    monkeypatch.setattr(probes, "_VALUES_AT_ONCE", 99 * 3)
+    monkeypatch.setattr(predictions, "_VALUES_AT_ONCE", 99 * 3)
     for before, after in zip(expected, evaluate_task(models, task(prose, batch_size=7)), strict=True):
         for metric, values in before.samples.items():
             assert after.samples[metric] == pytest.approx(values, abs=2e-5), metric

@@ -53,7 +53,8 @@ def test_sentences_say_what_went_what_it_did_and_what_is_left(record):
     ],
 )
 def test_the_promise_is_judged_only_where_two_standard_errors_allow_it(record, ratio, stderr, says):
-    entry = Retention(task="choice", metric="accuracy", dense=1.0, value=ratio, ratio=ratio, ratio_stderr=stderr)
+    (entry,) = [one for one in record.cuts[0].retention if (one.task, one.metric) == ("choice:piqa", "accuracy")]
+    entry = entry.model_copy(update={"ratio": ratio, "ratio_stderr": stderr})
     only = record.cuts[0].model_copy(update={"retention": (entry,)})
     assert says in " ".join(verdict.sentences(record.model_copy(update={"cuts": (only,)})))
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from avss.data.batches import pad
-
-_VALUES_AT_ONCE = 2**22
-"""Logits turned into float32 probabilities at a time: 16 MB, however large the vocabulary."""
+from avss.models import predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,36 +62,20 @@ def num_batches(num_sequences: int, batch_size: int) -> int:
 
 def log_likelihood(logits_TV: Tensor, probe: Probe) -> np.ndarray:
     """The natural logarithm of the probability of each target, `[M]`, in nats; softmax in float32."""
-    rows = [
-        torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
-        for logits, targets in _chunks(logits_TV, probe)
-    ]
-    return _to_numpy(rows)
+    return _to_numpy(predictions.log_likelihood(logits_TV, probe.positions, probe.targets))
 
 
 def divergence(dense_TV: Tensor, logits_TV: Tensor, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
-    r"""How far two models' predictions are apart at each place.
+    """How far two models' predictions are apart at each place.
 
     Returns:
-        KL divergence $\sum_v p_v (\ln p_v - \ln q_v)$ of `logits_TV` from `dense_TV` in nats, `[M]`, and whether both
+        KL divergence of `logits_TV` from `dense_TV` in nats, `[M]`, see `avss.models.predictions`, and whether both
         hold the same token for the most probable one, 1 or 0, `[M]`.
     """
-    divergences, agreements = [], []
-    for (dense, _), (logits, _) in zip(_chunks(dense_TV, probe), _chunks(logits_TV, probe), strict=True):
-        log_p, log_q = torch.log_softmax(dense, dim=-1), torch.log_softmax(logits.to(dense.device), dim=-1)
-        # A token that the dense model rules out (-inf) adds nothing, whatever the other makes of it.
-        terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
-        divergences.append(terms.sum(-1))
-        agreements.append((dense.argmax(-1) == logits.argmax(-1).to(dense.device)).float())
-    return _to_numpy(divergences), _to_numpy(agreements)
+    divergences = predictions.divergence(dense_TV, logits_TV, probe.positions)
+    dense, other = (logits.argmax(-1).cpu()[probe.positions] for logits in (dense_TV, logits_TV))
+    return _to_numpy(divergences), _to_numpy(dense == other)
 
 
-def _chunks(logits_TV: Tensor, probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(1, _VALUES_AT_ONCE // logits_TV.shape[-1])
-    positions, targets = probe.positions.to(logits_TV.device), probe.targets.to(logits_TV.device)
-    for start in range(0, len(positions), size):
-        yield logits_TV[positions[start : start + size]].float(), targets[start : start + size]
-
-
-def _to_numpy(rows: list[Tensor]) -> np.ndarray:
-    return torch.cat(rows).cpu().numpy().astype(np.float64)
+def _to_numpy(row: Tensor) -> np.ndarray:
+    return row.cpu().numpy().astype(np.float64)

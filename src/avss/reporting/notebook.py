@@ -3,9 +3,10 @@
 import html
 from collections.abc import Iterable, Sequence
 
-from avss.record import RunRecord, ScoreTable
+from avss.record import DamageTable, RunRecord, ScoreTable
 from avss.reporting import numbers, tables, theme, verdict
 from avss.reporting.block_charts import scores_chart
+from avss.reporting.damage_charts import damage_chart
 from avss.reporting.result_charts import language_chart, retention_chart
 from avss.reporting.rows import ScoreCell
 
@@ -26,6 +27,15 @@ def scores_html(table: ScoreTable) -> str:
     return _fragment(
         head, table.warnings, [theme.inline_svg(scores_chart(table.scores).to_dict())], _table(header, rows)
     )
+
+
+def damage_html(table: DamageTable) -> str:
+    """The measured damage as an HTML fragment: the chart, then one row per block."""
+    header, rows = tables.damage_texts(table)
+    head = f"<strong>Measured damage of leaving out each of {table.num_blocks} blocks</strong>"
+    if table.model:
+        head += f" of {html.escape(table.model.source)}"
+    return _fragment(head, (), [theme.inline_svg(damage_chart(table).to_dict())], _table(header, rows))
 
 
 def record_html(record: RunRecord) -> str:

@@ -8,8 +8,9 @@ import io
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
-from avss.record import BlockScores, Cut, Measurement, RunRecord, ScoreTable
+from avss.record import BlockScores, Cut, DamageTable, Measurement, RunRecord, ScoreTable
 from avss.reporting import numbers
 from avss.reporting.rows import ComparisonCell, ComparisonRow, CutRow, Estimate, Kind, ScoreCell, ScoreRow
 
@@ -63,15 +64,10 @@ def scores_csv(table: ScoreTable) -> str:
 
     Floats are written so that they read back exactly; nan is an empty field. Lines end in a line feed.
     """
-    rows = table.rows()
     places = {f"{scores.criterion}.rank": ranks(scores) for scores in table.scores}
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for block, row in enumerate(rows):
-        row |= {name: column[block] for name, column in places.items()}
-        writer.writerow({name: _csv_field(value) for name, value in row.items()})
-    return out.getvalue()
+    return _csv([
+        row | {name: column[block] for name, column in places.items()} for block, row in enumerate(table.rows())
+    ])  # fmt: skip
 
 
 def comparison_rows(record: RunRecord) -> list[ComparisonRow]:
@@ -111,6 +107,25 @@ def comparison_texts(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
+def damage_texts(table: DamageTable) -> tuple[list[str], list[list[str]]]:
+    """The damage of each block as plain text: column titles, then one row per block."""
+    has_loss = table.dense_loss is not None
+    header = ["block", "rank", "KL, nats" if table.measure == "kl" else "1 - cosine"]
+    header += ["loss change, nats", "perplexity"] if has_loss else []
+    body = []
+    for row, one in zip(table.rows(), table.blocks, strict=True):
+        texts = [str(row["block"]), str(row["rank"]), numbers.with_error(one.distance, one.stderr)]
+        if has_loss:
+            texts += [numbers.with_error(one.loss_change, one.loss_change_stderr), numbers.number(one.perplexity)]
+        body.append(texts)
+    return header, body
+
+
+def damage_csv(table: DamageTable) -> str:
+    """The damage as CSV, one row per block; floats read back exactly, nan is an empty field."""
+    return _csv(table.rows())
+
+
 def _cell_text(cell: ComparisonCell | None) -> str:
     if cell is None:
         return numbers.MISSING
@@ -120,6 +135,14 @@ def _cell_text(cell: ComparisonCell | None) -> str:
 def _score_cells(scores: BlockScores) -> list[ScoreCell]:
     bare: Sequence[float | None] = scores.without_first_token or (None,) * scores.num_blocks
     return [ScoreCell(*cell) for cell in zip(scores.values, ranks(scores), bare, strict=True)]
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_field(value) for name, value in row.items()} for row in rows)
+    return out.getvalue()
 
 
 def _csv_field(value: float | int | None) -> str:

@@ -1,0 +1,242 @@
+r"""The true cost of leaving blocks out: how far the model's answers move, and how much worse it predicts.
+
+Every score of every criterion is a guess at this number. It is measured by running the model without the blocks, on the
+same sequences as the whole model, so that differences are paired; what is shared between two runs is computed once
+(`avss.models.shared_prefix`).
+
+What "far" means depends on the head:
+
+- `causal`, `masked`, `seq2seq`: KL divergence of the predicted words from the whole model's, nats a token, mean over
+  the real tokens of a sequence;
+- `classifier`: KL divergence of the predicted labels, nats a sequence;
+- `encoder`: one minus the cosine between the embedding and the whole model's, 0 to 2.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avss.data.batches import Batches
+from avss.errors import NoObservationsError
+from avss.models import predictions
+from avss.models.load import Head, Loaded
+from avss.models.pooling import find_pooling
+from avss.models.shared_prefix import SharedPrefix, in_sharing_order
+from avss.record import DamageMeasure, DamageTable, DataFacts, ModelFacts, SetDamage
+
+FloatArray = NDArray[np.float64]
+OnStep = Callable[[int, int], None]
+"""Called with (models run so far, models in all)."""
+
+_Row = tuple[FloatArray, FloatArray | None]
+"""Distance and loss of each sequence of one batch."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Damage:
+    """What leaving out one set of blocks costs, sequence by sequence.
+
+    Attributes:
+        removed: The blocks, ascending.
+        distance: How far the answers are from the whole model's, `[S]`; see the top of this file.
+        loss: Mean next-token loss of each sequence in nats, `[S]`; None where the head has no such loss.
+        dense_loss: The whole model's, `[S]`.
+    """
+
+    removed: tuple[int, ...]
+    distance: FloatArray
+    loss: FloatArray | None
+    dense_loss: FloatArray | None
+
+    @property
+    def mean(self) -> float:
+        """Mean distance over the sequences."""
+        return float(self.distance.mean())
+
+    @property
+    def stderr(self) -> float | None:
+        """Its standard error over the sequences; None for a single one."""
+        return mean_and_error(self.distance)[1]
+
+
+def mean_and_error(values: FloatArray) -> tuple[float, float | None]:
+    """Mean, and its standard error over independent values; None for a single value."""
+    num = len(values)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(num)) if num > 1 else None
+
+
+class Judge:
+    """Measures what sets of blocks cost one model on one text.
+
+    Args:
+        loaded: The model; left as it was.
+        batches: The text. Holding one batch's hidden states at all blocks is what this costs in memory, and two float32
+            numbers for each token and word.
+
+    Attributes:
+        num_blocks_run: Blocks computed so far, in units of one block on one batch.
+        num_blocks_naive: Blocks that running each model from its first block would have taken.
+    """
+
+    def __init__(self, loaded: Loaded, batches: Batches) -> None:
+        if not len(batches):
+            raise NoObservationsError("There is no sequence to measure damage on. Give some text.")
+        self._loaded = loaded
+        self._batches = tuple(batches)
+        self.num_blocks_run = 0
+        self.num_blocks_naive = 0
+
+    @property
+    def measure(self) -> DamageMeasure:
+        """What the distances are."""
+        return measure_of(self._loaded.head)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def judge(
+        self,
+        sets: Sequence[Iterable[int]],
+        *,
+        batches: Sequence[int] | None = None,
+        on_step: OnStep = lambda done, total: None,
+    ) -> list[Damage]:
+        """What each set costs, in the given order.
+
+        Args:
+            sets: Blocks to leave out; sets with a common beginning share its computation, in whatever order they come.
+            batches: Which batches to use, all by default: a race looks at a few first.
+            on_step: For progress.
+
+        Raises:
+            UnsupportedArchitectureError: The blocks cannot be left out one by one.
+        """
+        num_blocks = len(self._loaded.stack)
+        order = in_sharing_order([(), *sets], num_blocks)
+        chosen = range(len(self._batches)) if batches is None else batches
+        rows: dict[frozenset[int], list[_Row]] = {one: [] for one in order}
+        done, total = 0, len(order) * len(chosen)
+        on_step(done, total)
+        for index in chosen:
+            token_ids, keep = self._batches[index]
+            shared = SharedPrefix(self._loaded, token_ids, keep)
+            answers = _Answers(self._loaded, shared.dense, token_ids, keep)
+            for one in order:
+                logits = shared.without(one) if one else shared.dense
+                rows[one].append((answers.distance(logits), answers.loss(logits)))
+                done += 1
+                on_step(done, total)
+            self.num_blocks_run += shared.num_blocks_run
+            self.num_blocks_naive += sum(num_blocks - len(one) for one in order)
+        dense = rows[frozenset()]
+        return [_damage(frozenset(one), rows[frozenset(one)], dense) for one in sets]
+
+
+def leave_one_out(judge: Judge, num_blocks: int, *, on_step: OnStep = lambda done, total: None) -> list[Damage]:
+    """What each block costs alone, in block order."""
+    return judge.judge([(block,) for block in range(num_blocks)], on_step=on_step)
+
+
+def measure_of(head: Head) -> DamageMeasure:
+    """What distance suits a head."""
+    return "cosine" if head in ("encoder", "other") else "kl"
+
+
+class _Answers:
+    """The whole model's answers on one batch, to compare with."""
+
+    def __init__(self, loaded: Loaded, dense: Tensor, token_ids: Tensor, keep: Tensor) -> None:
+        self._measure = measure_of(loaded.head)
+        self._keep = keep
+        if self._measure == "cosine":
+            self._pooling = find_pooling(loaded)
+            self._embedding = self._embed(dense)
+            return
+        self._by_token = dense.dim() == 3
+        places = keep.flatten().nonzero()[:, 0] if self._by_token else torch.arange(len(dense))
+        self._sequence = places // keep.shape[1] if self._by_token else places
+        self._reference = predictions.Reference(dense.flatten(0, -2), places)
+        # A token is predicted by the place before it, if both are real.
+        follows = keep[:, 1:] & keep[:, :-1]
+        self._has_loss = loaded.head == "causal" and self._by_token and bool(follows.any())
+        rows, columns = follows.nonzero(as_tuple=True)
+        self._asked, self._targets, self._asked_by = rows * keep.shape[1] + columns, token_ids[rows, columns + 1], rows
+
+    def distance(self, answers: Tensor) -> FloatArray:
+        if self._measure == "cosine":
+            return (1 - torch.cosine_similarity(self._embed(answers), self._embedding, dim=-1)).cpu().numpy()
+        return self._by_sequence(self._reference.divergence(answers.flatten(0, -2)), self._sequence)
+
+    def loss(self, answers: Tensor) -> FloatArray | None:
+        if self._measure == "cosine" or not self._has_loss:
+            return None
+        likelihood = predictions.log_likelihood(answers.flatten(0, 1), self._asked, self._targets)
+        return self._by_sequence(-likelihood, self._asked_by)
+
+    def _embed(self, hidden: Tensor) -> Tensor:
+        # Float64: one minus a cosine near one keeps few digits of float32.
+        return self._pooling(hidden.double(), self._keep.to(hidden.device))
+
+    def _by_sequence(self, values_N: Tensor, owner_N: Tensor) -> FloatArray:
+        """Mean of the values that belong to each sequence, `[B]`; nan for a sequence with none."""
+        sums = torch.zeros(len(self._keep), dtype=torch.float64)
+        sums.index_add_(0, owner_N, values_N.double().cpu())
+        return (sums / torch.bincount(owner_N, minlength=len(sums))).numpy()
+
+
+def _damage(removed: frozenset[int], rows: list[_Row], dense: list[_Row]) -> Damage:
+    return Damage(
+        removed=tuple(sorted(removed)),
+        distance=np.concatenate([distance for distance, _ in rows]),
+        loss=_joined([loss for _, loss in rows]),
+        dense_loss=_joined([loss for _, loss in dense]),
+    )
+
+
+def _joined(parts: Sequence[FloatArray | None]) -> FloatArray | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if len(present) == len(parts) else None
+
+
+def summarise(damage: Damage) -> SetDamage:
+    """A damage as the record tells it: means with standard errors, the change of the loss from paired differences."""
+    change, error, perplexity = None, None, None
+    if damage.loss is not None and damage.dense_loss is not None:
+        change, error = mean_and_error(damage.loss - damage.dense_loss)
+        # A ruined model's loss can be too large for its exponential.
+        perplexity = math.exp(min(float(damage.loss.mean()), 700.0))
+    return SetDamage(
+        removed=damage.removed,
+        distance=damage.mean,
+        stderr=damage.stderr,
+        loss_change=change,
+        loss_change_stderr=error,
+        perplexity=perplexity,
+    )
+
+
+def table_of(judge: Judge, damages: Sequence[Damage], *, model: ModelFacts, data: DataFacts) -> DamageTable:
+    """The damage of each block alone as a value for the record.
+
+    Args:
+        judge: What measured them.
+        damages: What `leave_one_out` returned.
+        model: What was measured.
+        data: The text it was measured on.
+    """
+    dense = damages[0].dense_loss
+    return DamageTable(
+        measure=judge.measure,
+        blocks=tuple(summarise(one) for one in damages),
+        dense_loss=None if dense is None else float(dense.mean()),
+        num_blocks_run=judge.num_blocks_run,
+        num_blocks_naive=judge.num_blocks_naive,
+        model=model,
+        data=data,
+    )

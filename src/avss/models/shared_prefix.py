@@ -1,0 +1,139 @@
+"""Runs a model with sets of blocks left out, and never computes the same prefix twice in a row.
+
+Blocks before the first difference from the run before answer from memory, left-out blocks hand on what they were given,
+and the model's own forward does everything else: embeddings, masks, positions, the head. So any architecture works
+whose blocks are called once each, in order.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from avss.errors import UnsupportedArchitectureError
+from avss.models.forward import run_outputs
+from avss.models.load import Loaded
+from avss.models.stack import BlockStack, hidden_from_call, hidden_from_output, replace_hidden
+
+Removed = frozenset[int]
+"""Blocks left out, original indices."""
+
+Around = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Called with (block index, the block's own forward, positional and keyword arguments); its result is the block's."""
+
+
+@contextlib.contextmanager
+def around_blocks(stack: BlockStack, around: Around) -> Iterator[None]:
+    """Puts `around` in place of each block's forward while the context is open; hooks of others stay in force."""
+    missing = object()
+    before = [block.__dict__.get("forward", missing) for block in stack.blocks]
+
+    def attach(index: int, block: nn.Module) -> None:
+        own = block.forward
+        # An instance attribute hides the class's method, as accelerate's dispatch does; it is removed again below.
+        block.forward = lambda *args, **kwargs: around(index, own, args, kwargs)
+
+    try:
+        for index, block in enumerate(stack.blocks):
+            attach(index, block)
+        yield
+    finally:
+        for block, forward in zip(stack.blocks, before, strict=True):
+            if forward is missing:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
+
+
+class SharedPrefix:
+    """One batch through one model, again and again, with other blocks left out each time.
+
+    The first run is of the whole model. Each later run computes only from the first block that is left out in it and
+    not in the run before, or the other way round. In the order of `in_sharing_order` the fewest are computed: the
+    models that lack one of L blocks take L (L - 1) / 2 blocks instead of L (L - 1).
+
+    Holds the hidden states of one run, `L + 1` tensors `[B, T, D]`: use small batches for large models.
+
+    Args:
+        loaded: The model; left as it was after each run.
+        token_ids: `[B, T]`.
+        keep: `[B, T]`, True for real tokens.
+
+    Attributes:
+        dense: What the whole model answers, see `avss.models.forward.run_outputs`.
+        num_blocks_run: Blocks computed so far, those of the whole model included.
+    """
+
+    def __init__(self, loaded: Loaded, token_ids: Tensor, keep: Tensor) -> None:
+        self._loaded = loaded
+        self._batch = (token_ids, keep)
+        self._results: list[Any] = [None] * len(loaded.stack)
+        self._templates: list[Any] = []
+        self._removed: Removed = frozenset()
+        self._num_valid = len(loaded.stack)
+        self.num_blocks_run = 0
+        calls: list[int] = []
+
+        def compute(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.append(index)
+            self.num_blocks_run += 1
+            self._results[index] = forward(*args, **kwargs)
+            return self._results[index]
+
+        with around_blocks(loaded.stack, compute):
+            self.dense = run_outputs(loaded, token_ids, keep)
+        if calls != list(range(len(loaded.stack))):
+            raise UnsupportedArchitectureError(
+                f"`{type(loaded.model).__name__}` does not call its {len(loaded.stack)} blocks once each in order (it "
+                f"called {calls[:12]}{' ...' if len(calls) > 12 else ''}), so blocks cannot be left out one by one."
+            )
+        self._templates = list(self._results)
+
+    def without(self, removed: Iterable[int]) -> Tensor:
+        """What the model answers without these blocks.
+
+        Raises:
+            UnsupportedArchitectureError: A block returns another shape than it takes.
+        """
+        wanted = frozenset(removed)
+        start = min(wanted ^ self._removed, default=self._num_valid)
+        # Only what this run has reached is a prefix for the next, also when it raises halfway.
+        self._removed, self._num_valid = wanted, min(start, self._num_valid)
+
+        def shortcut(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index == self._num_valid:
+                skip = index in wanted
+                self._results[index] = self._skip(index, args, kwargs) if skip else self._run(forward, args, kwargs)
+                self._num_valid += 1
+            return self._results[index]
+
+        with around_blocks(self._loaded.stack, shortcut):
+            return run_outputs(self._loaded, *self._batch)
+
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.num_blocks_run += 1
+        return forward(*args, **kwargs)
+
+    def _skip(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kind of value the block returns (what it hands on beside the hidden state too), with its input inside."""
+        template, hidden = self._templates[index], hidden_from_call(args, kwargs)
+        if hidden.shape != hidden_from_output(template).shape:
+            raise UnsupportedArchitectureError(
+                f"Block {index} takes {tuple(hidden.shape)} and returns {tuple(hidden_from_output(template).shape)}; a "
+                "removable block returns the shape it takes."
+            )
+        return replace_hidden(template, hidden)
+
+
+def in_sharing_order(sets: Iterable[Iterable[int]], num_blocks: int) -> list[Removed]:
+    """The sets, each once, in the order in which neighbours share the longest prefixes; the whole model comes first.
+
+    Read as binary numbers, block 0 leading, they ascend: a walk through the tree of prefixes, depth first.
+
+    Example:
+        >>> [sorted(one) for one in in_sharing_order([[0], [2], [1, 2], []], num_blocks=3)]
+        [[], [2], [1, 2], [0]]
+    """
+    unique = {frozenset(one) for one in sets}
+    return sorted(unique, key=lambda one: tuple(block in one for block in range(num_blocks)))
