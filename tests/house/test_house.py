@@ -21,12 +21,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("record", "config"),
     ("criteria", "statistics", "models", "data"),
     (
+        "ablation",
         "collect",
-        "compensate",
+        "compensation",
         "cut",
-        "damage",
         "evaluation",
-        "heal",
+        "healing",
         "output",
         "plan",
         "progress",
@@ -45,7 +45,7 @@ NEIGHBOURS = frozenset({("criteria", "statistics")})
 NOTEBOOK = ("record", "reporting.notebook")
 """The one import that points up (docs/decisions): a value shows itself. Inside a method only."""
 
-TRANSFORMERS_ROOMS = frozenset({"models", "heal", "evaluation"})
+TRANSFORMERS_ROOMS = frozenset({"models", "healing", "evaluation"})
 """Rooms that may import transformers."""
 
 LIGHT_ROOMS = ("errors", "record", "config", "plan", "criteria", "scoring", "reporting", "progress")

@@ -200,10 +200,16 @@ def test_a_table_is_not_a_text_and_a_text_not_a_table(tmp_path):
         read_table(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("name", ["missing.csv", "missing.txt", "./missing", "~/missing/of/avss", "", " "])
+@pytest.mark.parametrize("name", ["missing.csv", "missing.txt", "./missing", "~/missing/of/avss"])
 def test_a_missing_file_is_a_data_error(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="There is no file"):
+        read_texts(name)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_a_data_error(name):
+    with pytest.raises(DataError, match="The name of the data is empty"):
         read_texts(name)
 
 

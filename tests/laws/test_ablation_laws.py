@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from avss.damage import Judge, leave_one_out, summarise, table_of
+from avss.ablation import Judge, leave_one_out, summarise, table_of
 from avss.data.batches import Batches, content_hash
 from avss.errors import NoObservationsError, UnsupportedArchitectureError
 from avss.models.forward import run_outputs
