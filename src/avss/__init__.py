@@ -15,17 +15,42 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from avss.composer import Inspection, Pruned, evaluate, inspect, load, prune, report, run, score
+    from avss.composer import (
+        Inspection,
+        Pruned,
+        compare,
+        damage,
+        evaluate,
+        inspect,
+        load,
+        prune,
+        report,
+        run,
+        score,
+        stability,
+    )
     from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
-    from avss.record import BlockScores, Cut, Measurement, Plan, Retention, RunRecord, ScoreTable
+    from avss.record import (
+        BlockScores,
+        Comparison,
+        Cut,
+        DamageTable,
+        Measurement,
+        Plan,
+        Retention,
+        RunRecord,
+        ScoreTable,
+    )
 
 _PLACES = {
     "AvssError": "avss.errors",
     "BlockScores": "avss.record",
     "CRITERIA": "avss.criteria",
+    "Comparison": "avss.record",
     "Cut": "avss.record",
+    "DamageTable": "avss.record",
     "DataConfig": "avss.config",
     "Inspection": "avss.composer",
     "Measurement": "avss.record",
@@ -38,6 +63,8 @@ _PLACES = {
     "RunRecord": "avss.record",
     "ScoreTable": "avss.record",
     "TaskConfig": "avss.config",
+    "compare": "avss.composer",
+    "damage": "avss.composer",
     "evaluate": "avss.composer",
     "inspect": "avss.composer",
     "load": "avss.composer",
@@ -45,13 +72,16 @@ _PLACES = {
     "report": "avss.composer",
     "run": "avss.composer",
     "score": "avss.composer",
+    "stability": "avss.composer",
 }
 
 __all__ = [
     "CRITERIA",
     "AvssError",
     "BlockScores",
+    "Comparison",
     "Cut",
+    "DamageTable",
     "DataConfig",
     "Inspection",
     "Measurement",
@@ -64,6 +94,8 @@ __all__ = [
     "RunRecord",
     "ScoreTable",
     "TaskConfig",
+    "compare",
+    "damage",
     "evaluate",
     "inspect",
     "load",
@@ -71,6 +103,7 @@ __all__ = [
     "report",
     "run",
     "score",
+    "stability",
 ]
 
 

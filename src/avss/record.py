@@ -6,7 +6,7 @@ a record opens anywhere. Block indices always refer to the *original* model, 0-b
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -111,6 +111,9 @@ class BlockScores(FrozenValue):
         values: One score per block, in block order.
         without_first_token: The same with the first token of each sequence left out (attention sinks and massive
             activations live there); None where the criterion reads no tokens.
+        lower: Lower end of each score's 95 % interval over texts of this kind and size, from leaving out sequences;
+            None where the criterion reads no text, or there are fewer than three sequences.
+        upper: Its upper end.
         factors: The parts the score is made of, one list per factor, e.g. variance and near-zero share.
         paper: Citation of the method.
         reference_url: Where it was published, if it was.
@@ -125,6 +128,8 @@ class BlockScores(FrozenValue):
     title: str
     values: tuple[JsonFloat, ...] = Field(min_length=1)
     without_first_token: tuple[JsonFloat, ...] | None = None
+    lower: tuple[JsonFloat, ...] | None = None
+    upper: tuple[JsonFloat, ...] | None = None
     factors: dict[str, tuple[JsonFloat, ...]] = Field(default_factory=dict)
     paper: str | None = None
     reference_url: str | None = None
@@ -150,6 +155,118 @@ class BlockScores(FrozenValue):
         return ScoreTable(scores=(self,))._repr_html_()
 
 
+class Stability(FrozenValue):
+    """Whether the text suffices to say which blocks score lowest under one criterion.
+
+    Attributes:
+        criterion: Its name.
+        count: How many blocks would go.
+        chosen: The lowest `count`, ascending.
+        inclusion: For each block, the share of resampled texts in which it is among the lowest `count`.
+        agreement: Mean of that share over the chosen blocks: 1 means that every resampled text chooses the same.
+        half_kendall: Kendall's tau between scores from two halves of the text that share no sequence, mean over splits.
+        half_overlap: Share of the lowest `count` that two such halves have in common.
+        closest: The pair (goes, stays) that is hardest to tell apart.
+        closest_gap: Their difference in standard errors.
+        num_sequences: Sequences of the text.
+        num_sequences_needed: Sequences from which that pair would be two standard errors apart; None for a tie.
+    """
+
+    criterion: str
+    count: int
+    chosen: tuple[int, ...]
+    inclusion: tuple[float, ...]
+    agreement: float
+    half_kendall: float | None = None
+    half_overlap: float | None = None
+    closest: tuple[int, int]
+    closest_gap: JsonFloat
+    num_sequences: int
+    num_sequences_needed: int | None
+
+    @property
+    def settled(self) -> bool:
+        """Whether more text of this kind would very likely leave the choice as it is."""
+        return self.num_sequences_needed is not None and self.num_sequences_needed <= self.num_sequences
+
+    def describe(self) -> str:
+        """The finding in a sentence."""
+        low, high = self.closest
+        if self.settled:
+            return (
+                f"`{self.criterion}`: the choice of {self.count} blocks is settled on {self.num_sequences} sequences."
+            )
+        remedy = (
+            f"about {self.num_sequences_needed:,} sequences would tell (there are {self.num_sequences:,})"
+            if self.num_sequences_needed
+            else "they are as good as tied, and more text will hardly tell"
+        )
+        return (
+            f"`{self.criterion}` cannot settle its lowest {self.count} on this text: block {low} goes and block {high} "
+            f"stays by {max(self.closest_gap, 0):.1f} standard errors, and resampled texts keep "
+            f"{100 * self.agreement:.0f} % of the choice; {remedy}."
+        )
+
+
+class StabilityTrial(FrozenValue):
+    """Scores of one criterion from one draw of one text, against those from all that was seen.
+
+    Attributes:
+        criterion: Its name.
+        source: The text.
+        seed: Of the draw.
+        num_sequences: Sequences scored on.
+        kendall: Kendall's tau with the criterion's scores from the largest draw of the first text, -1 to 1.
+        overlap: Share of that draw's lowest `count` blocks that are lowest here too, 0 to 1.
+        chosen: The lowest `count` here.
+    """
+
+    criterion: str
+    source: str
+    seed: int
+    num_sequences: int
+    kendall: float
+    overlap: float
+    chosen: tuple[int, ...]
+
+
+class StabilityStudy(FrozenValue):
+    """How a choice depends on the seed, the amount and the kind of text.
+
+    Attributes:
+        count: Blocks that would go.
+        trials: One per criterion, text, seed and size.
+        model: What was scored.
+    """
+
+    count: int
+    trials: tuple[StabilityTrial, ...] = Field(min_length=1)
+    model: ModelFacts | None = None
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per criterion, text and size: mean and lowest tau, and mean overlap, over the seeds."""
+        groups: dict[tuple[str, str, int], list[StabilityTrial]] = {}
+        for trial in self.trials:
+            groups.setdefault((trial.criterion, trial.source, trial.num_sequences), []).append(trial)
+        return [
+            {
+                "criterion": criterion,
+                "source": source,
+                "num_sequences": num,
+                "num_seeds": len(found),
+                "kendall": sum(trial.kendall for trial in found) / len(found),
+                "kendall_min": min(trial.kendall for trial in found),
+                "overlap": sum(trial.overlap for trial in found) / len(found),
+            }
+            for (criterion, source, num), found in groups.items()
+        ]
+
+    def _repr_html_(self) -> str:
+        from avss.reporting.notebook import study_html  # see ScoreTable._repr_html_
+
+        return study_html(self)
+
+
 class ScoreTable(FrozenValue):
     """The scores of several criteria on one model and text, in the order asked for.
 
@@ -158,11 +275,13 @@ class ScoreTable(FrozenValue):
         model: What was scored.
         data: The text it was scored on.
         warnings: What the reader should know, one sentence each.
+        stability: Whether the text suffices, one entry per criterion that reads text.
     """
 
     scores: tuple[BlockScores, ...] = Field(min_length=1)
     model: ModelFacts | None = None
     data: DataFacts | None = None
+    stability: tuple[Stability, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __getitem__(self, criterion: str) -> BlockScores:
@@ -191,6 +310,8 @@ class ScoreTable(FrozenValue):
                 row[f"{name}.rank"] = ranks[block]
                 if scores.without_first_token is not None:
                     row[f"{name}.without_first_token"] = scores.without_first_token[block]
+                if scores.lower is not None and scores.upper is not None:
+                    row[f"{name}.lower"], row[f"{name}.upper"] = scores.lower[block], scores.upper[block]
                 for factor, values in scores.factors.items():
                     row[f"{name}.{factor}"] = values[block]
         return rows
@@ -254,19 +375,35 @@ class Plan(FrozenValue):
         """Share of the blocks removed, 0 to 1."""
         return len(self.removed) / self.num_blocks
 
-    def runs(self) -> list[tuple[int, int]]:
-        """The removed blocks as half-open runs, e.g. `[(12, 19)]` for 12 to 18."""
-        runs: list[tuple[int, int]] = []
-        for block in self.removed:
-            if runs and runs[-1][1] == block:
-                runs[-1] = (runs[-1][0], block + 1)
-            else:
-                runs.append((block, block + 1))
-        return runs
-
     def describe(self) -> str:
         """The removed blocks in a line, e.g. `3, 12-15, 17`."""
-        return ", ".join(str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in self.runs())
+        return describe_blocks(self.removed)
+
+
+def runs_of(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as half-open runs.
+
+    Example:
+        >>> runs_of((3, 12, 13, 14))
+        [(3, 4), (12, 15)]
+    """
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and runs[-1][1] == block:
+            runs[-1] = (runs[-1][0], block + 1)
+        else:
+            runs.append((block, block + 1))
+    return runs
+
+
+def describe_blocks(blocks: Sequence[int]) -> str:
+    """Ascending blocks in a line.
+
+    Example:
+        >>> describe_blocks((3, 12, 13, 14, 15, 17))
+        '3, 12-15, 17'
+    """
+    return ", ".join(str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in runs_of(blocks))
 
 
 DamageMeasure = Literal["kl", "cosine"]
@@ -345,6 +482,65 @@ class DamageTable(FrozenValue):
         from avss.reporting.notebook import damage_html  # see ScoreTable._repr_html_
 
         return damage_html(self)
+
+
+class CriterionVerdict(FrozenValue):
+    """How far one way of choosing blocks can be trusted on this model and text.
+
+    Attributes:
+        method: The criterion's name, or `random`, `greedy` ...
+        title: Its name for people.
+        kind: `criterion`; `baseline` (looks at nothing: a floor); `search` (looks at measured damage: a ceiling).
+        spearman: Rank correlation of its scores with the damage of leaving out each block, -1 to 1; None where it
+            scores no single block.
+        spearman_stderr: Its standard error, from resampling the sequences that damage was measured on.
+        depth: Rank correlation of its scores with the block's index: near 1 or -1, it only ranks by depth.
+        overlap: How many of its lowest `count` are among the `count` blocks of least damage.
+        damage: What removing its lowest `count` blocks together costs; for draws, the draw in the middle.
+        num_draws: Draws behind it; 1 unless it draws lots.
+        spread: Standard deviation of the damage over the draws.
+    """
+
+    method: str
+    title: str
+    kind: Literal["criterion", "baseline", "search"] = "criterion"
+    spearman: JsonFloat | None = None
+    spearman_stderr: JsonFloat | None = None
+    depth: JsonFloat | None = None
+    overlap: int | None = None
+    damage: SetDamage
+    num_draws: int = 1
+    spread: JsonFloat | None = None
+
+
+class Comparison(FrozenValue):
+    """Every criterion against measured damage.
+
+    Attributes:
+        count: Blocks that each removes.
+        verdicts: One per criterion and baseline, from the least damage of its set to the most.
+        damage: Of each block alone.
+    """
+
+    count: int
+    verdicts: tuple[CriterionVerdict, ...] = Field(min_length=1)
+    damage: DamageTable
+
+    def __getitem__(self, method: str) -> CriterionVerdict:
+        """The verdict on one method.
+
+        Raises:
+            KeyError: It was not compared; the message lists those that were.
+        """
+        for verdict in self.verdicts:
+            if verdict.method == method:
+                return verdict
+        raise KeyError(f"`{method}` was not compared. Compared: {', '.join(v.method for v in self.verdicts)}.")
+
+    def _repr_html_(self) -> str:
+        from avss.reporting.notebook import comparison_html  # see ScoreTable._repr_html_
+
+        return comparison_html(self)
 
 
 class Measurement(FrozenValue):
@@ -483,6 +679,10 @@ class RunRecord(FrozenValue):
         data: The calibration text.
         scores: One entry per criterion.
         warnings: What the reader should know, one sentence each.
+        stability: Whether the text suffices to choose, one entry per criterion that reads text.
+        study: How the choice depends on seed, amount and kind of text, where that was asked for.
+        damage: What leaving out each block costs, where it was measured.
+        comparison: Every criterion against that damage, where it was asked for.
         dense: Measurements of the dense model.
         cuts: The smaller models; the first one is the one that was asked for, the others are for comparison.
         prompts: What both models were asked to continue.
@@ -499,6 +699,10 @@ class RunRecord(FrozenValue):
     data: DataFacts | None = None
     scores: tuple[BlockScores, ...] = ()
     warnings: tuple[str, ...] = ()
+    stability: tuple[Stability, ...] = ()
+    study: StabilityStudy | None = None
+    damage: DamageTable | None = None
+    comparison: Comparison | None = None
     dense: tuple[Measurement, ...] = ()
     cuts: tuple[Cut, ...] = ()
     prompts: tuple[str, ...] = ()

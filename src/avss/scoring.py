@@ -1,12 +1,17 @@
 """Scores every block by every criterion from what one pass collected."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
 
 from avss.criteria import AbstractCriterion, Evidence, Scored
 from avss.errors import DegenerateStatisticError
-from avss.record import BlockScores
+from avss.record import BlockScores, Stability
+from avss.statistics.agreement import depth_correlation
+from avss.statistics.base import FloatArray
 from avss.statistics.collected import Collected
+from avss.statistics.resampling import jackknife, stability_of
 
 DEPTH_CORRELATION = 0.5
 """Spearman correlation with depth from which a score whose lowest blocks are the first is said to rank by depth."""
@@ -51,8 +56,61 @@ def _score_one(collected: Collected, criterion: AbstractCriterion, *, first_toke
     )
 
 
-def _apply(collected: Collected, criterion: AbstractCriterion, *, first_token: bool, seed: int) -> Scored:
-    summaries = {need: collected.summarise(need, first_token=first_token) for need in criterion.needs}
+def with_certainty(
+    collected: Collected,
+    criterion: AbstractCriterion,
+    scores: BlockScores,
+    *,
+    count: int,
+    protected: Sequence[int] = (),
+    first_token: bool = True,
+    seed: int = 0,
+) -> tuple[BlockScores, Stability | None]:
+    """The scores with their intervals, and whether the text suffices to choose by them.
+
+    Args:
+        collected: What the scores rest on.
+        criterion: Who gave them.
+        scores: What `score_blocks` returned for it.
+        count: Blocks that would go.
+        protected: Blocks that may not.
+        first_token: As for `score_blocks`.
+        seed: Of the resampling, and for criteria that draw lots.
+
+    Returns:
+        The scores unchanged and None where the criterion reads no text, where there are fewer than three sequences, or
+        where parts of the text are too small for the criterion to be defined.
+    """
+    rows = {collected.rows[need][0].num_sequences for need in criterion.needs}
+    if len(rows) != 1:
+        return scores, None
+    (num,) = rows
+
+    def score_of(positions: NDArray[np.intp]) -> FloatArray:
+        return _apply(collected, criterion, first_token=first_token, seed=seed, resample=positions).values
+
+    try:
+        knife = jackknife(score_of, num)
+        if knife is None:
+            return scores, None
+        stability = stability_of(criterion.name, knife, score_of, count=count, protected=protected, seed=seed)
+    except DegenerateStatisticError:
+        return scores, None
+    lower, upper = knife.interval()
+    return scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)}), stability
+
+
+def _apply(
+    collected: Collected,
+    criterion: AbstractCriterion,
+    *,
+    first_token: bool,
+    seed: int,
+    resample: NDArray[np.intp] | None = None,
+) -> Scored:
+    summaries = {
+        need: collected.summarise(need, first_token=first_token, resample=resample) for need in criterion.needs
+    }
     scored = criterion.score(Evidence(num_blocks=collected.num_blocks, summaries=summaries, seed=seed))
     bad = np.flatnonzero(~np.isfinite(scored.values))
     if bad.size:
@@ -67,14 +125,6 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def depth_correlation(scores: BlockScores) -> float:
-    """Spearman correlation of the score with the block's index, -1 to 1; 0 where the score is constant."""
-    if len(set(scores.values)) < 2:
-        return 0.0
-    correlation, _ = stats.spearmanr(scores.values, range(scores.num_blocks))
-    return float(correlation)  # pyright: ignore[reportArgumentType] (scipy has no types here)
-
-
 def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, count: int) -> tuple[str, ...]:
     """What a reader should know before acting on these scores, one sentence each.
 
@@ -87,7 +137,7 @@ def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, cou
     for one in scores:
         if one.criterion in ("first", "last", "random"):
             continue
-        depth = depth_correlation(one)
+        depth = depth_correlation(one.values)
         lowest = sorted(one.ranking()[:count])
         if lowest == list(range(count)) and depth >= DEPTH_CORRELATION:
             warnings.append(

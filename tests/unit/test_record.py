@@ -22,6 +22,7 @@ from avss.record import (
     RunRecord,
     ScoreTable,
     Verification,
+    runs_of,
 )
 
 MODEL = ModelFacts(
@@ -123,7 +124,7 @@ def test_plan_maps_original_indices_to_new_ones():
 )
 def test_plan_tells_its_runs(removed, runs, words):
     one = plan(*removed, num_blocks=30)
-    assert one.runs() == runs
+    assert runs_of(one.removed) == runs
     assert one.describe() == words
 
 
@@ -131,7 +132,7 @@ def test_plan_tells_its_runs(removed, runs, words):
 def test_plan_runs_and_map_cover_every_block_once(case):
     num_blocks, removed = case
     one = plan(*sorted(removed), num_blocks=num_blocks)
-    assert [block for start, stop in one.runs() for block in range(start, stop)] == sorted(removed)
+    assert [block for start, stop in runs_of(one.removed) for block in range(start, stop)] == sorted(removed)
     assert sorted([*one.removed, *one.kept]) == list(range(num_blocks))
     assert list(one.index_map.values()) == list(range(num_blocks - len(removed)))
     assert list(one.index_map) == sorted(one.index_map)

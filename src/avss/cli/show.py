@@ -113,6 +113,17 @@ def show_inspection(inspection: "Inspection") -> None:
     console.print(grid)
 
 
+def show_texts(title: str, texts: tuple[list[str], list[list[str]]]) -> None:
+    """Column titles and rows as they are."""
+    header, rows = texts
+    grid = _table(title)
+    for place, column in enumerate(header):
+        grid.add_column(column, justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    _console().print(grid)
+
+
 def show_path(what: str, path: object) -> None:
     """Where something is."""
     _console().print(f"[bold]{what}[/bold]: {escape(str(path))}", soft_wrap=True)

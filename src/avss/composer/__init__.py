@@ -5,12 +5,15 @@
 Every function takes a model by name or as an object, and returns values that show themselves in a notebook.
 """
 
+from avss.composer.comparison import compare, write_comparison
+from avss.composer.damages import damage, write_damage
 from avss.composer.evaluating import evaluate
 from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.inspection import Inspection, inspect
 from avss.composer.pruning import Pruned, prune
 from avss.composer.records import report, write_record
 from avss.composer.scores import score, write_scores
+from avss.composer.stabilities import stability, write_stability
 from avss.composer.whole import run
 
 __all__ = [
@@ -18,6 +21,8 @@ __all__ = [
     "Inspection",
     "Pruned",
     "calibration",
+    "compare",
+    "damage",
     "evaluate",
     "inspect",
     "load",
@@ -25,6 +30,10 @@ __all__ = [
     "report",
     "run",
     "score",
+    "stability",
+    "write_comparison",
+    "write_damage",
     "write_record",
     "write_scores",
+    "write_stability",
 ]

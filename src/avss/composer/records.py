@@ -15,7 +15,7 @@ from avss.progress import Timed
 from avss.record import RunRecord, ScoreTable
 from avss.reporting.charts import save_figures
 from avss.reporting.page import render_page
-from avss.reporting.tables import scores_csv
+from avss.reporting.tables import damage_csv, scores_csv
 
 
 def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable | None) -> RunRecord:
@@ -28,16 +28,19 @@ def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable |
         data=table.data if table else None,
         scores=table.scores if table else (),
         warnings=table.warnings if table else (),
+        stability=table.stability if table else (),
         seconds=timed.seconds,
     )
 
 
 def write_record(record: RunRecord, folder: Path) -> None:
-    """Writes `record.json` and all that can be made from it: `scores.csv`, `report.html`, `figures/`."""
+    """Writes `record.json` and all that can be made from it: `scores.csv`, `damage.csv`, `report.html`, `figures/`."""
     (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     if record.scores:
         table = ScoreTable(scores=record.scores, model=record.model, data=record.data)
         (folder / "scores.csv").write_text(scores_csv(table), encoding="utf-8")
+    if record.damage:
+        (folder / "damage.csv").write_text(damage_csv(record.damage), encoding="utf-8")
     (folder / "report.html").write_text(render_page(record), encoding="utf-8")
     (folder / "figures").mkdir(exist_ok=True)
     save_figures(record, folder / "figures")

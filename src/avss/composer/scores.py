@@ -8,14 +8,15 @@ from avss.collect import collect
 from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.records import now, versions, write_record
 from avss.config import DataConfig
-from avss.criteria import AbstractCriterion, find_criteria
+from avss.criteria import CRITERIA, AbstractCriterion, find_criteria
 from avss.data.batches import Batches
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.models.load import Loaded
 from avss.output import fresh_folder
+from avss.plan import protected_blocks
 from avss.progress import Stages, silent
 from avss.record import BlockScores, RunRecord, ScoreTable
-from avss.scoring import score_blocks, score_warnings
+from avss.scoring import score_blocks, score_warnings, with_certainty
 from avss.statistics.collected import Collected
 
 if TYPE_CHECKING:
@@ -80,8 +81,34 @@ def score_loaded(
         collected = collect(loaded, batches, needs, on_batch=on_batch)
     scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
     count = max(1, round(fraction * len(loaded.stack)))
-    warnings = (*problems, *score_warnings(scores, collected, count=count))
-    return ScoreTable(scores=scores, model=loaded.facts(), data=batches.facts, warnings=warnings), collected
+    with stages("Resampling the text"):
+        sure = [
+            with_certainty(
+                collected,
+                CRITERIA[one.criterion],
+                one,
+                count=count,
+                protected=guarded(one.criterion, len(loaded.stack)),
+                first_token=first_token,
+                seed=batches.facts.seed,
+            )
+            for one in scores
+        ]
+    stability = tuple(one for _, one in sure if one is not None)
+    unsettled = (one.describe() for one in stability if not one.settled)
+    table = ScoreTable(
+        scores=tuple(one for one, _ in sure),
+        model=loaded.facts(),
+        data=batches.facts,
+        warnings=(*problems, *score_warnings(scores, collected, count=count), *unsettled),
+        stability=stability,
+    )
+    return table, collected
+
+
+def guarded(criterion: str, num_blocks: int) -> tuple[int, ...]:
+    """The blocks that a plan by this criterion leaves alone unless told otherwise."""
+    return protected_blocks("auto", num_blocks, protects_ends=CRITERIA[criterion].protects_ends)
 
 
 def _defined(
@@ -116,6 +143,7 @@ def write_scores(table: ScoreTable, out: str | Path, *, command: str, force: boo
         data=table.data,
         scores=table.scores,
         warnings=table.warnings,
+        stability=table.stability,
     )
     with fresh_folder(Path(out), force=force) as folder:
         write_record(record, folder)

@@ -47,6 +47,38 @@ class Batches:
         for start in range(0, len(self.sequences), self.batch_size):
             yield pad(self.sequences[start : start + self.batch_size], self.pad_id)
 
+    def in_batches_of(self, batch_size: int) -> "Batches":
+        """The same sequences in batches of another size."""
+        facts = self.facts.model_copy(update={"batch_size": batch_size})
+        return dataclasses.replace(self, batch_size=batch_size, facts=facts)
+
+    def split(self, num_sequences: int) -> "tuple[Batches, Batches]":
+        """The first sequences and the rest, as batches of their own: to choose on some and measure on others.
+
+        Raises:
+            DataError: One of the two would be empty.
+        """
+        if not 0 < num_sequences < len(self.sequences):
+            raise DataError(
+                f"`{self.facts.source}` gives {len(self.sequences)} sequences, which cannot be split into "
+                f"{num_sequences} and some others. Give more text or fewer `--samples`."
+            )
+        parts = self.sequences[:num_sequences], self.sequences[num_sequences:]
+        first, rest = (dataclasses.replace(self, sequences=part, facts=_facts_of(part, self.facts)) for part in parts)
+        return first, rest
+
+
+def _facts_of(sequences: Sequence[Tensor], facts: DataFacts) -> DataFacts:
+    """The facts with what depends on the sequences counted anew."""
+    return facts.model_copy(
+        update={
+            "num_sequences": len(sequences),
+            "seq_len": max(len(sequence) for sequence in sequences),
+            "num_tokens": sum(len(sequence) for sequence in sequences),
+            "content_hash": content_hash(sequences),
+        }
+    )
+
 
 def pad(sequences: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     """Stacks sequences of unequal length: token ids `[B, T]` and keep `[B, T]`, padding on the right."""

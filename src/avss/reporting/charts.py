@@ -7,12 +7,14 @@ import altair as alt
 from avss.record import RunRecord
 from avss.reporting import theme
 from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart
+from avss.reporting.damage_charts import damage_chart, verdicts_chart
 from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
 
 CAPTIONS = {
     "retention": "Retention of a loss is dense loss over loss. Retention of an accuracy is accuracy over dense "
     "accuracy, which flatters a guesser; the diamonds do not.",
     "scores": "Scales differ between criteria; only the order within one decides.",
+    "verdicts": "What a criterion is worth: the damage of the blocks it would remove, measured, before any repair.",
     "ranks": "Columns that are dark throughout are blocks that all criteria would let go.",
 }
 """What to read off a figure, where its own title does not say it."""
@@ -21,7 +23,8 @@ CAPTIONS = {
 def figures(record: RunRecord) -> dict[str, alt.Chart]:
     """The charts that the record has data for, by name, in reading order.
 
-    Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `cost` (size and speed).
+    Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `verdicts` and `damage` (what
+    leaving out blocks costs), `cost` (size and speed).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
@@ -29,6 +32,8 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
         "scores": scores_chart(record.scores, record.cuts) if record.scores else None,
         "ranks": ranks_chart(record.scores, record.cuts) if len(record.scores) > 1 else None,
         "cuts": cuts_chart(record.cuts) if record.cuts else None,
+        "verdicts": verdicts_chart(record.comparison) if record.comparison else None,
+        "damage": damage_chart(record.damage) if record.damage else None,
         "cost": cost_chart(record),
     }
     return {name: chart for name, chart in drawn.items() if chart is not None}

@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from avss.record import DamageTable
+from avss.record import Comparison, DamageTable, describe_blocks
 from avss.reporting import numbers, theme
 
 UNITS = {"kl": "KL divergence from the dense model, nats", "cosine": "1 - cosine with the dense model's embedding"}
@@ -40,6 +40,48 @@ def damage_chart(table: DamageTable) -> alt.Chart:
         "Grey: two standard errors each way, over sequences.",
         {"damage": rows},
     )
+
+
+def verdicts_chart(comparison: Comparison) -> alt.Chart:
+    """A dot per method on a log scale: what removing the blocks it chooses costs, the least damage on top."""
+    kinds = {"criterion": "criterion", "baseline": "looks at nothing", "search": "looks at damage"}
+    rows = [
+        {
+            "method": one.method,
+            "kind": kinds[one.kind],
+            "distance": one.damage.distance if math.isfinite(one.damage.distance) else None,
+            "text": numbers.with_error(one.damage.distance, one.spread if one.num_draws > 1 else one.damage.stderr),
+            "agreement": numbers.number(one.spearman, 2),
+            "removes": describe_blocks(one.damage.removed),
+        }
+        for one in comparison.verdicts
+    ]
+    known = [row["distance"] for row in rows if row["distance"] is not None and row["distance"] > 0]
+    domain = [min(known, default=0.1) / 1.4, max(known, default=1.0) * 1.8]
+    base = (
+        alt.Chart()
+        .transform_filter("datum.distance > 0")
+        .encode(
+            y=alt.Y("method:N", sort=[one.method for one in comparison.verdicts], title=None),
+            x=alt.X(
+                "distance:Q",
+                scale=alt.Scale(type="log", domain=domain, nice=False),
+                title=UNITS[comparison.damage.measure],
+                axis=alt.Axis(format="~g", tickCount=6),
+            ),
+            tooltip=["method:N", alt.Tooltip("text:N", title="damage"), "agreement:N", "removes:N"],
+        )
+    )
+    colors = alt.Scale(domain=list(kinds.values()), range=[theme.ASKED, theme.OTHERS, theme.SERIES[2]])
+    dots = base.mark_circle(size=90, opacity=1).encode(
+        color=alt.Color("kind:N", scale=colors, title=None, legend=alt.Legend(orient="bottom"))
+    )
+    words = base.mark_text(align="left", dx=9).encode(text="text:N")
+    chart = alt.layer(dots, words).properties(
+        width=theme.PAGE_WIDTH - 320, height=alt.Step(22), data=alt.NamedData("verdicts")
+    )
+    title = f"Measured damage of the {comparison.count} blocks that each chooses (log scale)"
+    return theme.finished(chart, title, "Further left: less damage.", {"verdicts": rows})
 
 
 def _rows(table: DamageTable, low: float) -> list[dict[str, Any]]:

@@ -3,10 +3,10 @@
 import html
 from collections.abc import Iterable, Sequence
 
-from avss.record import DamageTable, RunRecord, ScoreTable
+from avss.record import Comparison, DamageTable, RunRecord, ScoreTable, StabilityStudy
 from avss.reporting import numbers, tables, theme, verdict
 from avss.reporting.block_charts import scores_chart
-from avss.reporting.damage_charts import damage_chart
+from avss.reporting.damage_charts import damage_chart, verdicts_chart
 from avss.reporting.result_charts import language_chart, retention_chart
 from avss.reporting.rows import ScoreCell
 
@@ -36,6 +36,22 @@ def damage_html(table: DamageTable) -> str:
     if table.model:
         head += f" of {html.escape(table.model.source)}"
     return _fragment(head, (), [theme.inline_svg(damage_chart(table).to_dict())], _table(header, rows))
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """Every criterion against measured damage as an HTML fragment: the charts, then one row per method."""
+    header, rows = tables.verdict_texts(comparison)
+    drawings = [
+        theme.inline_svg(chart.to_dict()) for chart in (verdicts_chart(comparison), damage_chart(comparison.damage))
+    ]
+    return _fragment("<strong>Criteria against measured damage</strong>", (), drawings, _table(header, rows))
+
+
+def study_html(study: StabilityStudy) -> str:
+    """How a choice depends on the text as an HTML fragment."""
+    header, rows = tables.study_texts(study)
+    head = "<strong>Stability over seeds, amounts and kinds of text</strong>"
+    return _fragment(head, (), [], _table(header, rows))
 
 
 def record_html(record: RunRecord) -> str:

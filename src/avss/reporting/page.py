@@ -45,12 +45,38 @@ def render_page(record: RunRecord) -> str:
         dark=_script_json({"config": theme.DARK, "colors": theme.DARK_COLORS}),
         cuts=list(zip(tables.cut_labels(record.cuts), record.cuts, strict=True)),
         score_rows=tables.score_rows(record),
+        findings=_findings(record),
         samples=_samples(record),
         facts=_facts(record),
         javascript=Markup(theme.javascript()) if drawn else "",
         record_link=_data_link("application/json", record.to_json()),
         csv_link=_data_link("text/csv", tables.scores_csv(ScoreTable(scores=record.scores))) if record.scores else None,
     )
+
+
+def _findings(record: RunRecord) -> list[tuple[str, str, str, list[str], list[list[str]]]]:
+    """Tables that a record may hold, as (anchor, title, how to read it, column titles, rows)."""
+    found: list[tuple[str, str, str, tuple[list[str], list[list[str]]]]] = []
+    if record.comparison:
+        words = (
+            "What each criterion is worth on this model: the measured damage of the blocks it would remove, together "
+            "and before any repair, and how its order agrees with the damage of leaving out each block alone "
+            "(Spearman). Damage was measured on other sequences than the scores."
+        )
+        found.append(("verdicts", "Criteria against measured damage", words, tables.verdict_texts(record.comparison)))
+    if record.stability:
+        words = (
+            "Whether the text suffices to choose. The choice is settled where the last block that goes and the first "
+            "that stays are two standard errors apart; halves of the text share no sequence."
+        )
+        found.append(("stability", "How sure is the choice?", words, tables.stability_texts(record.stability)))
+    if record.study:
+        words = "Scores from other draws, amounts and kinds of text, against the largest draw of the first text."
+        found.append(("study", "Stability over seeds, amounts and texts", words, tables.study_texts(record.study)))
+    if record.damage:
+        words = "What leaving out each block costs, measured. Rank 0 is the cheapest to lose."
+        found.append(("damage", "Measured damage of each block", words, tables.damage_texts(record.damage)))
+    return [(anchor, title, words, *texts) for anchor, title, words, texts in found]
 
 
 def index_runs(plan: Plan) -> list[tuple[str, str]]:

@@ -10,7 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from avss.record import BlockScores, Cut, DamageTable, Measurement, RunRecord, ScoreTable
+from avss.record import (
+    BlockScores,
+    Comparison,
+    Cut,
+    DamageTable,
+    Measurement,
+    RunRecord,
+    ScoreTable,
+    Stability,
+    StabilityStudy,
+    describe_blocks,
+)
 from avss.reporting import numbers
 from avss.reporting.rows import ComparisonCell, ComparisonRow, CutRow, Estimate, Kind, ScoreCell, ScoreRow
 
@@ -119,6 +130,81 @@ def damage_texts(table: DamageTable) -> tuple[list[str], list[list[str]]]:
             texts += [numbers.with_error(one.loss_change, one.loss_change_stderr), numbers.number(one.perplexity)]
         body.append(texts)
     return header, body
+
+
+def verdict_texts(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Each criterion against measured damage as plain text: column titles, then one row per method, the best first."""
+    count, has_loss = comparison.count, comparison.damage.dense_loss is not None
+    damage = "KL of its set, nats" if comparison.damage.measure == "kl" else "1 - cosine of its set"
+    header = ["chosen by", damage, *(["perplexity"] if has_loss else [])]
+    header += ["agreement with single-block damage", f"overlap of {count}", "correlation with depth", "removes"]
+    body = []
+    for one in comparison.verdicts:
+        error = one.spread if one.num_draws > 1 else one.damage.stderr
+        name = f"{one.method} (median of {one.num_draws})" if one.num_draws > 1 else one.method
+        texts = [name, numbers.with_error(one.damage.distance, error)]
+        texts += [numbers.number(one.damage.perplexity)] if has_loss else []
+        texts += [
+            _signed(one.spearman, one.spearman_stderr),
+            numbers.MISSING if one.overlap is None else f"{one.overlap} of {count}",
+            _signed(one.depth),
+            describe_blocks(one.damage.removed),
+        ]
+        body.append(texts)
+    return header, body
+
+
+def stability_texts(found: Sequence[Stability]) -> tuple[list[str], list[list[str]]]:
+    """Whether the text suffices, per criterion: column titles, then rows."""
+    header = [
+        "criterion",
+        "settled",
+        "closest pair",
+        "apart, std. errors",
+        "choice kept",
+        "half against half: tau",
+        "overlap",
+    ]
+    header += ["sequences", "needed"]
+    body = [
+        [
+            one.criterion,
+            "yes" if one.settled else "no",
+            f"{one.closest[0]} goes, {one.closest[1]} stays",
+            numbers.number(one.closest_gap, 2),
+            numbers.percent(one.agreement),
+            _signed(one.half_kendall),
+            numbers.percent(one.half_overlap),
+            f"{one.num_sequences:,}",
+            "a tie" if one.num_sequences_needed is None else f"{one.num_sequences_needed:,}",
+        ]
+        for one in found
+    ]
+    return header, body
+
+
+def study_texts(study: StabilityStudy) -> tuple[list[str], list[list[str]]]:
+    """How the choice depends on the text: column titles, then one row per criterion, text and amount."""
+    header = ["criterion", "text", "sequences", "draws", "Kendall tau", "lowest tau", f"overlap of {study.count}"]
+    body = [
+        [
+            row["criterion"],
+            row["source"],
+            f"{row['num_sequences']:,}",
+            str(row["num_seeds"]),
+            _signed(row["kendall"]),
+            _signed(row["kendall_min"]),
+            numbers.percent(row["overlap"]),
+        ]
+        for row in study.summary()
+    ]
+    return header, body
+
+
+def _signed(value: float | None, error: float | None = None) -> str:
+    if not numbers.is_number(value):
+        return numbers.MISSING
+    return f"{value:+.2f}" + (f" ± {error:.2f}" if error is not None and numbers.is_number(error) else "")
 
 
 def damage_csv(table: DamageTable) -> str:

@@ -1,0 +1,81 @@
+"""`avss compare`: every criterion against measured damage."""
+
+from typing import Annotated
+
+import typer
+
+from avss.cli import options as opt
+
+
+def command(
+    model: opt.Model,
+    data: opt.Data = "builtin",
+    damage_data: Annotated[
+        str | None,
+        typer.Option(help="Text to measure damage on.", show_default="other sequences of the same text"),
+    ] = None,
+    criteria: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
+    fraction: opt.Fraction = None,
+    count: opt.Count = None,
+    protect: opt.Protect = "auto",
+    samples: opt.Samples = 64,
+    damage_samples: Annotated[int, typer.Option(help="Sequences to measure damage on.")] = 16,
+    seq_len: opt.SeqLen = 512,
+    batch_size: opt.BatchSize = 8,
+    seed: opt.Seed = 0,
+    out: opt.Out = None,
+    head: opt.Head = "auto",
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    force: opt.Force = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Judge every criterion on MODEL by the measured damage of the blocks it would remove."""
+    from avss import composer
+    from avss.criteria import find_criteria
+    from avss.errors import ConfigError
+    from avss.output import check_free
+
+    find_criteria(criteria)
+    if fraction is not None and count is not None:
+        raise ConfigError("Say how many blocks go by one of `--fraction` and `--count`; got both.")
+    if out is not None:
+        check_free(out, force=force)
+    with opt.shown_stages(quiet=quiet) as stages:
+        with stages("Loading the model"):
+            loaded = composer.load(
+                model, head=head, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            )
+        record = composer.compare(
+            loaded,
+            data,
+            damage_data=damage_data,
+            criteria=criteria,
+            fraction=fraction,
+            count=count,
+            protect=protect,
+            damage_samples=damage_samples,
+            stages=stages,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        if out is not None:
+            with stages("Drawing the report"):
+                record = composer.write_comparison(record, out, command=opt.this_command(), force=force)
+    if json:
+        typer.echo(record.to_json())
+        return
+    if quiet or record.comparison is None:
+        return
+    from avss.cli.show import show_path, show_texts, show_warnings
+    from avss.reporting.tables import verdict_texts
+
+    show_texts("Criteria against measured damage (best first)", verdict_texts(record.comparison))
+    show_warnings(record.warnings)
+    if out is not None:
+        show_path("Report", out / "report.html")

@@ -1,0 +1,211 @@
+"""`avss.compare`: how far can each criterion be trusted, here?"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from avss.ablation import Damage, Judge, leave_one_out, summarise, table_of
+from avss.composer.damages import DAMAGE_BATCH_SIZE, DAMAGE_SAMPLES
+from avss.composer.inputs import AnyModel, calibration, load
+from avss.composer.records import now, versions, write_record
+from avss.composer.scores import score_loaded
+from avss.config import DataConfig, PlanConfig, build
+from avss.criteria import CRITERIA, find_criteria
+from avss.data.batches import Batches
+from avss.errors import DataError
+from avss.models.load import Loaded
+from avss.output import fresh_folder
+from avss.plan import make_plan
+from avss.progress import Stages, silent
+from avss.record import BlockScores, Comparison, CriterionVerdict, Plan, RunRecord, ScoreTable, describe_blocks
+from avss.statistics.agreement import agreement_with, depth_correlation, overlap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_DRAWS = 5
+"""Random sets that make the floor."""
+
+
+def compare(
+    model: AnyModel,
+    data: DataConfig | str | Sequence[str] = "builtin",
+    *,
+    damage_data: DataConfig | str | Sequence[str] | None = None,
+    criteria: str | Sequence[str] = "all",
+    fraction: float | None = None,
+    count: int | None = None,
+    protect: str = "auto",
+    damage_samples: int = DAMAGE_SAMPLES,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stages: Stages = silent,
+    **settings: Any,
+) -> RunRecord:
+    """Judges every criterion by measured damage, on text it was not computed on.
+
+    For each: how its scores rank the blocks against what leaving out each block costs, how many of its lowest blocks
+    are among the cheapest, what removing its lowest blocks together costs, and whether it only ranks by depth. The
+    first blocks, the last and random draws are the floor.
+
+    Args:
+        model: Hub id, folder, GGUF file, or a model object.
+        data: The text that scores are computed on.
+        damage_data: The text that damage is measured on; by default other sequences of `data`.
+        criteria: Names from `avss.CRITERIA`, or `all`.
+        fraction: Share of blocks that each removes, rounded half up (a quarter by default); or
+        count: their number.
+        protect: Blocks that stay, see `avss.prune`; `auto` follows each criterion's own habit.
+        damage_samples: Sequences that damage is measured on.
+        tokenizer: For a model object.
+        stages: Where progress goes.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout` of the scores' text.
+
+    Returns:
+        A record with the scores and `record.comparison`, which shows itself in a notebook.
+
+    Raises:
+        UserError: Anything the caller can fix, in one sentence.
+    """
+    wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
+    size = {"count": count} if count is not None else {"fraction": 0.25 if fraction is None else fraction}
+    config = build(PlanConfig, {**size, "protect": protect})
+    loaded = load(model, tokenizer)
+    scoring, judging = _texts(loaded, data, damage_data, damage_samples, settings)
+    table, _ = score_loaded(loaded, scoring, wanted, True, fraction or (count or 1) / len(loaded.stack), stages)
+    plans = {one.criterion: _plan(one, config) for one in table.scores}
+    draws = _draws(config, len(loaded.stack), judging.facts.seed) if "random" in plans else []
+    comparison = _judge(loaded, judging, table, plans, draws, stages)
+    return RunRecord(
+        created=now(),
+        command=f"avss.compare({loaded.source!r}, ...)",
+        versions=versions(),
+        model=loaded.facts(),
+        data=table.data,
+        scores=table.scores,
+        stability=table.stability,
+        warnings=(*table.warnings, *_warnings(comparison)),
+        damage=comparison.damage,
+        comparison=comparison,
+        settings={"plan": config.model_dump(mode="json")},
+    )
+
+
+def write_comparison(record: RunRecord, out: str | Path, *, command: str, force: bool = False) -> RunRecord:
+    """Writes a comparison with its tables, figures and page to a new folder.
+
+    Raises:
+        OutputExistsError: The folder exists.
+    """
+    record = record.model_copy(update={"command": command})
+    with fresh_folder(Path(out), force=force) as folder:
+        write_record(record, folder)
+    return record
+
+
+def _texts(
+    loaded: Loaded,
+    data: DataConfig | str | Sequence[str],
+    damage_data: DataConfig | str | Sequence[str] | None,
+    damage_samples: int,
+    settings: Mapping[str, Any],
+) -> tuple[Batches, Batches]:
+    """Text to score on, and other text to measure damage on."""
+    judged = {**settings, "samples": damage_samples, "batch_size": DAMAGE_BATCH_SIZE}
+    if damage_data is not None:
+        return calibration(loaded, data, **settings), calibration(loaded, damage_data, **judged)
+    if isinstance(data, DataConfig):
+        data, settings = data.source, {**data.model_dump(exclude={"source"}), **settings}
+    samples = int(settings.get("samples", DataConfig().samples))
+    everything = calibration(loaded, data, **{**settings, "samples": samples + damage_samples})
+    num = len(everything.sequences)
+    if num < 6:
+        raise DataError(
+            f"`{everything.facts.source}` gives {num} sequences, too few to score on some and measure damage on "
+            "others. Give more text, a smaller `--seq-len`, or another text with `--damage-data`."
+        )
+    # A text that is too short for both is shared out in the same proportion.
+    share = samples if num >= samples + damage_samples else round(num * samples / (samples + damage_samples))
+    scoring, judging = everything.split(share)
+    return scoring, judging.in_batches_of(DAMAGE_BATCH_SIZE)
+
+
+def _plan(scores: BlockScores, config: PlanConfig) -> Plan:
+    return make_plan(scores, config, protects_ends=CRITERIA[scores.criterion].protects_ends)
+
+
+def _draws(config: PlanConfig, num_blocks: int, seed: int) -> list[Plan]:
+    """Random plans of the same size."""
+    random = CRITERIA["random"]
+    plans = []
+    for draw in range(NUM_DRAWS):
+        values = np.random.default_rng((seed, draw)).random(num_blocks)
+        scores = BlockScores(criterion=random.name, title=random.title, values=tuple(values.tolist()))
+        plans.append(_plan(scores, config))
+    return plans
+
+
+def _judge(
+    loaded: Loaded,
+    batches: Batches,
+    table: ScoreTable,
+    plans: Mapping[str, Plan],
+    draws: Sequence[Plan],
+    stages: Stages,
+) -> Comparison:
+    judge = Judge(loaded, batches)
+    with stages("Leaving out each block") as advance:
+        alone = leave_one_out(judge, len(loaded.stack), on_step=advance)
+    single = table_of(judge, alone, model=loaded.facts(), data=batches.facts)
+    named = [name for name in plans if name != "random"]
+    with stages("Removing each criterion's choice") as advance:
+        sets = judge.judge([plan.removed for plan in (*(plans[name] for name in named), *draws)], on_step=advance)
+    costs = dict(zip(named, sets, strict=False))
+    verdicts = [_verdict(table[name], alone, costs[name]) for name in named]
+    if draws:
+        verdicts.append(_floor(table["random"].title, sets[len(named) :]))
+    verdicts.sort(key=lambda verdict: (verdict.damage.distance != verdict.damage.distance, verdict.damage.distance))
+    return Comparison(count=len(next(iter(plans.values())).removed), verdicts=tuple(verdicts), damage=single)
+
+
+def _verdict(scores: BlockScores, alone: Sequence[Damage], cost: Damage) -> CriterionVerdict:
+    baseline = scores.criterion in ("first", "last")
+    distances = np.array([one.distance for one in alone])
+    agreement, error = agreement_with(scores.values, distances)
+    return CriterionVerdict(
+        method=scores.criterion,
+        title=scores.title,
+        kind="baseline" if baseline else "criterion",
+        spearman=agreement,
+        spearman_stderr=error,
+        depth=depth_correlation(scores.values),
+        overlap=overlap(cost.removed, distances.mean(1)),
+        damage=summarise(cost),
+    )
+
+
+def _floor(title: str, draws: Sequence[Damage]) -> CriterionVerdict:
+    ordered = sorted(draws, key=lambda one: one.mean)
+    return CriterionVerdict(
+        method="random",
+        title=title,
+        kind="baseline",
+        damage=summarise(ordered[len(ordered) // 2]),
+        num_draws=len(draws),
+        spread=float(np.std([one.mean for one in draws], ddof=1)),
+    )
+
+
+def _warnings(comparison: Comparison) -> tuple[str, ...]:
+    """What the comparison shows about criteria that do no better than looking at nothing."""
+    floor = [verdict.damage.distance for verdict in comparison.verdicts if verdict.kind == "baseline"]
+    if not floor:
+        return ()
+    return tuple(
+        f"`{verdict.method}` chooses no better than a baseline here: its {comparison.count} blocks "
+        f"({describe_blocks(verdict.damage.removed)}) cost {verdict.damage.distance:.3g}, the best of first, last "
+        f"and random {min(floor):.3g}."
+        for verdict in comparison.verdicts
+        if verdict.kind == "criterion" and verdict.damage.distance >= min(floor)
+    )

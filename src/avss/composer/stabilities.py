@@ -1,0 +1,130 @@
+"""`avss.stability`: does the choice depend on the seed, the amount or the kind of text?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from avss.collect import collect
+from avss.composer.inputs import AnyModel, calibration, load
+from avss.composer.records import now, versions, write_record
+from avss.composer.scores import DEFAULT_CRITERIA, guarded
+from avss.criteria import AbstractCriterion, find_criteria
+from avss.errors import ConfigError
+from avss.output import fresh_folder
+from avss.plan import count_of_fraction
+from avss.progress import Stages, silent
+from avss.record import RunRecord, StabilityStudy, StabilityTrial
+from avss.scoring import score_blocks
+from avss.statistics.agreement import kendall
+from avss.statistics.base import FloatArray
+from avss.statistics.resampling import lowest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def stability(
+    model: AnyModel,
+    data: str | Sequence[str] = ("builtin",),
+    *,
+    criteria: str | Sequence[str] = DEFAULT_CRITERIA,
+    fraction: float = 0.25,
+    num_seeds: int = 3,
+    sizes: Sequence[int] = (),
+    samples: int = 64,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stages: Stages = silent,
+    **settings: Any,
+) -> StabilityStudy:
+    """Scores the model on several draws, amounts and kinds of text, and compares the orders and the choices.
+
+    Smaller amounts are parts of the larger ones, so each draw of each text takes one pass.
+
+    Args:
+        model: Hub id, folder, GGUF file, or a model object.
+        data: One source or several; everything is compared with the first draw of the first.
+        criteria: Names from `avss.CRITERIA`, or `all`.
+        fraction: Share of blocks whose choice is compared.
+        num_seeds: Draws of each text.
+        sizes: Sequences to score on, beside all of them; by default a quarter and a half.
+        samples: Sequences in a draw.
+        tokenizer: For a model object.
+        stages: Where progress goes.
+        **settings: `seq_len`, `batch_size`, `layout`.
+
+    Raises:
+        UserError: Anything the caller can fix, in one sentence.
+    """
+    wanted = tuple(one for one in find_criteria(criteria if isinstance(criteria, str) else list(criteria)) if one.needs)
+    if not wanted:
+        raise ConfigError("These criteria read no text, so text cannot change them. Name one that does, e.g. `avss`.")
+    if num_seeds < 1:
+        raise ConfigError(f"`--seeds {num_seeds}` must be at least 1.")
+    amounts = sorted({size for size in (*(sizes or (samples // 4, samples // 2)), samples) if size > 0}, reverse=True)
+    if amounts[0] > samples:
+        raise ConfigError(f"`--sizes {amounts[0]}` is more than the {samples} sequences of a draw (`--samples`).")
+    loaded = load(model, tokenizer)
+    count = count_of_fraction(fraction, len(loaded.stack))
+    trials: list[StabilityTrial] = []
+    reference: dict[str, FloatArray] = {}
+    sources = [data] if isinstance(data, str) else list(data)
+    needs = [need for criterion in wanted for need in criterion.needs]
+    with stages("Scoring on every draw") as advance:
+        done, total = 0, len(sources) * num_seeds
+        for source in sources:
+            for seed in range(num_seeds):
+                advance(done, total)
+                batches = calibration(loaded, source, samples=samples, seed=seed, **settings)
+                num = len(batches.sequences)
+                for size in dict.fromkeys(min(amount, num) for amount in amounts):
+                    part = batches if size == num else batches.split(size)[0]
+                    collected = collect(loaded, part, needs)
+                    for criterion in wanted:
+                        values = np.array(score_blocks(collected, (criterion,))[0].values)
+                        reference.setdefault(criterion.name, values)
+                        trials.append(
+                            _trial(
+                                criterion, values, reference[criterion.name], count, batches.facts.source, seed, size
+                            )
+                        )
+                done += 1
+                advance(done, total)
+    return StabilityStudy(count=count, trials=tuple(trials), model=loaded.facts())
+
+
+def _trial(
+    criterion: AbstractCriterion,
+    values: FloatArray,
+    reference: FloatArray,
+    count: int,
+    source: str,
+    seed: int,
+    num_sequences: int,
+) -> StabilityTrial:
+    free = [block for block in range(len(values)) if block not in guarded(criterion.name, len(values))]
+    chosen, expected = lowest(values, count, free), lowest(reference, count, free)
+    return StabilityTrial(
+        criterion=criterion.name,
+        source=source,
+        seed=seed,
+        num_sequences=num_sequences,
+        kendall=kendall(values, reference),
+        overlap=len(set(chosen) & set(expected)) / count,
+        chosen=chosen,
+    )
+
+
+def write_stability(study: StabilityStudy, out: str | Path, *, command: str, force: bool = False) -> RunRecord:
+    """Writes the study as a record with its table and page to a new folder.
+
+    Raises:
+        OutputExistsError: The folder exists.
+    """
+    if study.model is None:
+        raise ConfigError("This study names no model; make it with `avss.stability`.")
+    record = RunRecord(created=now(), command=command, versions=versions(), model=study.model, study=study)
+    with fresh_folder(Path(out), force=force) as folder:
+        write_record(record, folder)
+    return record

@@ -1,0 +1,176 @@
+"""`avss damage`, `avss compare` and `avss stability`, on tiny models."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import avss
+from avss.composer import damage
+from avss.record import Comparison, DamageTable, RunRecord, StabilityStudy
+from tests.support.oracles import run, without_blocks
+
+SMALL = ("--samples", 12, "--seq-len", 16, "--batch-size", 4)
+
+
+def test_damage_prints_measures_and_writes(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "damage"
+    answer = avss_command("damage", llama_folder, "--data", text_file, "--out", out, *SMALL)
+    assert answer.code == 0, answer.err
+    assert "Computed 45 blocks instead of 75" in answer.out
+    record = RunRecord.read(out)
+    with (out / "damage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["distance"]) for row in rows] == list(record.damage.values)
+    assert (out / "figures" / "damage.png").stat().st_size > 1000
+    assert "Measured damage of each block" in (out / "report.html").read_text()
+
+
+def test_damage_is_what_plain_models_say(llama_folder, text_file):
+    loaded = avss.load(llama_folder)
+    table = damage(loaded, str(text_file), samples=6, seq_len=16, batch_size=4)
+    from avss.composer import calibration
+
+    batches = calibration(loaded, str(text_file), samples=6, seq_len=16, batch_size=4)
+    smaller = without_blocks(loaded.model, loaded.stack.path, [2])
+    found = []
+    for row in batches.sequences:
+        p, q = (run(model, row[None])[0].double().softmax(-1) for model in (loaded.model, smaller))
+        found.append(float((p * (p / q).log()).sum(-1).mean()))
+    assert table.values[2] == pytest.approx(np.mean(found), rel=1e-4)
+    assert table.blocks[2].stderr == pytest.approx(np.std(found, ddof=1) / math.sqrt(6), rel=1e-3)
+
+
+@pytest.mark.parametrize("folder", ["encoder_folder", "masked_folder", "classifier_folder"])
+def test_damage_suits_the_head(avss_command, text_file, request, folder):
+    answer = avss_command("damage", request.getfixturevalue(folder), "--data", text_file, "--json", *SMALL)
+    assert answer.code == 0, answer.err
+    table = DamageTable.model_validate(json.loads(answer.out))
+    assert table.measure == ("cosine" if folder == "encoder_folder" else "kl")
+    assert table.dense_loss is None
+    assert all(value > 0 for value in table.values)
+
+
+def test_compare_judges_every_criterion(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "comparison"
+    answer = avss_command(
+        "compare", llama_folder, "--data", text_file, "--count", 2, "--damage-samples", 6, "--out", out, *SMALL
+    )
+    assert answer.code == 0, answer.err
+    assert "block-influence" in answer.out
+    record = RunRecord.read(out)
+    comparison = record.comparison
+    assert {verdict.method for verdict in comparison.verdicts} == {scores.criterion for scores in record.scores}
+    distances = [verdict.damage.distance for verdict in comparison.verdicts]
+    assert distances == sorted(distances)
+    assert all(len(verdict.damage.removed) == 2 for verdict in comparison.verdicts)
+    assert comparison["first"].damage.removed == (0, 1)
+    assert comparison["first"].depth == 1
+    assert comparison["last"].kind == comparison["random"].kind == "baseline"
+    assert comparison["random"].num_draws == 5
+    # Damage was measured on sequences that no score saw.
+    assert comparison.damage.data.content_hash != record.data.content_hash
+    assert (record.data.num_sequences, comparison.damage.data.num_sequences) == (12, 6)
+    page = (out / "report.html").read_text()
+    assert "Criteria against measured damage" in page
+    assert (out / "figures" / "verdicts.svg").is_file()
+
+
+def test_the_cost_of_a_set_is_that_of_the_model_without_it(llama_folder, text_file):
+    loaded = avss.load(llama_folder)
+    record = avss.compare(
+        loaded, str(text_file), criteria="last,first", count=2, samples=6, damage_samples=4, seq_len=16, batch_size=2
+    )
+    comparison: Comparison = record.comparison
+    batches = avss.composer.calibration(loaded, str(text_file), samples=10, seq_len=16, batch_size=2)
+    smaller = without_blocks(loaded.model, loaded.stack.path, [3, 4])
+    losses = []
+    for row in batches.sequences[6:]:
+        log_q = run(smaller, row[None])[0].double().log_softmax(-1)
+        losses.append(-float(log_q[torch.arange(len(row) - 1), row[1:]].mean()))
+    assert comparison["last"].damage.removed == (3, 4)
+    assert comparison["last"].damage.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    with pytest.raises(KeyError, match="`avss` was not compared"):
+        comparison["avss"]
+
+
+def test_compare_takes_another_text_for_damage(llama_folder, text_file):
+    record = avss.compare(
+        llama_folder,
+        str(text_file),
+        damage_data="builtin",
+        criteria="avss,random",
+        samples=4,
+        damage_samples=3,
+        seq_len=16,
+    )
+    assert record.comparison.damage.data.source == "builtin"
+    assert record.data.source == text_file.name
+
+
+def test_stability_over_seeds_amounts_and_texts(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "stability"
+    answer = avss_command(
+        "stability", llama_folder, "--data", text_file, "--data", "builtin", "--seeds", 2, "--sizes", "3,6",
+        "--criteria", "avss,block-influence,random", "--out", out, *SMALL,
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    study: StabilityStudy = RunRecord.read(out).study
+    assert {trial.criterion for trial in study.trials} == {"avss", "block-influence"}  # random reads no text
+    assert {trial.num_sequences for trial in study.trials} == {3, 6, 12}
+    assert {trial.source for trial in study.trials} == {text_file.name, "builtin"}
+    assert len(study.trials) == 2 * 2 * 2 * 3
+    first = study.trials[0]
+    assert (first.num_sequences, first.seed, first.kendall, first.overlap) == (12, 0, 1, 1)
+    assert all(-1 <= trial.kendall <= 1 and 0 <= trial.overlap <= 1 for trial in study.trials)
+    row = study.summary()[0]
+    same = [t for t in study.trials if (t.criterion, t.source, t.num_sequences) == ("avss", text_file.name, 12)]
+    assert row["kendall"] == pytest.approx(np.mean([trial.kendall for trial in same]))
+    assert "Stability over seeds" in (out / "report.html").read_text()
+
+
+def test_scores_come_with_intervals_and_say_whether_the_text_suffices(llama_folder, text_file):
+    table = avss.score(llama_folder, str(text_file), samples=10, seq_len=16, criteria="avss,block-influence,random")
+    assert {one.criterion for one in table.stability} == {"avss", "block-influence"}
+    scores = table["block-influence"]
+    assert all(low < value < high for low, value, high in zip(scores.lower, scores.values, scores.upper, strict=True))
+    assert table["random"].lower is None
+    for one in table.stability:
+        assert any(one.describe() == warning for warning in table.warnings) != one.settled
+
+
+def test_values_show_themselves_in_a_notebook(llama_folder, text_file):
+    record = avss.compare(llama_folder, str(text_file), criteria="avss,last", samples=4, damage_samples=3, seq_len=16)
+    assert "Criteria against measured damage" in record.comparison._repr_html_()
+    assert "<svg" in record.damage._repr_html_()
+    study = avss.stability(llama_folder, str(text_file), criteria="avss", num_seeds=1, samples=4, seq_len=16)
+    assert "Kendall" in study._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compare", "MODEL", "--count", 2, "--fraction", 0.5), "got both"),
+        (("compare", "MODEL", "--count", 5), "5 blocks cannot be removed"),
+        (("compare", "MODEL", "--criteria", "avs"), "Did you mean `avss`"),
+        (
+            ("compare", "MODEL", "--data", "TEXT", "--samples", 2, "--damage-samples", 1, "--seq-len", 16),
+            "too few to score",
+        ),
+        (("stability", "MODEL", "--sizes", "a,b"), "is not a list of numbers"),
+        (("stability", "MODEL", "--sizes", "99", "--samples", 4), "more than the 4 sequences"),
+        (("stability", "MODEL", "--criteria", "random"), "read no text"),
+        (("stability", "MODEL", "--seeds", 0), "must be at least 1"),
+        (("damage", "MODEL", "--data", "missing.txt"), "There is no file"),
+        (("damage", "MODEL", "--samples", 0), "samples"),
+    ],
+)
+def test_bad_input_is_one_sentence(avss_command, llama_folder, text_file, arguments, says):
+    names = {"MODEL": llama_folder, "TEXT": text_file}
+    answer = avss_command(*(names.get(argument, argument) for argument in arguments))
+    assert answer.code == 2
+    assert says in answer.err
+    assert "Traceback" not in answer.err
