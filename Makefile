@@ -23,6 +23,7 @@ lint: .venv/linted
 
 bench: .venv/installed .venv/models
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/damage.py
 
 clean:
 	rm -rf .venv demo runs

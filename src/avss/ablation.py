@@ -77,17 +77,19 @@ class Judge:
         loaded: The model; left as it was.
         batches: The text. Holding one batch's hidden states at all blocks is what this costs in memory, and two float32
             numbers for each token and word.
+        share: False runs every model from its first block: the slow way, for checks.
 
     Attributes:
         num_blocks_run: Blocks computed so far, in units of one block on one batch.
         num_blocks_naive: Blocks that running each model from its first block would have taken.
     """
 
-    def __init__(self, loaded: Loaded, batches: Batches) -> None:
+    def __init__(self, loaded: Loaded, batches: Batches, *, share: bool = True) -> None:
         if not len(batches):
             raise NoObservationsError("There is no sequence to measure damage on. Give some text.")
         self._loaded = loaded
         self._batches = tuple(batches)
+        self._share = share
         self.num_blocks_run = 0
         self.num_blocks_naive = 0
 
@@ -125,7 +127,7 @@ class Judge:
         on_step(done, total)
         for index in chosen:
             token_ids, keep = self._batches[index]
-            shared = SharedPrefix(self._loaded, token_ids, keep)
+            shared = SharedPrefix(self._loaded, token_ids, keep, share=self._share)
             answers = _Answers(self._loaded, shared.dense, token_ids, keep)
             for one in order:
                 logits = shared.without(one) if one else shared.dense

@@ -64,6 +64,17 @@ def test_all_single_blocks_take_about_half_of_the_blocks(name):
     assert all(one.mean > 0 for one in damages)
 
 
+def test_the_slow_way_gives_the_same_bits_and_runs_every_block():
+    loaded = adopt(stored("llama"))
+    num = len(loaded.stack)
+    slow = Judge(loaded, batches(*token_batch(), batch_size=3), share=False)
+    fast = Judge(loaded, batches(*token_batch(), batch_size=3))
+    for one, other in zip(leave_one_out(slow, num), leave_one_out(fast, num), strict=True):
+        assert list(one.distance) == list(other.distance)
+        assert list(one.loss) == list(other.loss)
+    assert slow.num_blocks_run == slow.num_blocks_naive == fast.num_blocks_naive
+
+
 def test_the_order_of_sharing_is_a_walk_through_the_tree_of_prefixes():
     order = in_sharing_order([(1,), (0, 2), (2,), (0,), (1, 2), (2, 1)], num_blocks=3)
     assert [sorted(one) for one in order] == [[2], [1], [1, 2], [0], [0, 2]]

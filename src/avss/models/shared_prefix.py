@@ -59,14 +59,16 @@ class SharedPrefix:
         loaded: The model; left as it was after each run.
         token_ids: `[B, T]`.
         keep: `[B, T]`, True for real tokens.
+        share: False runs every model from its first block: the slow way, for checks.
 
     Attributes:
         dense: What the whole model answers, see `avss.models.forward.run_outputs`.
         num_blocks_run: Blocks computed so far, those of the whole model included.
     """
 
-    def __init__(self, loaded: Loaded, token_ids: Tensor, keep: Tensor) -> None:
+    def __init__(self, loaded: Loaded, token_ids: Tensor, keep: Tensor, *, share: bool = True) -> None:
         self._loaded = loaded
+        self._share = share
         self._batch = (token_ids, keep)
         self._results: list[Any] = [None] * len(loaded.stack)
         self._templates: list[Any] = []
@@ -97,7 +99,7 @@ class SharedPrefix:
             UnsupportedArchitectureError: A block returns another shape than it takes.
         """
         wanted = frozenset(removed)
-        start = min(wanted ^ self._removed, default=self._num_valid)
+        start = min(wanted ^ self._removed, default=self._num_valid) if self._share else 0
         # Only what this run has reached is a prefix for the next, also when it raises halfway.
         self._removed, self._num_valid = wanted, min(start, self._num_valid)
 
