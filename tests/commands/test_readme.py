@@ -37,6 +37,7 @@ def test_the_readme_shows_every_verb():
 
 def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder):
     small = {"score": ("--samples", "4", "--seq-len", "16"), "prune": ("--samples", "4", "--seq-len", "16")}
+    small["compare"] = ("--samples", "4", "--damage-samples", "3", "--seq-len", "16")
     small["run"] = ("--samples", "4", "--seq-len", "16", "--limit", "4")
     small["evaluate"] = ("--seq-len", "16", "--limit", "4")
     for line in commands():
