@@ -207,6 +207,31 @@ def load_model(
     )
 
 
+def load_empty(
+    source: str | Path, *, head: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """The model as its config describes it, without any weight: what can be told of it without reading them.
+
+    Args:
+        source: As for `load_model`.
+        head: As for `load_model`.
+        revision: As for `load_model`.
+        trust_remote_code: As for `load_model`.
+
+    Raises:
+        ConfigError: `head` is unknown.
+        ModelLoadError: The config cannot be read.
+    """
+    _check_choices(head, "auto")
+    location = _locate(str(source), revision)
+    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=True):
+        config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
+        model_class, found = _model_class(config, head, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        model = model_class.from_config(config, **options) if hasattr(model_class, "from_config") else model_class(config)
+    return Loaded(model=model.eval(), tokenizer=None, head=found, source=str(source), revision=revision)
+
+
 def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto") -> Loaded:
     """Wraps a model object that the caller already has. It is put in evaluation mode and otherwise left alone."""
     _check_choices(head, "auto")
