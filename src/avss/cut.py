@@ -1,6 +1,7 @@
 """Cuts blocks out of a model: new config -> empty model -> remapped weights. Never patches a live module."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -40,12 +41,19 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
 
 
 def remap(state: Mapping[str, Tensor], path: str, plan: Plan) -> dict[str, Tensor]:
-    """Drops the removed blocks' keys and renumbers the rest, as `Plan.rename` says.
+    """Drops the removed blocks' keys and renumbers the rest. Anchored at the stack's path: other lists are left alone.
 
     Example:
         >>> plan = Plan(num_blocks=3, removed=(1,), method="explicit", rule="by hand")
         >>> sorted(remap({"h.0.w": 0, "h.1.w": 1, "h.2.w": 2, "x.h.2.w": 3}, "h", plan).items())
         [('h.0.w', 0), ('h.1.w', 2), ('x.h.2.w', 3)]
     """
-    renamed = {key: plan.rename(key, path) for key in state}
-    return {name: state[key] for key, name in renamed.items() if name is not None}
+    inside = re.compile(rf"{re.escape(path)}\.(\d+)\.(.*)", re.DOTALL)
+    remapped: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = inside.fullmatch(key)
+        if match is None:
+            remapped[key] = tensor
+        elif int(match[1]) in plan.index_map:
+            remapped[f"{path}.{plan.index_map[int(match[1])]}.{match[2]}"] = tensor
+    return remapped

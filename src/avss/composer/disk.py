@@ -1,6 +1,6 @@
-"""`avss.prune` on disk: the same cut, from file to file, for a model that memory does not hold. No torch in this process.
+"""`avss.prune` on disk: the same cut, from file to file, for a model that memory does not hold. No torch here.
 
-    headers + config --outline--> plan --lay out, check--> files without bytes --copy--> checkpoint --prove--> record
+headers + config --outline--> plan --lay out, check--> files without bytes --copy--> checkpoint --prove--> record
 """
 
 import importlib
@@ -31,7 +31,6 @@ from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, Verification
-from avss.reporting.card import render_card
 from avss.scoring import score_blocks
 from avss.statistics.collected import Collected
 
@@ -135,8 +134,8 @@ def scores_of(folder: str | Path, criterion: str) -> BlockScores:
             return scores
     found = ", ".join(scores.criterion for scores in record.scores) or "none"
     raise ConfigError(
-        f"`{folder}` holds no scores by `{criterion}`. It holds: {found}. Name one of them with `--criterion`, or score "
-        "the model again."
+        f"`{folder}` holds no scores by `{criterion}`. It holds: {found}. Name one of them with `--criterion`, or "
+        "score the model again."
     )
 
 
@@ -152,7 +151,9 @@ def check_scores(scores: BlockScores, num_blocks: int) -> None:
         )
 
 
-def choose_unseen(config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int) -> tuple[Plan, BlockScores | None]:
+def choose_unseen(
+    config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int
+) -> tuple[Plan, BlockScores | None]:
     """The plan for a model through which no text passes: a list, a baseline, or the scores of an earlier run.
 
     Raises:
@@ -170,8 +171,8 @@ def choose_unseen(config: PlanConfig, num_blocks: int, scores: str | Path | None
         blind = ", ".join(name for name, one in CRITERIA.items() if not one.needs)
         raise ConfigError(
             f"`{config.criterion}` needs text to pass through the model, and a cut on disk does not load it. Name the "
-            f"blocks with `--blocks`; or choose by {blind}; or give scores made where the model fits (`avss score MODEL "
-            "--out DIR`, then `--scores DIR`)."
+            f"blocks with `--blocks`; or choose by {blind}; or give scores made where the model fits (`avss score "
+            "MODEL --out DIR`, then `--scores DIR`)."
         )
     check_scores(found, num_blocks)
     return make_plan(found, config, protects_ends=criterion.protects_ends), found
@@ -278,6 +279,9 @@ def prune_on_disk(
             seconds=timed.seconds,
             settings=config.model_dump(mode="json"),
         )
+        # Imported here, when the other process has given its memory back: it brings the chart libraries.
+        from avss.reporting.card import render_card
+
         (target / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
         (target / "record.json").write_text(record.to_json(), encoding="utf-8")
     return record
@@ -301,7 +305,9 @@ def _surplus_note(surplus: frozenset[str]) -> str | None:
 def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], rename: Any) -> None:
     """The smaller checkpoint may have no problem that the original did not have."""
     known = {(kind, rename(key)) for kind, keys in before.items() for key in keys}
-    new = [f"{kind.replace('_', ' ')}: `{key}`" for kind, keys in found.items() for key in keys if (kind, key) not in known]
+    new = [
+        f"{kind.replace('_', ' ')}: `{key}`" for kind, keys in found.items() for key in keys if (kind, key) not in known
+    ]
     if new:
         raise VerificationError(
             f"The smaller checkpoint would not load as its config says ({'; '.join(new[:4])}), so nothing was copied. "

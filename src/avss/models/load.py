@@ -228,7 +228,9 @@ def load_empty(
         config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
         model_class, found = _model_class(config, head, trust_remote_code=trust_remote_code)
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-        model = model_class.from_config(config, **options) if hasattr(model_class, "from_config") else model_class(config)
+        model = (
+            model_class.from_config(config, **options) if hasattr(model_class, "from_config") else model_class(config)
+        )
     return Loaded(model=model.eval(), tokenizer=None, head=found, source=str(source), revision=revision)
 
 

@@ -9,9 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import PreTrainedModel
+from typing import Any
 
 from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.load import Loaded, load_empty, quiet_transformers
@@ -91,7 +89,7 @@ class EmptyModel:
         transformers does it itself, into a model on the meta device, so that its own renaming of keys applies.
         """
         with quiet_transformers():
-            _, info = cast(type[PreTrainedModel], type(self._loaded.model)).from_pretrained(
+            loading: Any = type(self._loaded.model).from_pretrained(
                 folder,
                 device_map="meta",
                 output_loading_info=True,
@@ -99,7 +97,8 @@ class EmptyModel:
                 ignore_mismatched_sizes=True,
                 **self._options,
             )
-        return {kind: sorted(map(_key, keys)) for kind, keys in cast(Mapping[str, Any], info).items() if keys}
+        info: Mapping[str, Any] = loading[1]
+        return {kind: sorted(map(_key, keys)) for kind, keys in info.items() if keys}
 
 
 def _key(entry: Any) -> str:
@@ -130,4 +129,4 @@ def serve(source: str, *, head: str = "auto", trust_remote_code: bool = False) -
             reply: dict[str, Any] = {"answer": answer(model, json.loads(line))}
         except AvssError as error:
             reply = {"error": type(error).__name__, "message": str(error)}
-        print(json.dumps(reply), file=replies, flush=True)  # noqa: T201 (this is the reply)
+        print(json.dumps(reply), file=replies, flush=True)

@@ -1,5 +1,6 @@
-"""Safetensors files as bytes: what is in them, and a copy of them without some tensors. No torch: a model of any size
-passes through a few megabytes of memory.
+"""Safetensors files as bytes: what is in them, and a copy without some tensors.
+
+No torch: a model of any size passes through a few megabytes of memory.
 
 A safetensors file is eight bytes with the length of its header, the header (JSON: name -> dtype, shape, and where the
 bytes lie), and the bytes. A cut changes names and drops tensors; the bytes of the others are copied as they lie.
@@ -154,12 +155,17 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
                 raise ModelLoadError(
-                    f"`{folder / INDEX}` names `{name}`, which is not there. The download is not whole: fetch that file."
+                    f"`{folder / INDEX}` names `{name}`, which is not there. The download is not whole: fetch that "
+                    "file."
                 )
         return names, index
-    matches = [match for path in sorted(folder.glob("model-*-of-*.safetensors")) if (match := _SHARD.fullmatch(path.name))]
+    matches = [
+        match for path in sorted(folder.glob("model-*-of-*.safetensors")) if (match := _SHARD.fullmatch(path.name))
+    ]
     if not matches:
-        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+        others = sorted(
+            path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".safetensors")
+        )
         found = f"; found {', '.join(others[:4])}" if others else ""
         raise ModelLoadError(
             f"`{folder}` holds no `{WEIGHTS}` and no `{INDEX}`{found}. Only safetensors checkpoints are cut on disk; "

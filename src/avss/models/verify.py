@@ -32,6 +32,7 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
     Raises:
         VerificationError: A check failed; the message says which, and by how much.
     """
+    token_ids, keep = batch
     try:
         with quiet_transformers():
             loading: Any = type(smaller.model).from_pretrained(
@@ -45,71 +46,32 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
     model, info = loading
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     fresh = Loaded(model=model.to(smaller.device).eval(), tokenizer=smaller.tokenizer, head=smaller.head, source=folder)
-    return verify_loaded(fresh, smaller, original, plan, batch, problems=problems)
-
-
-def verify_loaded(
-    fresh: Loaded,
-    smaller: Loaded,
-    original: Loaded,
-    plan: Plan,
-    batch: tuple[Tensor, Tensor],
-    *,
-    problems: dict[str, list[str]] | None = None,
-) -> Verification:
-    """As `verify`, for a saved model that the caller has loaded already (a GGUF file).
-
-    Args:
-        fresh: The saved model, loaded afresh.
-        smaller: The model in memory.
-        original: The model it was cut from.
-        plan: The blocks removed.
-        batch: Token ids `[B, T]` and keep mask `[B, T]`.
-        problems: What the load complained about.
-
-    Raises:
-        VerificationError: A check failed.
-    """
-    token_ids, keep = batch
-    generates = can_generate(fresh.head)
-    expected = comparable(run_outputs(smaller, token_ids, keep), keep)
-    reference = bypassed_outputs(original, plan, batch)
-    actual = comparable(run_outputs(fresh, token_ids, keep), keep)
-    tolerance = tolerance_for(smaller.model.dtype, expected)
+    expected = _comparable(run_outputs(smaller, token_ids, keep), keep)
+    with bypassed(original.stack, plan.removed):
+        reference = _comparable(run_outputs(original, token_ids, keep), keep)
+    actual = _comparable(run_outputs(fresh, token_ids, keep), keep)
+    tolerance = _TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
     result = Verification(
         reload_strict=not problems,
-        max_diff_memory=max_diff(actual, expected),
-        max_diff_bypass=max_diff(actual, reference),
+        max_diff_memory=_max_diff(actual, expected),
+        max_diff_bypass=_max_diff(actual, reference),
         tolerance=tolerance,
-        cached_generation=_cached_equals_uncached(fresh, token_ids, keep) if generates else None,
-        num_generated=NUM_GENERATED if generates else 0,
+        cached_generation=_cached_equals_uncached(fresh, token_ids, keep) if can_generate(fresh.head) else None,
+        num_generated=NUM_GENERATED if can_generate(fresh.head) else 0,
     )
     if not result.passed:
-        raise VerificationError(_explain(result, problems or {}))
+        raise VerificationError(_explain(result, problems))
     return result
 
 
-def bypassed_outputs(original: Loaded, plan: Plan, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """What the original computes with the removed blocks bypassed, at real tokens: the meaning of a cut."""
-    token_ids, keep = batch
-    with bypassed(original.stack, plan.removed):
-        return comparable(run_outputs(original, token_ids, keep), keep)
-
-
-def tolerance_for(dtype: torch.dtype, expected: Tensor) -> float:
-    """The difference of outputs that rounding explains, for a model that computes in this dtype."""
-    return _TOLERANCE.get(dtype, 1e-4) * max(1.0, float(expected.abs().max()))
-
-
-def comparable(outputs: Tensor, keep: Tensor) -> Tensor:
+def _comparable(outputs: Tensor, keep: Tensor) -> Tensor:
     """Outputs at real tokens: what a model computes on padding is its own affair."""
     if outputs.dim() == 3 and outputs.shape[:2] == keep.shape:
         return outputs[keep.to(outputs.device)].float()
     return outputs.float()
 
 
-def max_diff(one: Tensor, other: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ, nan where a value is."""
+def _max_diff(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max()) if one.shape == other.shape else float("inf")
 
 
