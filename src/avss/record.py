@@ -663,6 +663,47 @@ class Verification(FrozenValue):
         return self.reload_strict and same and self.cached_generation is not False and self.bytes_equal is not False
 
 
+class Check(FrozenValue):
+    """One thing that was asked of a saved model.
+
+    Attributes:
+        what: What was asked, as a statement that should hold.
+        passed: Whether it holds.
+        found: What was found, in a few words.
+    """
+
+    what: str
+    passed: bool
+    found: str
+
+
+class CheckReport(FrozenValue):
+    """What `avss verify` found.
+
+    Attributes:
+        model: What was checked.
+        against: The original it was compared with; None where there was none.
+        plan: The blocks it lacks, where that is known.
+        checks: In the order they were made.
+        notes: What could not be checked, and why.
+    """
+
+    model: str
+    against: str | None = None
+    plan: Plan | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> str:
+        """The report as indented JSON, with `passed` in it."""
+        return json.dumps({**self.model_dump(mode="json"), "passed": self.passed}, indent=2)
+
+
 class Cut(FrozenValue):
     """One smaller model and what became of it.
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,37 +394,54 @@ def _copy_bytes(source: int, target: int, start: int, length: int) -> Iterator[i
 
 def check_copy(source: Checkpoint, rename: Callable[[str], str | None], written: Checkpoint) -> list[str]:
     """What is wrong with a copy: a name, dtype or shape, or bytes at both ends of a tensor. Empty if nothing is."""
-    found = written.tensors
-    wanted = {new: tensor for tensor in source.tensors.values() if (new := rename(tensor.name)) is not None}
-    problems = [f"`{name}` is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"`{name}` is left over" for name in found.keys() - wanted.keys()]
-    problems += _compare_ends(source, written, wanted)
+    wanted = _wanted(source, rename)
+    problems = [f"`{name}` is missing" for name in wanted.keys() - written.tensors.keys()]
+    problems += [f"`{name}` is left over" for name in written.tensors.keys() - wanted.keys()]
+    return sorted(problems) + _compare(source, written, wanted, _ends)
+
+
+def compare_bytes(source: Checkpoint, rename: Callable[[str], str | None], written: Checkpoint) -> list[str]:
+    """The tensors of a copy whose bytes differ from the original's, as sentences. Reads both in full."""
+    return _compare(source, written, _wanted(source, rename), _pieces)
+
+
+def _wanted(source: Checkpoint, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    return {new: tensor for tensor in source.tensors.values() if (new := rename(tensor.name)) is not None}
+
+
+def _compare(
+    source: Checkpoint,
+    written: Checkpoint,
+    wanted: dict[str, Tensor],
+    parts: Callable[[int], Iterable[tuple[int, int]]],
+) -> list[str]:
+    """Compares the named parts (offset, size) of every tensor that both have."""
+    old_file = {tensor.name: shard.path for shard in source.shards for tensor in shard.tensors}
+    problems = []
+    with contextlib.ExitStack() as stack:
+        opened = {
+            shard.path: stack.enter_context(shard.path.open("rb", buffering=0)).fileno()
+            for shard in (*source.shards, *written.shards)
+        }
+        for shard in written.shards:
+            for new in shard.tensors:
+                old = wanted.get(new.name)
+                if old is None:
+                    continue
+                one, two = opened[old_file[old.name]], opened[shard.path]
+                if (old.dtype, old.shape) != (new.dtype, new.shape):
+                    problems.append(f"`{new.name}` has another dtype or shape than `{old.name}`")
+                elif any(
+                    os.pread(one, size, old.start + place) != os.pread(two, size, new.start + place)
+                    for place, size in parts(new.num_bytes)
+                ):
+                    problems.append(f"the bytes of `{new.name}` are not those of `{old.name}`")
     return sorted(problems)
 
 
-def _compare_ends(source: Checkpoint, written: Checkpoint, wanted: dict[str, Tensor]) -> list[str]:
-    old_file = {tensor.name: shard.path for shard in source.shards for tensor in shard.tensors}
-    problems = []
-    for shard in written.shards:
-        with shard.path.open("rb", buffering=0) as file, contextlib.ExitStack() as stack:
-            opened: dict[Path, int] = {}
-            for tensor in shard.tensors:
-                old = wanted.get(tensor.name)
-                if old is None:
-                    continue
-                if (old.dtype, old.shape) != (tensor.dtype, tensor.shape):
-                    problems.append(f"`{tensor.name}` has another dtype or shape than `{old.name}`")
-                    continue
-                path = old_file[old.name]
-                if path not in opened:
-                    opened[path] = stack.enter_context(path.open("rb", buffering=0)).fileno()
-                if any(
-                    os.pread(file.fileno(), size, tensor.start + place)
-                    != os.pread(opened[path], size, old.start + place)
-                    for place, size in _ends(tensor.num_bytes)
-                ):
-                    problems.append(f"the bytes of `{tensor.name}` are not those of `{old.name}`")
-    return problems
+def _pieces(num_bytes: int) -> Iterator[tuple[int, int]]:
+    for place in range(0, num_bytes, _BUFFER):
+        yield place, min(_BUFFER, num_bytes - place)
 
 
 def _ends(num_bytes: int) -> list[tuple[int, int]]:
