@@ -1,4 +1,4 @@
-"""`avss.verify`: is a saved model whole, does a stranger's process run it, and is it the original without its blocks?"""
+"""`avss.verify`: is a saved model whole, does a stranger's process run it, is it the original without its blocks?"""
 
 import dataclasses
 import hashlib
@@ -292,8 +292,8 @@ def _infer_plan(saved: _Saved, dense: _Saved, *, head: str) -> Plan:
     """
     if saved.checkpoint is None or dense.checkpoint is None:
         raise InvalidPlanError(
-            "There is no `record.json` that says which blocks are gone, and they are only told by comparing safetensors "
-            "weights. Verify without `--against`, or keep the record beside the model."
+            "There is no `record.json` that says which blocks are gone, and they are only told by comparing "
+            "safetensors weights. Verify without `--against`, or keep the record beside the model."
         )
     original = load_empty(dense.source, head=head)
     smaller = load_empty(saved.source, head=head)

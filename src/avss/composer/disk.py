@@ -157,7 +157,6 @@ def choose_unseen(
     """The plan for a model through which no text passes: a list, a baseline, or the scores of an earlier run.
 
     Raises:
-        ConfigError: The criterion needs text.
         InvalidPlanError: Nothing can be removed that way.
     """
     if config.blocks is not None:
@@ -165,17 +164,29 @@ def choose_unseen(
     (criterion,) = find_criteria([config.criterion])
     if scores is not None:
         found = scores_of(scores, config.criterion)
-    elif not criterion.needs:
-        (found,) = score_blocks(Collected(num_blocks=num_blocks, rows={}), (criterion,), seed=seed)
     else:
+        (found,) = score_blocks(Collected(num_blocks=num_blocks, rows={}), (criterion,), seed=seed)
+    check_scores(found, num_blocks)
+    return make_plan(found, config, protects_ends=criterion.protects_ends), found
+
+
+def check_unseen(config: PlanConfig, scores: str | Path | None) -> None:
+    """Refuses early what `choose_unseen` has no way to choose by.
+
+    Raises:
+        ConfigError: The criterion needs text.
+        DataError: There are no scores where they should be.
+    """
+    (criterion,) = find_criteria([config.criterion])
+    if config.blocks is None and scores is not None:
+        scores_of(scores, config.criterion)
+    elif config.blocks is None and criterion.needs:
         blind = ", ".join(name for name, one in CRITERIA.items() if not one.needs)
         raise ConfigError(
             f"`{config.criterion}` needs text to pass through the model, and a cut on disk does not load it. Name the "
             f"blocks with `--blocks`; or choose by {blind}; or give scores made where the model fits (`avss score "
             "MODEL --out DIR`, then `--scores DIR`)."
         )
-    check_scores(found, num_blocks)
-    return make_plan(found, config, protects_ends=criterion.protects_ends), found
 
 
 def prune_on_disk(
@@ -219,6 +230,7 @@ def prune_on_disk(
         VerificationError: The result was not what it should be; it has been withdrawn.
     """
     check_one_target(config)
+    check_unseen(config, scores)
     check_free(out, force=force)
     timed = Timed(stages)
     folder = find_folder(source, revision)
