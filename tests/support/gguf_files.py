@@ -1,4 +1,4 @@
-"""Small GGUF files, written by the gguf library: a Llama with quantised weights that transformers loads, and variants."""
+"""Small GGUF files, written by the gguf library: a quantised Llama that transformers loads, and variants."""
 
 from pathlib import Path
 from typing import Any
