@@ -1,5 +1,6 @@
 """Small GGUF files, written by the gguf library: a quantised Llama that transformers loads, and variants."""
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ def write_gguf(
     writer.add_file_type(7)
     for name, value in (general or {}).items():
         add(writer, name, value)
-    words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(VOCAB - 3))]
+    words = ["<unk>", "<s>", "</s>", "Ġ", *string.ascii_letters, *string.digits, "th", "in"]
+    words += [f"<{number}>" for number in range(VOCAB - len(words))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3, *[1] * (VOCAB - 3)])
-    writer.add_token_merges(["w 1", "w 2"])
+    writer.add_token_merges(["t h", "i n"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     table = (0.5 * draw.standard_normal((VOCAB, WIDTH))).astype(np.float32)

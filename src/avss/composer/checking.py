@@ -109,6 +109,7 @@ def verify(
     with stages("Comparing with the original"):
         dense = _read(str(original), _folder(original))
         plan = plan or _infer_plan(saved, dense, head=head)
+        _check_length(plan, dense.gguf.num_blocks if dense.gguf else len(load_empty(dense.source, head=head).stack))
         changed = _changed_weights(record)
         if changed:
             notes.append(f"Its weights were changed after the cut ({changed}), so it need not equal the original.")
@@ -226,7 +227,6 @@ def _compare_outputs(
     outputs: Tensor, batch: tuple[Tensor, Tensor], dense: _Saved, plan: Plan, head: str, trust_remote_code: bool
 ) -> Check:
     original = load_model(dense.source, head=head, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
-    _check_length(plan, len(original.stack))
     with bypassed(original.stack, plan.removed):
         reference = outputs_at_tokens(original, batch)
     difference, tolerance = largest_difference(at_tokens(outputs, batch[1]), reference), tolerance_of(reference)
@@ -239,7 +239,6 @@ def _compare_outputs(
 
 def _compare_bytes(saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], *, head: str) -> list[Check]:
     if saved.gguf is not None and dense.gguf is not None:
-        _check_length(plan, dense.gguf.num_blocks)
         wrong = check_cut(dense.gguf, plan, saved.gguf)
     elif saved.checkpoint is not None and dense.checkpoint is not None:
         if saved.checkpoint.dtype != dense.checkpoint.dtype:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from avss.composer.provenance import now, versions
 from avss.config import PlanConfig
-from avss.criteria import CRITERIA, find_criteria
+from avss.criteria import CRITERIA, AbstractCriterion, Evidence, find_criteria
 from avss.errors import ConfigError, InvalidPlanError, ModelLoadError, OutputExistsError, VerificationError
 from avss.models.apart import empty_model
 from avss.models.shards import (
@@ -31,8 +31,6 @@ from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, Verification
-from avss.scoring import score_blocks
-from avss.statistics.collected import Collected
 
 OVERHEAD_BYTES = 600_000_000
 """What Python, torch and transformers take before a model is loaded, with some room."""
@@ -151,6 +149,12 @@ def check_scores(scores: BlockScores, num_blocks: int) -> None:
         )
 
 
+def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> BlockScores:
+    """The scores of a criterion that looks at nothing but the number of blocks."""
+    scored = criterion.score(Evidence(num_blocks=num_blocks, summaries={}, seed=seed))
+    return BlockScores(criterion=criterion.name, title=criterion.title, values=tuple(map(float, scored.values)))
+
+
 def choose_unseen(
     config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int
 ) -> tuple[Plan, BlockScores | None]:
@@ -165,7 +169,7 @@ def choose_unseen(
     if scores is not None:
         found = scores_of(scores, config.criterion)
     else:
-        (found,) = score_blocks(Collected(num_blocks=num_blocks, rows={}), (criterion,), seed=seed)
+        found = score_blind(criterion, num_blocks, seed)
     check_scores(found, num_blocks)
     return make_plan(found, config, protects_ends=criterion.protects_ends), found
 
@@ -255,7 +259,9 @@ def prune_on_disk(
                 return None if name in surplus else plan.rename(name, path)
 
             written = lay_out(checkpoint, rename, target)
-            _check_load(ask("problems", folder=str(target)), ask("problems", folder=str(folder)), rename)
+            problems = ask("problems", folder=str(target))
+            if problems:
+                _check_load(problems, ask("problems", folder=str(folder)), rename)
         with timed("Copying the weights") as advance:
             fill(checkpoint, rename, written, on_bytes=advance)
             copy_companions(folder, target)

@@ -10,7 +10,7 @@ import psutil
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from avss.composer.disk import OVERHEAD_BYTES, check_scores, scores_of
+from avss.composer.disk import OVERHEAD_BYTES, check_scores, score_blind, scores_of
 from avss.composer.inputs import calibration
 from avss.composer.proof import prove_gguf
 from avss.composer.provenance import now, versions
@@ -25,8 +25,6 @@ from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
 from avss.record import Cut, ModelFacts, Plan, RunRecord, ScoreTable, Verification
 from avss.reporting.card import render_card
-from avss.scoring import score_blocks
-from avss.statistics.collected import Collected
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 
@@ -120,9 +118,9 @@ def prune_gguf(
         plan = make_plan(found, config, protects_ends=criterion.protects_ends)
     elif not criterion.needs:
         seed = int(settings.get("seed", 0))
-        ranked = score_blocks(Collected(num_blocks=file.num_blocks, rows={}), (criterion,), seed=seed)
-        table = ScoreTable(scores=ranked)
-        plan = make_plan(ranked[0], config, protects_ends=criterion.protects_ends)
+        ranked = score_blind(criterion, file.num_blocks, seed)
+        table = ScoreTable(scores=(ranked,))
+        plan = make_plan(ranked, config, protects_ends=criterion.protects_ends)
     else:
         with timed("Loading the model"):
             loaded = load_model(path, head=head, device=device)
