@@ -14,6 +14,7 @@ from avss.composer.gguf_pruning import find_gguf
 from avss.composer.inputs import probe_batch
 from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
 from avss.errors import InvalidPlanError, ModelLoadError
+from avss.models.forward import run_outputs
 from avss.models.fresh import FreshRunError, run_afresh
 from avss.models.gguf_file import GgufFile, check_cut
 from avss.models.load import Loaded, load_empty, load_model
@@ -116,11 +117,16 @@ def verify(
         else:
             checks += _compare_bytes(saved, dense, plan, notes, head=head)
             needed = OVERHEAD_BYTES + 2 * 4 * dense.num_values
-            if outputs is None or batch is None:
+            if saved.gguf is not None and dense.gguf is None:
+                notes.append("Its outputs were not compared: it is quantised, and the original is not.")
+            elif outputs is None or batch is None:
                 notes.append("Its outputs were not compared: it did not run.")
             elif needed > allowed:
                 notes.append("Its outputs were not compared: the original does not fit in the memory there is.")
             else:
+                if saved.gguf is not None:
+                    # A stranger's weights have the digits that decoding gives; avss rounds them, for both alike.
+                    outputs = run_outputs(load_model(saved.source, head=head, dtype="float32", device="cpu"), *batch)
                 checks.append(_compare_outputs(outputs, batch, dense, plan, head, trust_remote_code))
     return CheckReport(model=str(model), against=str(original), plan=plan, checks=tuple(checks), notes=tuple(notes))
 
