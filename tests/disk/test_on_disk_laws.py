@@ -183,7 +183,7 @@ def test_nothing_is_copied_where_the_result_would_not_load(tmp_path, monkeypatch
     ARCHITECTURES["llama"]().save_pretrained(tmp_path / "model")
     monkeypatch.setattr("avss.composer.disk.fill", lambda *_, **__: pytest.fail("it was copied"))
     monkeypatch.setattr("avss.composer.disk.find_stack_path", lambda *_: "model.nowhere")
-    with pytest.raises(VerificationError, match=r"would not load.*layers\.4"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"would not load.*layers\.4"):
         prune_on_disk(str(tmp_path / "model"), PlanConfig(blocks="1"), out=tmp_path / "out", max_memory=NOTHING_RUN)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

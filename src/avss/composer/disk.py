@@ -15,7 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from avss.composer.provenance import now, versions
 from avss.config import PlanConfig
 from avss.criteria import CRITERIA, AbstractCriterion, Evidence, find_criteria
-from avss.errors import ConfigError, InvalidPlanError, ModelLoadError, OutputExistsError, VerificationError
+from avss.errors import (
+    ConfigError,
+    InvalidPlanError,
+    ModelLoadError,
+    OutputExistsError,
+    UnsupportedArchitectureError,
+    VerificationError,
+)
 from avss.models.apart import empty_model
 from avss.models.shards import (
     Checkpoint,
@@ -321,15 +328,19 @@ def _surplus_note(surplus: frozenset[str]) -> str | None:
 
 
 def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], rename: Any) -> None:
-    """The smaller checkpoint may have no problem that the original did not have."""
+    """The smaller checkpoint may have no problem that the original did not have.
+
+    Raises:
+        UnsupportedArchitectureError: It has one: a weight must move or change, and a copy cannot do that.
+    """
     known = {(kind, rename(key)) for kind, keys in before.items() for key in keys}
     new = [
         f"{kind.replace('_', ' ')}: `{key}`" for kind, keys in found.items() for key in keys if (kind, key) not in known
     ]
     if new:
-        raise VerificationError(
-            f"The smaller checkpoint would not load as its config says ({'; '.join(new[:4])}), so nothing was copied. "
-            "This is a bug in avss or in the architecture's facts: please report it."
+        raise UnsupportedArchitectureError(
+            f"Dropping and renaming weights is not enough for this model: the smaller one would not load as its config "
+            f"says ({'; '.join(new[:4])}). Nothing was copied. Cut it in memory (`--in-memory`)."
         )
 
 
