@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
+    from avss.layer_table import LayerTable, from_csv
     from avss.record import (
         BlockScores,
         Comparison,
@@ -53,6 +54,7 @@ _PLACES = {
     "DamageTable": "avss.record",
     "DataConfig": "avss.config",
     "Inspection": "avss.composer",
+    "LayerTable": "avss.layer_table",
     "Measurement": "avss.record",
     "ModelConfig": "avss.config",
     "Plan": "avss.record",
@@ -66,6 +68,7 @@ _PLACES = {
     "compare": "avss.composer",
     "damage": "avss.composer",
     "evaluate": "avss.composer",
+    "from_csv": "avss.layer_table",
     "inspect": "avss.composer",
     "load": "avss.composer",
     "prune": "avss.composer",
@@ -84,6 +87,7 @@ __all__ = [
     "DamageTable",
     "DataConfig",
     "Inspection",
+    "LayerTable",
     "Measurement",
     "ModelConfig",
     "Plan",
@@ -97,6 +101,7 @@ __all__ = [
     "compare",
     "damage",
     "evaluate",
+    "from_csv",
     "inspect",
     "load",
     "prune",

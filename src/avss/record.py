@@ -115,6 +115,9 @@ class BlockScores(FrozenValue):
             None where the criterion reads no text, or there are fewer than three sequences.
         upper: Its upper end.
         factors: The parts the score is made of, one list per factor, e.g. variance and near-zero share.
+        windows: Distances across runs of neighbours, where the criterion measures them: `windows[n - 1][l]` is that
+            between the input of block l and the input of block l + n (the output of the last block at the end), so
+            what the run of blocks l to l + n - 1 changes. Row n - 1 has one entry per run.
         paper: Citation of the method.
         reference_url: Where it was published, if it was.
         note: What the reader must know to trust the numbers, in a sentence.
@@ -131,6 +134,7 @@ class BlockScores(FrozenValue):
     lower: tuple[JsonFloat, ...] | None = None
     upper: tuple[JsonFloat, ...] | None = None
     factors: dict[str, tuple[JsonFloat, ...]] = Field(default_factory=dict)
+    windows: tuple[tuple[JsonFloat, ...], ...] | None = None
     paper: str | None = None
     reference_url: str | None = None
     note: str | None = None

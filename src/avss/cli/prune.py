@@ -13,6 +13,7 @@ def command(
     count: opt.Count = None,
     blocks: opt.Blocks = None,
     contiguous: opt.Contiguous = False,
+    rule: opt.Rule = "count",
     protect: opt.Protect = "auto",
     data: opt.Data = "builtin",
     samples: opt.Samples = 64,
@@ -36,6 +37,7 @@ def command(
     from avss.plan import check_one_target
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
+    whose_share = opt.mass_rule(rule)
     check_one_target(
         build(PlanConfig, {"criterion": criterion, "contiguous": contiguous, "protect": protect, **choice})
     )
@@ -51,6 +53,7 @@ def command(
             criterion=criterion,
             **choice,
             contiguous=contiguous,
+            rule=whose_share,
             protect=protect,
             data=data,
             out=out,

@@ -12,6 +12,7 @@ from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
 if TYPE_CHECKING:
     from avss.composer import Inspection
+    from avss.layer_table import LayerTable
 
 _MAX_BLOCKS_ON_SCREEN = 200
 
@@ -49,6 +50,24 @@ def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
         marks = ["[red]x[/red]" if block in plan.removed else "" for plan in plans]
         grid.add_row(str(block), *cells, *marks)
     console.print(grid)
+
+
+def show_layer_table(table: "LayerTable", *, note: str | None) -> None:
+    """Layers by ascending AVSS, those that go in red, and the list of these."""
+    grid = _table("AVSS by layer, lowest first" + (" (cumulated in layer order)" if table.reference else ""))
+    for column in ("layer", "variance", "sparsity", "AVSS", "normalised", "cumulative", "removed"):
+        grid.add_column(column, justify="right")
+    for row in table.rows:
+        values = (row.variance, row.sparsity, row.avss, row.normalized, row.cumulative)
+        cells = [f"{value:.4g}" for value in values]
+        grid.add_row(str(row.layer), *cells, "[red]x[/red]" if row.removed else "")
+    console = _console()
+    console.print(grid)
+    if note is not None:
+        console.print(f"[yellow]![/yellow] {escape(note)}")
+    console.print(
+        f"[bold]Removed[/bold]: {', '.join(map(str, table.removed)) or 'none'}  [dim]({escape(table.rule)})[/dim]"
+    )
 
 
 def show_plan(plan: Plan) -> None:
