@@ -327,6 +327,43 @@ class ScoreTable(FrozenValue):
         return scores_html(self)
 
 
+class PublishedMetrics(FrozenValue):
+    """What the published AVSS script measures of every block, in block order.
+
+    Attributes:
+        variance: `Average_Variance`: variance over hidden units of the mean over positions, padding included.
+        l1_norm: `Average_L1Norm`: sum of absolute gradients of the named matrices.
+        l2_norm: `Average_L2Norm`: L2 norms of the gradients of the named matrices, added up.
+        frobenius_norm: `Average_FrobeniusNorm`: Frobenius norms of the named matrices, added up.
+        sparsity: `Average_Sparsity`: share of activations below 1e-5, padding included.
+        weights: Which matrices are named: `ffn`, `attention` or `all`.
+        matrices: Their paths inside a block.
+        model: What was measured.
+        data: The text it was measured on.
+        notes: How it was measured, one sentence each.
+    """
+
+    variance: tuple[float, ...] = Field(min_length=1)
+    l1_norm: tuple[float, ...]
+    l2_norm: tuple[float, ...]
+    frobenius_norm: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    weights: str
+    matrices: tuple[str, ...] = ()
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[dict[str, float]]:
+        """One row per layer, under the column names of the published table."""
+        names = ("Average_Variance", "Average_L1Norm", "Average_L2Norm", "Average_FrobeniusNorm", "Average_Sparsity")
+        columns = (self.variance, self.l1_norm, self.l2_norm, self.frobenius_norm, self.sparsity)
+        return [
+            {"Layer": layer, **dict(zip(names, values, strict=True))}
+            for layer, values in enumerate(zip(*columns, strict=True))
+        ]
+
+
 class Plan(FrozenValue):
     """Which blocks go.
 
@@ -687,6 +724,7 @@ class RunRecord(FrozenValue):
         study: How the choice depends on seed, amount and kind of text, where that was asked for.
         damage: What leaving out each block costs, where it was measured.
         comparison: Every criterion against that damage, where it was asked for.
+        published: What the published script measures, where it was reproduced.
         dense: Measurements of the dense model.
         cuts: The smaller models; the first one is the one that was asked for, the others are for comparison.
         prompts: What both models were asked to continue.
@@ -707,6 +745,7 @@ class RunRecord(FrozenValue):
     study: StabilityStudy | None = None
     damage: DamageTable | None = None
     comparison: Comparison | None = None
+    published: PublishedMetrics | None = None
     dense: tuple[Measurement, ...] = ()
     cuts: tuple[Cut, ...] = ()
     prompts: tuple[str, ...] = ()

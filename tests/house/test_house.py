@@ -31,6 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "plan",
         "progress",
         "reporting",
+        "reproduction",
         "scoring",
         "search",
     ),

@@ -46,6 +46,16 @@ Data = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Sequences.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
+AnySamples = Annotated[
+    int | None, typer.Option(help="Sequences.", rich_help_panel=_TEXT, show_default="64; all with --reference")
+]
+AnySeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT, show_default="512; 128 with --reference"),
+]
+AnySeed = Annotated[
+    int | None, typer.Option(help="Of every draw.", rich_help_panel=_TEXT, show_default="0; 42 with --reference")
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a forward pass.", rich_help_panel=_TEXT)]
 Seed = Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=_TEXT)]
 FirstToken = Annotated[

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avss.record import Plan, RunRecord, ScoreTable, Verification
+from avss.record import Plan, PublishedMetrics, RunRecord, ScoreTable, Verification
 from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
 if TYPE_CHECKING:
@@ -50,6 +50,20 @@ def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
         marks = ["[red]x[/red]" if block in plan.removed else "" for plan in plans]
         grid.add_row(str(block), *cells, *marks)
     console.print(grid)
+
+
+def show_published(metrics: PublishedMetrics) -> None:
+    """The table of the published script, and how it was made."""
+    rows = metrics.rows()
+    grid = _table("As the published script measures (blocks are layers)")
+    for name in rows[0]:
+        grid.add_column(name, justify="right")
+    for row in rows[:_MAX_BLOCKS_ON_SCREEN]:
+        grid.add_row(*(str(value) if name == "Layer" else f"{value:.6g}" for name, value in row.items()))
+    console = _console()
+    console.print(grid)
+    for note in metrics.notes:
+        console.print(f"[dim]{escape(note)}[/dim]")
 
 
 def show_layer_table(table: "LayerTable", *, note: str | None) -> None:

@@ -12,6 +12,7 @@ from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.inspection import Inspection, inspect
 from avss.composer.pruning import Pruned, prune
 from avss.composer.records import report, write_record
+from avss.composer.reproducing import reproduce, write_reproduction
 from avss.composer.scores import score, write_scores
 from avss.composer.stabilities import stability, write_stability
 from avss.composer.whole import run
@@ -28,12 +29,14 @@ __all__ = [
     "load",
     "prune",
     "report",
+    "reproduce",
     "run",
     "score",
     "stability",
     "write_comparison",
     "write_damage",
     "write_record",
+    "write_reproduction",
     "write_scores",
     "write_stability",
 ]

@@ -8,6 +8,7 @@ from avss.record import RunRecord
 from avss.reporting import theme
 from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart
 from avss.reporting.damage_charts import damage_chart, verdicts_chart
+from avss.reporting.published_chart import published_chart
 from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
 
 CAPTIONS = {
@@ -25,6 +26,8 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
 
     Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `verdicts` and `damage` (what
     leaving out blocks costs), `cost` (size and speed).
+    Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `cost` (size and speed),
+    `published` (what the published script measures).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
@@ -35,6 +38,7 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
         "verdicts": verdicts_chart(record.comparison) if record.comparison else None,
         "damage": damage_chart(record.damage) if record.damage else None,
         "cost": cost_chart(record),
+        "published": published_chart(record.published) if record.published else None,
     }
     return {name: chart for name, chart in drawn.items() if chart is not None}
 

@@ -22,6 +22,7 @@ from avss.record import (
     StabilityStudy,
     describe_blocks,
 )
+from avss.record import BlockScores, Cut, Measurement, PublishedMetrics, RunRecord, ScoreTable
 from avss.reporting import numbers
 from avss.reporting.rows import ComparisonCell, ComparisonRow, CutRow, Estimate, Kind, ScoreCell, ScoreRow
 
@@ -79,6 +80,16 @@ def scores_csv(table: ScoreTable) -> str:
     return _csv([
         row | {name: column[block] for name, column in places.items()} for block, row in enumerate(table.rows())
     ])  # fmt: skip
+
+
+def published_csv(metrics: PublishedMetrics) -> str:
+    """What the published script measures, under its column names; floats read back exactly."""
+    rows = metrics.rows()
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: repr(value) for name, value in row.items()} for row in rows)
+    return out.getvalue()
 
 
 def comparison_rows(record: RunRecord) -> list[ComparisonRow]:
