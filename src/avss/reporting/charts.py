@@ -6,7 +6,7 @@ import altair as alt
 
 from avss.record import RunRecord
 from avss.reporting import theme
-from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart
+from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart, windows_chart
 from avss.reporting.damage_charts import damage_chart, verdicts_chart
 from avss.reporting.published_chart import published_chart
 from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
@@ -25,9 +25,8 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
     """The charts that the record has data for, by name, in reading order.
 
     Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `verdicts` and `damage` (what
-    leaving out blocks costs), `cost` (size and speed).
-    Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `cost` (size and speed),
-    `published` (what the published script measures).
+    leaving out blocks costs), `cost` (size and speed), `published` (what the published script measures),
+    `windows-CRITERION` (distances across runs of neighbours).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
@@ -40,6 +39,7 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
         "cost": cost_chart(record),
         "published": published_chart(record.published) if record.published else None,
     }
+    drawn |= {f"windows-{one.criterion}": windows_chart(one) for one in record.scores if one.windows}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 

@@ -16,13 +16,13 @@ from avss.record import (
     Cut,
     DamageTable,
     Measurement,
+    PublishedMetrics,
     RunRecord,
     ScoreTable,
     Stability,
     StabilityStudy,
     describe_blocks,
 )
-from avss.record import BlockScores, Cut, Measurement, PublishedMetrics, RunRecord, ScoreTable
 from avss.reporting import numbers
 from avss.reporting.rows import ComparisonCell, ComparisonRow, CutRow, Estimate, Kind, ScoreCell, ScoreRow
 
