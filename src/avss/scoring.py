@@ -98,7 +98,10 @@ def with_certainty(
     except DegenerateStatisticError:
         return scores, None
     lower, upper = knife.interval()
-    return scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)}), stability
+    # Gradients come a row a batch: their spread is known, but not in sequences.
+    in_sequences = all(need.row_is == "sequence" for need in criterion.needs)
+    known = scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)})
+    return known, stability if in_sequences else None
 
 
 def _apply(

@@ -84,12 +84,7 @@ def scores_csv(table: ScoreTable) -> str:
 
 def published_csv(metrics: PublishedMetrics) -> str:
     """What the published script measures, under its column names; floats read back exactly."""
-    rows = metrics.rows()
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: repr(value) for name, value in row.items()} for row in rows)
-    return out.getvalue()
+    return _csv(metrics.rows())
 
 
 def comparison_rows(record: RunRecord) -> list[ComparisonRow]:
