@@ -67,7 +67,11 @@ class PlanConfig(Settings):
     blocks: str | None = None
     """The blocks themselves, e.g. `3,12-15`."""
     contiguous: bool = False
-    """Whether the blocks must be neighbours: the run with the lowest sum of scores."""
+    """Whether the blocks must be neighbours: the run with the lowest sum of scores, or with the smallest measured
+    distance across it where the criterion measures runs (`angular`)."""
+    rule: Literal["count", "mass"] = "count"
+    """What `fraction` is a share of: the number of blocks, or the sum of all scores (the lowest go while their sum
+    stays within it, the published threshold)."""
     protect: str = "auto"
     """Blocks that stay, e.g. `0,1,-1`; `none`; or `auto`: the first and the last, unless the criterion reproduces a
     published selection or is a baseline."""

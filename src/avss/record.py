@@ -115,6 +115,9 @@ class BlockScores(FrozenValue):
             None where the criterion reads no text, or there are fewer than three sequences.
         upper: Its upper end.
         factors: The parts the score is made of, one list per factor, e.g. variance and near-zero share.
+        windows: Distances across runs of neighbours, where the criterion measures them: `windows[n - 1][l]` is that
+            between the input of block l and the input of block l + n (the output of the last block at the end), so
+            what the run of blocks l to l + n - 1 changes. Row n - 1 has one entry per run.
         paper: Citation of the method.
         reference_url: Where it was published, if it was.
         note: What the reader must know to trust the numbers, in a sentence.
@@ -131,6 +134,7 @@ class BlockScores(FrozenValue):
     lower: tuple[JsonFloat, ...] | None = None
     upper: tuple[JsonFloat, ...] | None = None
     factors: dict[str, tuple[JsonFloat, ...]] = Field(default_factory=dict)
+    windows: tuple[tuple[JsonFloat, ...], ...] | None = None
     paper: str | None = None
     reference_url: str | None = None
     note: str | None = None
@@ -321,6 +325,43 @@ class ScoreTable(FrozenValue):
         from avss.reporting.notebook import scores_html
 
         return scores_html(self)
+
+
+class PublishedMetrics(FrozenValue):
+    """What the published AVSS script measures of every block, in block order.
+
+    Attributes:
+        variance: `Average_Variance`: variance over hidden units of the mean over positions, padding included.
+        l1_norm: `Average_L1Norm`: sum of absolute gradients of the named matrices.
+        l2_norm: `Average_L2Norm`: L2 norms of the gradients of the named matrices, added up.
+        frobenius_norm: `Average_FrobeniusNorm`: Frobenius norms of the named matrices, added up.
+        sparsity: `Average_Sparsity`: share of activations below 1e-5, padding included.
+        weights: Which matrices are named: `ffn`, `attention` or `all`.
+        matrices: Their paths inside a block.
+        model: What was measured.
+        data: The text it was measured on.
+        notes: How it was measured, one sentence each.
+    """
+
+    variance: tuple[float, ...] = Field(min_length=1)
+    l1_norm: tuple[float, ...]
+    l2_norm: tuple[float, ...]
+    frobenius_norm: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    weights: str
+    matrices: tuple[str, ...] = ()
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[dict[str, float]]:
+        """One row per layer, under the column names of the published table."""
+        names = ("Average_Variance", "Average_L1Norm", "Average_L2Norm", "Average_FrobeniusNorm", "Average_Sparsity")
+        columns = (self.variance, self.l1_norm, self.l2_norm, self.frobenius_norm, self.sparsity)
+        return [
+            {"Layer": layer, **dict(zip(names, values, strict=True))}
+            for layer, values in enumerate(zip(*columns, strict=True))
+        ]
 
 
 class Plan(FrozenValue):
@@ -751,6 +792,7 @@ class RunRecord(FrozenValue):
         study: How the choice depends on seed, amount and kind of text, where that was asked for.
         damage: What leaving out each block costs, where it was measured.
         comparison: Every criterion against that damage, where it was asked for.
+        published: What the published script measures, where it was reproduced.
         dense: Measurements of the dense model.
         cuts: The smaller models; the first one is the one that was asked for, the others are for comparison.
         prompts: What both models were asked to continue.
@@ -771,6 +813,7 @@ class RunRecord(FrozenValue):
     study: StabilityStudy | None = None
     damage: DamageTable | None = None
     comparison: Comparison | None = None
+    published: PublishedMetrics | None = None
     dense: tuple[Measurement, ...] = ()
     cuts: tuple[Cut, ...] = ()
     prompts: tuple[str, ...] = ()

@@ -41,14 +41,15 @@ def score_blocks(
 def _score_one(collected: Collected, criterion: AbstractCriterion, *, first_token: bool, seed: int) -> BlockScores:
     scored = _apply(collected, criterion, first_token=first_token, seed=seed)
     without = None
-    # A published average has no part without the first token; baselines read no token at all.
-    if criterion.needs and not any(statistic.counts_padding for statistic in criterion.needs):
+    # Published averages, gradients and weights have no part without the first token; baselines read no token at all.
+    if criterion.needs and all(statistic.has_first_token for statistic in criterion.needs):
         without = _apply(collected, criterion, first_token=False, seed=seed).values
     return BlockScores(
         criterion=criterion.name,
         title=criterion.title,
         values=_floats(scored.values),
         without_first_token=None if without is None else _floats(without),
+        windows=None if scored.windows is None else tuple(_floats(row) for row in scored.windows),
         factors={name: _floats(values) for name, values in scored.factors.items()},
         paper=criterion.paper,
         reference_url=criterion.reference_url,
@@ -97,7 +98,10 @@ def with_certainty(
     except DegenerateStatisticError:
         return scores, None
     lower, upper = knife.interval()
-    return scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)}), stability
+    # Gradients come a row a batch: their spread is known, but not in sequences.
+    in_sequences = all(need.row_is == "sequence" for need in criterion.needs)
+    known = scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)})
+    return known, stability if in_sequences else None
 
 
 def _apply(

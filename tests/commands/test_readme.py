@@ -20,6 +20,8 @@ def workplace(tmp_path, monkeypatch, llama_folder, text_file, choice_file, revie
     """A folder with the files that the README names."""
     for name, file in {"text.txt": text_file, "questions.jsonl": choice_file, "reviews.csv": review_file}.items():
         (tmp_path / name).write_bytes(file.read_bytes())
+    for name in ("variance", "sparsity"):
+        (tmp_path / f"{name}.csv").write_text(f"Layer,{name}\n0,0.5\n1,0.25\n2,0.75\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

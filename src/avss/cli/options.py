@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,16 @@ Data = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Sequences.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
+AnySamples = Annotated[
+    int | None, typer.Option(help="Sequences.", rich_help_panel=_TEXT, show_default="64; all with --reference")
+]
+AnySeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT, show_default="512; 128 with --reference"),
+]
+AnySeed = Annotated[
+    int | None, typer.Option(help="Of every draw.", rich_help_panel=_TEXT, show_default="0; 42 with --reference")
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a forward pass.", rich_help_panel=_TEXT)]
 Seed = Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=_TEXT)]
 FirstToken = Annotated[
@@ -61,7 +71,14 @@ Blocks = Annotated[
     str | None, typer.Option(help="The blocks themselves, e.g. 3,12-15 (both ends count).", rich_help_panel=_CHOICE)
 ]
 Contiguous = Annotated[
-    bool, typer.Option("--contiguous", help="Neighbours only: the run with the lowest sum.", rich_help_panel=_CHOICE)
+    bool,
+    typer.Option(
+        "--contiguous", help="Neighbours only: the run with the lowest sum, or distance.", rich_help_panel=_CHOICE
+    ),
+]
+Rule = Annotated[
+    str,
+    typer.Option(help="count, or mass: --fraction is then a share of the sum of scores.", rich_help_panel=_CHOICE),
 ]
 Protect = Annotated[
     str,
@@ -126,6 +143,19 @@ def first_token(value: str) -> bool:
     if value not in ("keep", "drop"):
         raise ConfigError(unknown_name("--first-token", value, ["keep", "drop"]))
     return value == "keep"
+
+
+def mass_rule(value: str) -> "Literal['count', 'mass']":
+    """`count` or `mass`.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    from avss.errors import ConfigError, unknown_name
+
+    if value not in ("count", "mass"):
+        raise ConfigError(unknown_name("--rule", value, ["count", "mass"]))
+    return "mass" if value == "mass" else "count"
 
 
 def given(**settings: Any) -> dict[str, Any]:

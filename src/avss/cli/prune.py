@@ -18,6 +18,7 @@ def command(
     count: opt.Count = None,
     blocks: opt.Blocks = None,
     contiguous: opt.Contiguous = False,
+    rule: opt.Rule = "count",
     protect: opt.Protect = "auto",
     scores: opt.Scores = None,
     data: opt.Data = "builtin",
@@ -46,7 +47,16 @@ def command(
     from avss.plan import check_one_target
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
-    plan = build(PlanConfig, {"criterion": criterion, "contiguous": contiguous, "protect": protect, **choice})
+    plan = build(
+        PlanConfig,
+        {
+            "criterion": criterion,
+            "contiguous": contiguous,
+            "rule": opt.mass_rule(rule),
+            "protect": protect,
+            **choice,
+        },
+    )
     check_one_target(plan)
     find_criteria([criterion])
     if file_format not in ("safetensors", "gguf"):
@@ -87,6 +97,7 @@ def command(
                 criterion=criterion,
                 **choice,
                 contiguous=contiguous,
+                rule=plan.rule,
                 protect=protect,
                 data=data,
                 stages=stages,

@@ -27,6 +27,7 @@ def command(
     count: opt.Count = None,
     blocks: opt.Blocks = None,
     contiguous: opt.Contiguous = False,
+    rule: Annotated[str | None, typer.Option(help="count, or mass: a share of the sum.", show_default="count")] = None,
     protect: Annotated[str | None, typer.Option(help="auto, none, or a list.", show_default="auto")] = None,
     compare: Annotated[
         str | None, typer.Option(help="Criteria whose cut of the same size is measured beside it, comma-separated.")
@@ -71,6 +72,7 @@ def command(
                 count=count,
                 blocks=blocks,
                 contiguous=contiguous or None,
+                rule=opt.mass_rule(rule) if rule else None,
                 protect=protect,
             ),
             **opt.given(

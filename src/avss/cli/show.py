@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avss.record import CheckReport, Plan, RunRecord, ScoreTable, Verification
+from avss.record import CheckReport, Plan, PublishedMetrics, RunRecord, ScoreTable, Verification
 from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
 if TYPE_CHECKING:
     from avss.composer import Inspection
+    from avss.layer_table import LayerTable
 
 _MAX_BLOCKS_ON_SCREEN = 200
 
@@ -49,6 +50,38 @@ def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
         marks = ["[red]x[/red]" if block in plan.removed else "" for plan in plans]
         grid.add_row(str(block), *cells, *marks)
     console.print(grid)
+
+
+def show_published(metrics: PublishedMetrics) -> None:
+    """The table of the published script, and how it was made."""
+    rows = metrics.rows()
+    grid = _table("As the published script measures (blocks are layers)")
+    for name in rows[0]:
+        grid.add_column(name, justify="right")
+    for row in rows[:_MAX_BLOCKS_ON_SCREEN]:
+        grid.add_row(*(str(value) if name == "Layer" else f"{value:.6g}" for name, value in row.items()))
+    console = _console()
+    console.print(grid)
+    for note in metrics.notes:
+        console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def show_layer_table(table: "LayerTable", *, note: str | None) -> None:
+    """Layers by ascending AVSS, those that go in red, and the list of these."""
+    grid = _table("AVSS by layer, lowest first" + (" (cumulated in layer order)" if table.reference else ""))
+    for column in ("layer", "variance", "sparsity", "AVSS", "normalised", "cumulative", "removed"):
+        grid.add_column(column, justify="right")
+    for row in table.rows:
+        values = (row.variance, row.sparsity, row.avss, row.normalized, row.cumulative)
+        cells = [f"{value:.4g}" for value in values]
+        grid.add_row(str(row.layer), *cells, "[red]x[/red]" if row.removed else "")
+    console = _console()
+    console.print(grid)
+    if note is not None:
+        console.print(f"[yellow]![/yellow] {escape(note)}")
+    console.print(
+        f"[bold]Removed[/bold]: {', '.join(map(str, table.removed)) or 'none'}  [dim]({escape(table.rule)})[/dim]"
+    )
 
 
 def show_plan(plan: Plan) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from avss.composer.inspection import Inspection, inspect
     from avss.composer.pruning import Pruned, prune
     from avss.composer.records import report, write_record
+    from avss.composer.reproducing import reproduce, write_reproduction
     from avss.composer.scores import score, write_scores
     from avss.composer.stabilities import stability, write_stability
     from avss.composer.whole import run
@@ -34,6 +35,7 @@ _PLACES = {
     "load": "inputs",
     "prune": "pruning",
     "report": "records",
+    "reproduce": "reproducing",
     "run": "whole",
     "score": "scores",
     "stability": "stabilities",
@@ -41,6 +43,7 @@ _PLACES = {
     "write_comparison": "comparison",
     "write_damage": "damages",
     "write_record": "records",
+    "write_reproduction": "reproducing",
     "write_scores": "scores",
     "write_stability": "stabilities",
 }
@@ -58,6 +61,7 @@ __all__ = [
     "load",
     "prune",
     "report",
+    "reproduce",
     "run",
     "score",
     "stability",
@@ -65,6 +69,7 @@ __all__ = [
     "write_comparison",
     "write_damage",
     "write_record",
+    "write_reproduction",
     "write_scores",
     "write_stability",
 ]

@@ -58,6 +58,7 @@ def prune(
     count: int | None = None,
     blocks: str | Iterable[int] | None = None,
     contiguous: bool = False,
+    rule: str = "count",
     protect: str = "auto",
     data: DataConfig | str | Sequence[str] = "builtin",
     out: str | Path | None = None,
@@ -80,6 +81,7 @@ def prune(
         count: their number; or
         blocks: the blocks themselves, `"3,12-15"` or indices.
         contiguous: Whether they must be neighbours.
+        rule: What `fraction` is a share of: the `count` of blocks, or the `mass`, the sum of all scores.
         protect: Blocks that stay: `auto`, `none`, or a list.
         data: The calibration text.
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
@@ -107,6 +109,7 @@ def prune(
             "count": count,
             "blocks": named,
             "contiguous": contiguous,
+            "rule": rule,
             "protect": protect,
         },
     )

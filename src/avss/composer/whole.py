@@ -88,7 +88,9 @@ def _plans(config: RunConfig, table: ScoreTable, num_blocks: int) -> list[Plan]:
         plans = [explicit_plan(config.plan, num_blocks)]
     else:
         plans = [_plan_by(config.plan.criterion, config.plan, table)]
-    same_size = config.plan.model_copy(update={"fraction": None, "blocks": None, "count": len(plans[0].removed)})
+    same_size = config.plan.model_copy(
+        update={"fraction": None, "blocks": None, "count": len(plans[0].removed), "rule": "count"}
+    )
     return plans + [_plan_by(name, same_size, table) for name in config.compare if name != plans[0].method]
 
 

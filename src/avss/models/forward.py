@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from avss.models.load import Head, Loaded
 
 
-def _inputs(loaded: Loaded, token_ids: Tensor, keep: Tensor | None) -> dict[str, Any]:
+def model_inputs(loaded: Loaded, token_ids: Tensor, keep: Tensor | None) -> dict[str, Any]:
+    """The arguments of a forward pass, on the model's device; no cache for a language model."""
     inputs: dict[str, Any] = {"input_ids": token_ids.to(loaded.device)}
     # Without padding no mask: attention then takes its fastest path.
     if keep is not None and not bool(keep.all()):
@@ -28,13 +29,13 @@ def run_body(loaded: Loaded, token_ids: Tensor, keep: Tensor | None = None) -> T
         token_ids: `[B, T]`.
         keep: `[B, T]`, True for real tokens; None if all are.
     """
-    return loaded.model.base_model(**_inputs(loaded, token_ids, keep))[0]
+    return loaded.model.base_model(**model_inputs(loaded, token_ids, keep))[0]
 
 
 @torch.inference_mode()
 def run_outputs(loaded: Loaded, token_ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """What the model answers: logits `[B, T, V]` or `[B, classes]`, or the last hidden state of a bare encoder."""
-    outputs = loaded.model(**_inputs(loaded, token_ids, keep))
+    outputs = loaded.model(**model_inputs(loaded, token_ids, keep))
     return outputs["logits"] if "logits" in outputs else outputs[0]
 
 

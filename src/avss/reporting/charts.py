@@ -6,8 +6,9 @@ import altair as alt
 
 from avss.record import RunRecord
 from avss.reporting import theme
-from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart
+from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart, windows_chart
 from avss.reporting.damage_charts import damage_chart, verdicts_chart
+from avss.reporting.published_chart import published_chart
 from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
 
 CAPTIONS = {
@@ -24,7 +25,8 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
     """The charts that the record has data for, by name, in reading order.
 
     Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `verdicts` and `damage` (what
-    leaving out blocks costs), `cost` (size and speed).
+    leaving out blocks costs), `cost` (size and speed), `published` (what the published script measures),
+    `windows-CRITERION` (distances across runs of neighbours).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
@@ -35,7 +37,9 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
         "verdicts": verdicts_chart(record.comparison) if record.comparison else None,
         "damage": damage_chart(record.damage) if record.damage else None,
         "cost": cost_chart(record),
+        "published": published_chart(record.published) if record.published else None,
     }
+    drawn |= {f"windows-{one.criterion}": windows_chart(one) for one in record.scores if one.windows}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 

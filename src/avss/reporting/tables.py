@@ -16,6 +16,7 @@ from avss.record import (
     Cut,
     DamageTable,
     Measurement,
+    PublishedMetrics,
     RunRecord,
     ScoreTable,
     Stability,
@@ -79,6 +80,11 @@ def scores_csv(table: ScoreTable) -> str:
     return _csv([
         row | {name: column[block] for name, column in places.items()} for block, row in enumerate(table.rows())
     ])  # fmt: skip
+
+
+def published_csv(metrics: PublishedMetrics) -> str:
+    """What the published script measures, under its column names; floats read back exactly."""
+    return _csv(metrics.rows())
 
 
 def comparison_rows(record: RunRecord) -> list[ComparisonRow]:
