@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,9 +30,9 @@ def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMe
     Raises:
         ConfigError: There is no such method, or the model is not in memory.
     """
-    found = next((known for known in COMPENSATION_METHODS if known == method), None)
-    if found is None:
+    if method not in COMPENSATION_METHODS:
         raise ConfigError(unknown_name("--compensate", method, COMPENSATION_METHODS))
+    found = cast(CompensationMethod, method)
     if found != "none" and not in_memory:
         raise ConfigError(
             f"`--compensate {method}` runs the model, and a cut from file to file does not have it in memory. Leave it "
