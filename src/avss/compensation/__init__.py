@@ -47,8 +47,8 @@ def compensate(
     - `scale`: one number a cut (Prune&Comp).
     - `sweep`: the MLP's output projection of every kept block from the first cut on, each to the dense stream.
     - `steer`: a few rounds that bring the predictions nearer, over all output projections from the first cut on.
-    - `auto`: at each cut the better of `refit` and `linear`, or neither; then `steer`. Not `sweep`: measured, it lowers every
-      error of the stream and brings the answers no nearer (docs/log.md).
+    - `auto`: at each cut the better of `refit` and `linear`, or neither; then `steer`. Not `sweep`:
+      it lowers every error of the stream and, as measured, brings the answers no nearer (docs/log.md).
 
     Args:
         original: The dense model.
