@@ -3,16 +3,42 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from avss.errors import ConfigError
+from avss.errors import ConfigError, unknown_name
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 TASK_KINDS = ("perplexity", "choice", "classification", "similarity", "speed")
 TaskKind = Literal["perplexity", "choice", "classification", "similarity", "speed"]
+
+
+CompensationMethod = Literal["auto", "scale", "linear", "cosine", "refit", "sweep", "steer", "none"]
+COMPENSATION_METHODS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
+"""Ways to repair a cut without training, `auto` first; see `avss.compensation`."""
+
+
+def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMethod:
+    """The method of that name.
+
+    Args:
+        method: As the user wrote it.
+        in_memory: Whether the model will be in memory, which every method but `none` needs.
+
+    Raises:
+        ConfigError: There is no such method, or the model is not in memory.
+    """
+    if method not in COMPENSATION_METHODS:
+        raise ConfigError(unknown_name("--compensate", method, COMPENSATION_METHODS))
+    found = cast(CompensationMethod, method)
+    if found != "none" and not in_memory:
+        raise ConfigError(
+            f"`--compensate {method}` runs the model, and a cut from file to file does not have it in memory. Leave it "
+            "out, or cut in memory: without `--format gguf`, with `--in-memory`."
+        )
+    return found
 
 
 class Settings(BaseModel):

@@ -679,6 +679,7 @@ class Verification(FrozenValue):
         max_diff_memory: Largest difference of its outputs from those of the model in memory; nan where outputs were
             not compared.
         max_diff_bypass: Largest difference from the original model with the removed blocks bypassed; nan likewise.
+        of_raw_cut: Whether `max_diff_bypass` is that of the cut before its weights were changed, in memory.
         tolerance: What was allowed for both.
         cached_generation: Greedy tokens with cache equal those without; None for models that do not generate.
         num_generated: Tokens compared for that.
@@ -690,6 +691,7 @@ class Verification(FrozenValue):
     reload_strict: bool
     max_diff_memory: JsonFloat = math.nan
     max_diff_bypass: JsonFloat = math.nan
+    of_raw_cut: bool = False
     tolerance: float = 0.0
     cached_generation: bool | None = None
     num_generated: int = 0
@@ -745,6 +747,75 @@ class CheckReport(FrozenValue):
         return json.dumps({**self.model_dump(mode="json"), "passed": self.passed}, indent=2)
 
 
+class CutRepair(FrozenValue):
+    """What a repair did about one run of removed blocks.
+
+    Attributes:
+        start: First removed block of the run.
+        stop: The block after its last.
+        method: What was solved for: `refit`, `linear`, `cosine` or `scale`; empty where nothing was tried.
+        ridge: Relative ridge chosen on held-out text; None where there is none (`scale`).
+        factor: The number of `scale`; None elsewhere.
+        error_before: Mean squared distance of the stream after the run from the dense model's, over the variance of
+            the latter, on text that nothing was fitted to: 0 is equal, 1 as bad as a constant.
+        error_after: The same with the repair.
+        divergence_before: Divergence of the whole model's answers before this repair, on the choosing text.
+        divergence_after: The same with the repair.
+        applied: Whether the repair was kept: only where the divergence fell.
+        note: Why nothing was tried, or why it was thrown away.
+    """
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    method: str = ""
+    ridge: JsonFloat | None = None
+    factor: JsonFloat | None = None
+    error_before: JsonFloat | None = None
+    error_after: JsonFloat | None = None
+    divergence_before: JsonFloat | None = None
+    divergence_after: JsonFloat | None = None
+    applied: bool = False
+    note: str = ""
+
+
+class Compensation(FrozenValue):
+    """What repair without training did to a cut, and what it brought.
+
+    Attributes:
+        method: As asked for, e.g. `auto`.
+        measure: What `before` and `after` are: `kl` (nats a token, to the dense model) or `cosine` (distance of the
+            last hidden states).
+        before: Divergence of the raw cut from the dense model, on text used for nothing else.
+        after: The same after the repair.
+        fit_tokens: Tokens it was fitted to.
+        choose_tokens: Tokens that ridges, step sizes and methods were chosen by.
+        judge_tokens: Tokens that `before` and `after` were measured on.
+        cuts: One entry per run of removed blocks, in order.
+        num_swept: Blocks from the first cut on that were fitted to the dense stream, one after the other.
+        steps: Step size of each round towards the dense model's predictions; empty where there was none.
+        weights: Names of the smaller model's weights that changed.
+        note: Why nothing was done or kept; else empty.
+    """
+
+    method: str
+    measure: Literal["kl", "cosine"] = "kl"
+    before: JsonFloat = math.nan
+    after: JsonFloat = math.nan
+    fit_tokens: int = 0
+    choose_tokens: int = 0
+    judge_tokens: int = 0
+    cuts: tuple[CutRepair, ...] = ()
+    num_swept: int = 0
+    steps: tuple[float, ...] = ()
+    weights: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def applied(self) -> bool:
+        """Whether any weight changed."""
+        return bool(self.weights)
+
+
 class Cut(FrozenValue):
     """One smaller model and what became of it.
 
@@ -752,6 +823,7 @@ class Cut(FrozenValue):
         plan: The blocks removed.
         model: Facts of the smaller model.
         changes: Config fields the cut changed.
+        compensation: The repair without training; None where none was asked for.
         path: Where it was saved, relative to the record; None where it was only measured.
         file_format: What it was saved as: `safetensors` or `gguf`.
         verification: Proof for the saved model; None where it was not saved.
@@ -763,6 +835,7 @@ class Cut(FrozenValue):
     plan: Plan
     model: ModelFacts
     changes: tuple[FieldChange, ...] = ()
+    compensation: Compensation | None = None
     path: str | None = None
     file_format: Literal["safetensors", "gguf"] = "safetensors"
     verification: Verification | None = None

@@ -121,6 +121,15 @@ MaxMemory = Annotated[
     ),
 ]
 
+Compensate = Annotated[
+    str,
+    typer.Option(
+        help="Repair without training, kept only where it helps on held-out text: none, auto, or one of refit, linear, "
+        "cosine, scale, sweep, steer.",
+        rich_help_panel="Repair",
+    ),
+]
+
 Task = Annotated[
     list[str] | None,
     typer.Option(

@@ -21,6 +21,7 @@ def command(
     rule: opt.Rule = "count",
     protect: opt.Protect = "auto",
     scores: opt.Scores = None,
+    compensate: opt.Compensate = "none",
     data: opt.Data = "builtin",
     samples: opt.Samples = 64,
     seq_len: opt.SeqLen = 512,
@@ -40,7 +41,7 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
-    from avss.config import PlanConfig, build
+    from avss.config import PlanConfig, build, check_compensation
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
@@ -59,6 +60,7 @@ def command(
     )
     check_one_target(plan)
     find_criteria([criterion])
+    check_compensation(compensate)
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":
@@ -70,6 +72,7 @@ def command(
         reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype)
         if reason and not quiet:
             typer.echo(reason, err=True)
+    check_compensation(compensate, in_memory=not (on_disk or reason or file_format == "gguf"))
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
     loading: dict[str, Any] = {"head": head, "revision": revision}
@@ -99,6 +102,7 @@ def command(
                 contiguous=contiguous,
                 rule=plan.rule,
                 protect=protect,
+                compensate=compensate,
                 data=data,
                 stages=stages,
                 **common,
@@ -111,11 +115,13 @@ def command(
 
 
 def _show(record: "RunRecord", out: opt.Path) -> None:
-    from avss.cli.show import show_path, show_plan, show_verification, show_warnings
+    from avss.cli.show import show_compensation, show_path, show_plan, show_verification, show_warnings
 
     cut = record.cuts[0]
     show_warnings(record.warnings)
     show_plan(cut.plan)
+    if cut.compensation is not None:
+        show_compensation(cut.compensation)
     if cut.verification is not None:
         show_verification(cut.verification)
     show_path("Smaller model", out)

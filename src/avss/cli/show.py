@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avss.record import CheckReport, Plan, PublishedMetrics, RunRecord, ScoreTable, Verification
+from avss.record import CheckReport, Compensation, Plan, PublishedMetrics, RunRecord, ScoreTable, Verification
+from avss.reporting.repair import compensation_rows, compensation_sentences
 from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
 if TYPE_CHECKING:
@@ -91,6 +92,21 @@ def show_plan(plan: Plan) -> None:
     console.print(f"[bold]Original -> new[/bold]: {', '.join(f'{old}->{new}' for old, new in plan.index_map.items())}")
 
 
+def show_compensation(repair: Compensation) -> None:
+    """What a repair brought, at each cut and in all."""
+    console = _console()
+    for sentence in compensation_sentences(repair):
+        console.print(f"[bold]Repair[/bold]: {escape(sentence)}")
+    if not repair.cuts:
+        return
+    grid = _table("Repair at each cut (error: share of the variance of the dense stream after it)")
+    for column in ("cut", "method", "ridge", "error", "divergence", "kept"):
+        grid.add_column(column, justify="left" if column in ("cut", "method") else "right", no_wrap=True)
+    for row in compensation_rows(repair):
+        grid.add_row(*map(escape, row))
+    console.print(grid)
+
+
 def show_verification(proof: Verification) -> None:
     """What was checked, in a line."""
     if not proof.outputs_compared:
@@ -102,7 +118,8 @@ def show_verification(proof: Verification) -> None:
     generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}
     _console().print(
         "[green]Verified[/green]: strict reload, outputs differ by "
-        f"{proof.max_diff_memory:.2g} from memory and {proof.max_diff_bypass:.2g} from the bypassed original"
+        f"{proof.max_diff_memory:.2g} from memory and {'the raw cut by ' if proof.of_raw_cut else ''}"
+        f"{proof.max_diff_bypass:.2g} from the bypassed original"
         f"{generation[proof.cached_generation]}."
     )
 

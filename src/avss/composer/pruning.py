@@ -6,15 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from avss.compensation import compensate as compensate_cut
 from avss.composer.disk import check_scores, fits_memory, parse_bytes, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import example_plan
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
-from avss.config import DataConfig, PlanConfig, build
+from avss.config import DataConfig, PlanConfig, build, check_compensation
 from avss.criteria import find_criteria
 from avss.cut import cut
+from avss.data.batches import Batches
 from avss.errors import ConfigError
 from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes, rewrite_config
@@ -22,7 +24,7 @@ from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
-from avss.record import Cut, Plan, RunRecord, ScoreTable
+from avss.record import Compensation, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ class Pruned:
     """A smaller model and its story.
 
     Attributes:
-        model: The smaller model. It shares the kept weights with the model it was cut from. None where the cut went
-            from file to file (on disk, or GGUF): load it from `out`.
+        model: The smaller model. It shares the kept weights with the model it was cut from, but for repaired ones. None
+            where the cut went from file to file (on disk, or GGUF): load it from `out`.
         tokenizer: The tokenizer, if there is one.
         plan: The blocks removed.
         record: Everything known about it.
@@ -60,6 +62,7 @@ def prune(
     contiguous: bool = False,
     rule: str = "count",
     protect: str = "auto",
+    compensate: str = "none",
     data: DataConfig | str | Sequence[str] = "builtin",
     out: str | Path | None = None,
     force: bool = False,
@@ -83,7 +86,9 @@ def prune(
         contiguous: Whether they must be neighbours.
         rule: What `fraction` is a share of: the `count` of blocks, or the `mass`, the sum of all scores.
         protect: Blocks that stay: `auto`, `none`, or a list.
-        data: The calibration text.
+        compensate: Repair without training: `auto`, `refit`, `linear`, `cosine`, `scale`, `sweep`, `steer` or `none`
+            (see `avss.compensation`). What does not help on held-out text is thrown away.
+        data: The calibration text, to score on and to repair with.
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.
         scores: Record of an earlier `avss.score` to choose by, instead of scoring again.
@@ -114,6 +119,7 @@ def prune(
         },
     )
     check_one_target(config)
+    check_compensation(compensate)
     (wanted,) = find_criteria([criterion])
     if out is not None:
         check_free(Path(out), force=force)
@@ -121,6 +127,7 @@ def prune(
     from_file = isinstance(model, str | Path)
     reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
     if on_disk or reason or file_format == "gguf":
+        check_compensation(compensate, in_memory=False)
         if not from_file or out is None:
             raise ConfigError("A cut from file to file needs the name of a model, not an object, and a folder `out`.")
         common: dict[str, Any] = {"out": Path(out), "force": force, "scores": scores, "max_memory": allowed}
@@ -135,7 +142,9 @@ def prune(
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
         loaded = load(model, tokenizer)
         rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))  # refuse before scoring
-    table = None
+    table, batches = None, None
+    if compensate != "none" or (config.blocks is None and scores is None):
+        batches = calibration(loaded, data, **settings)
     if config.blocks is not None:
         plan = explicit_plan(config, len(loaded.stack))
     elif scores is not None:
@@ -144,17 +153,24 @@ def prune(
         table = ScoreTable(scores=(found,))
         plan = make_plan(found, config, protects_ends=wanted.protects_ends)
     else:
-        batches = calibration(loaded, data, **settings)
+        assert batches is not None
         table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
         plan = make_plan(table.scores[0], config, protects_ends=wanted.protects_ends)
-    smaller = cut(loaded, plan)
-    one = describe_cut(loaded, smaller, plan)
+    raw = cut(loaded, plan)
+    smaller, story = raw, None
+    if batches is not None and compensate != "none":
+        smaller, story = repair(loaded, raw, plan, batches, compensate, timed)
+    one = describe_cut(loaded, smaller, plan).model_copy(update={"compensation": story})
     record = begin_record(loaded, command or f"avss.prune({loaded.source!r}, ...)", timed, table).model_copy(
-        update={"cuts": (one,), "settings": config.model_dump(mode="json")}
+        update={
+            "cuts": (one,),
+            **({"data": batches.facts} if batches is not None else {}),
+            "settings": config.model_dump(mode="json") | {"compensate": compensate},
+        }
     )
     if out is not None:
         with fresh_folder(Path(out), force=force) as folder:
-            record = save_verified(folder, loaded, smaller, record, timed)
+            record = save_verified(folder, loaded, smaller, record, timed, raw=raw)
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=plan, record=record)
@@ -165,13 +181,45 @@ def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
     return Cut(plan=plan, model=smaller.facts(), changes=config_changes(original.model.config, smaller.model.config))
 
 
+def repair(
+    original: Loaded, raw: Loaded, plan: Plan, batches: Batches, method: str, timed: Timed
+) -> tuple[Loaded, Compensation]:
+    """Repairs a cut without training, and tells how it went. The raw cut is left as it was."""
+    with timed("Repairing the cut") as advance:
+        return compensate_cut(original, raw, plan, batches, method=method, on_step=advance)
+
+
 def save_verified(
-    folder: Path, original: Loaded, smaller: Loaded, record: RunRecord, timed: Timed, *, path: str = "."
+    folder: Path,
+    original: Loaded,
+    smaller: Loaded,
+    record: RunRecord,
+    timed: Timed,
+    *,
+    path: str = ".",
+    raw: Loaded | None = None,
 ) -> RunRecord:
-    """Saves the first cut and proves it; the record then carries the proof."""
+    """Saves the first cut and proves it; the record then carries the proof.
+
+    Args:
+        folder: Where to.
+        original: The dense model.
+        smaller: The model to save.
+        record: Its first cut is the model's.
+        timed: Where progress goes.
+        path: The folder as the record names it.
+        raw: The cut before its weights were changed, if they were: it is what must equal the bypassed original.
+    """
     with timed("Saving the smaller model"):
         save_model(smaller, folder)
     with timed("Verifying it"):
-        proof = verify(str(folder), smaller, original, record.cuts[0].plan, probe_batch(smaller))
+        proof = verify(
+            str(folder),
+            smaller,
+            original,
+            record.cuts[0].plan,
+            probe_batch(smaller),
+            raw=None if raw is smaller else raw,
+        )
     first = record.cuts[0].model_copy(update={"path": path, "verification": proof})
     return record.model_copy(update={"cuts": (first, *record.cuts[1:]), "seconds": timed.seconds})

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from avss.record import Cut, Plan, RunRecord, ScoreTable
-from avss.reporting import charts, numbers, tables, theme, verdict
+from avss.reporting import charts, numbers, repair, tables, theme, verdict
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
@@ -239,6 +239,8 @@ _TEMPLATES.filters |= {
     "index_runs": index_runs,
     "checks": verdict.verification_rows,
     "verification": verdict.verification_sentence,
+    "repair_sentences": repair.compensation_sentences,
+    "repair_rows": repair.compensation_rows,
     "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
 }
 _TEMPLATES.tests |= {"failed": _failed}

@@ -5,6 +5,7 @@ import math
 
 from avss.record import Cut, Measurement, RunRecord, Verification
 from avss.reporting import numbers, tables
+from avss.reporting.repair import compensation_sentences
 
 PROMISE = 0.9
 """Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
@@ -77,6 +78,7 @@ def sentences(record: RunRecord, cut: Cut | None = None) -> list[str]:
     cut = cut or record.cuts[0]
     return [
         _removal_sentence(record, cut),
+        *(compensation_sentences(cut.compensation) if cut.compensation else ()),
         *_language_sentences(record, cut),
         *_retention_sentences(record, cut),
         verification_sentence(cut),
@@ -111,7 +113,8 @@ def verification_rows(proof: Verification) -> list[tuple[str, bool, str]]:
             f"largest difference {numbers.number(proof.max_diff_memory)}, {allowed}",
         ),
         (
-            "Outputs equal the original model's with the removed blocks bypassed",
+            ("Before its repair, the cut's outputs equal" if proof.of_raw_cut else "Outputs equal")
+            + " the original model's with the removed blocks bypassed",
             proof.max_diff_bypass <= proof.tolerance,
             f"largest difference {numbers.number(proof.max_diff_bypass)}, {allowed}",
         ),
