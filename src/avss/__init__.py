@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         compare,
         damage,
         evaluate,
+        heal,
         inspect,
         load,
         prune,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         stability,
         verify,
     )
-    from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
+    from avss.config import DataConfig, HealConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
     from avss.record import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         Comparison,
         Cut,
         DamageTable,
+        Healing,
         Measurement,
         Plan,
         Retention,
@@ -55,6 +57,8 @@ _PLACES = {
     "Cut": "avss.record",
     "DamageTable": "avss.record",
     "DataConfig": "avss.config",
+    "HealConfig": "avss.config",
+    "Healing": "avss.record",
     "Inspection": "avss.composer",
     "Measurement": "avss.record",
     "ModelConfig": "avss.config",
@@ -69,6 +73,7 @@ _PLACES = {
     "compare": "avss.composer",
     "damage": "avss.composer",
     "evaluate": "avss.composer",
+    "heal": "avss.composer",
     "inspect": "avss.composer",
     "load": "avss.composer",
     "prune": "avss.composer",
@@ -88,6 +93,8 @@ __all__ = [
     "Cut",
     "DamageTable",
     "DataConfig",
+    "HealConfig",
+    "Healing",
     "Inspection",
     "Measurement",
     "ModelConfig",
@@ -102,6 +109,7 @@ __all__ = [
     "compare",
     "damage",
     "evaluate",
+    "heal",
     "inspect",
     "load",
     "prune",

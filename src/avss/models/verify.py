@@ -19,8 +19,19 @@ NUM_GENERATED = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tuple[Tensor, Tensor]) -> Verification:
+def verify(
+    folder: str,
+    smaller: Loaded,
+    original: Loaded,
+    plan: Plan,
+    batch: tuple[Tensor, Tensor],
+    *,
+    raw: Loaded | None = None,
+) -> Verification:
     """Checks a saved model against the one in memory and against the original with the removed blocks bypassed.
+
+    A model whose weights were changed after the cut equals no bypassed original. Then the proof has two halves: the raw
+    cut equals the bypassed original, and the saved model equals the changed one in memory.
 
     Args:
         folder: Where it was saved.
@@ -28,6 +39,7 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
         original: The model it was cut from.
         plan: The blocks removed.
         batch: Token ids `[B, T]` and keep mask `[B, T]`.
+        raw: The cut before its weights were changed, in memory; None where they were not.
 
     Raises:
         VerificationError: A check failed; the message says which, and by how much.
@@ -50,11 +62,13 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
     with bypassed(original.stack, plan.removed):
         reference = _comparable(run_outputs(original, token_ids, keep), keep)
     actual = _comparable(run_outputs(fresh, token_ids, keep), keep)
+    unchanged = actual if raw is None else _comparable(run_outputs(raw, token_ids, keep), keep)
     tolerance = _TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
     result = Verification(
         reload_strict=not problems,
         max_diff_memory=_max_diff(actual, expected),
-        max_diff_bypass=_max_diff(actual, reference),
+        max_diff_bypass=_max_diff(unchanged, reference),
+        of_raw_cut=raw is not None,
         tolerance=tolerance,
         cached_generation=_cached_equals_uncached(fresh, token_ids, keep) if can_generate(fresh.head) else None,
         num_generated=NUM_GENERATED if can_generate(fresh.head) else 0,
