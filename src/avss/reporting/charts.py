@@ -24,8 +24,8 @@ CAPTIONS = {
 def figures(record: RunRecord) -> dict[str, alt.Chart]:
     """The charts that the record has data for, by name, in reading order.
 
-    Names: `language` (perplexity and losses), `retention`, `healing`, `scores`, `ranks`, `cuts`, `verdicts` and `damage` (what
-    leaving out blocks costs), `cost` (size and speed).
+    Names: `language` (perplexity and losses), `retention`, `healing`, `scores`, `ranks`, `cuts`, `verdicts`, `damage`
+    (what leaving out blocks costs), `cost` (size and speed).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
