@@ -131,6 +131,8 @@ def _smaller(
     model: AnyModel | Pruned, tokenizer: "PreTrainedTokenizerBase | None", loading: dict[str, Any]
 ) -> tuple[Loaded, RunRecord | None]:
     if isinstance(model, Pruned):
+        if model.model is None:
+            raise ConfigError("The model was cut from file to file and is not in memory. Give the folder it is in.")
         head = model.record.cuts[0].model.head
         return load(model.model, model.tokenizer, head=head), model.record
     if not isinstance(model, str | Path):
