@@ -733,7 +733,7 @@ class Healing(FrozenValue):
         num_trained: Parameters trained.
         num_steps: Steps of the optimiser.
         num_tokens: Tokens trained on, padding not counted; a token read in two epochs counts twice.
-        seconds: Wall time, validation included, over all sessions of a resumed run.
+        seconds: Wall time, validation included; that before an interruption counts too.
         losses: The objective on the training text, as means over stretches of steps.
         validation: The objective on held-out text; the first entry is the model before healing.
         best_step: The step whose weights were kept, by the held-out text; 0 if training only did harm.

@@ -20,7 +20,7 @@ class Pace:
     Attributes:
         budget: The whole.
         num_tokens: Tokens trained on.
-        seconds: Wall time used, in earlier sessions of a resumed run too.
+        seconds: Wall time used, that before an interruption too.
         reserve: Seconds set aside for the last validation.
         step_seconds: How long the slowest of the last steps took.
     """
