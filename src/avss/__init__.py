@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         compare,
         damage,
         evaluate,
+        heal,
         inspect,
         load,
         prune,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         stability,
         verify,
     )
-    from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
+    from avss.config import DataConfig, HealConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
     from avss.layer_table import LayerTable, from_csv
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         Comparison,
         Cut,
         DamageTable,
+        Healing,
         Measurement,
         Plan,
         PublishedMetrics,
@@ -58,6 +60,8 @@ _PLACES = {
     "Cut": "avss.record",
     "DamageTable": "avss.record",
     "DataConfig": "avss.config",
+    "HealConfig": "avss.config",
+    "Healing": "avss.record",
     "Inspection": "avss.composer",
     "LayerTable": "avss.layer_table",
     "Measurement": "avss.record",
@@ -75,6 +79,7 @@ _PLACES = {
     "damage": "avss.composer",
     "evaluate": "avss.composer",
     "from_csv": "avss.layer_table",
+    "heal": "avss.composer",
     "inspect": "avss.composer",
     "load": "avss.composer",
     "prune": "avss.composer",
@@ -95,6 +100,8 @@ __all__ = [
     "Cut",
     "DamageTable",
     "DataConfig",
+    "HealConfig",
+    "Healing",
     "Inspection",
     "LayerTable",
     "Measurement",
@@ -112,6 +119,7 @@ __all__ = [
     "damage",
     "evaluate",
     "from_csv",
+    "heal",
     "inspect",
     "load",
     "prune",

@@ -1,11 +1,12 @@
 """What one run is: every setting with its meaning and its range, from flags or from a TOML file. No torch here."""
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from avss.errors import ConfigError, unknown_name
 
@@ -146,6 +147,142 @@ class TaskConfig(Settings):
         """
         kind, _, data = text.partition("=")
         return build(cls, {"kind": kind.strip(), **({"data": data} if data else {}), **settings})
+
+
+class Budget(Settings):
+    """How long healing may take: a time, a number of tokens, or both; then whichever ends first.
+
+    Example:
+        >>> Budget.parse("1h30m,2M")
+        Budget(seconds=5400.0, tokens=2000000)
+        >>> str(Budget.parse("500k tokens"))
+        '500,000 tokens'
+    """
+
+    seconds: float | None = Field(default=None, gt=0)
+    """Wall time, validation included."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens trained on, padding not counted."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`30m`, `1h30m`, `90s` are times; `500k`, `2M`, `1B`, `250000 tokens` are tokens; a comma joins the two.
+
+        `m` is minutes and `M` is million: the one place where a capital matters, so both are printed in full.
+
+        Raises:
+            ConfigError: It is neither, or says the same thing twice.
+        """
+        found: dict[str, Any] = {}
+        for part in text.split(","):
+            kind, value = _budget_part(part.strip(), text)
+            if kind in found:
+                raise ConfigError(
+                    f"The budget `{text}` has two {kind}. Give a time, a number of tokens, or one of each."
+                )
+            found[kind] = value
+        return build(cls, found)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.seconds is None and self.tokens is None:
+            raise ValueError("a budget needs a time or a number of tokens")
+        return self
+
+    def __str__(self) -> str:
+        """In words, e.g. `30 minutes` or `2,000,000 tokens`."""
+        time = [] if self.seconds is None else [_time_in_words(self.seconds)]
+        tokens = [] if self.tokens is None else [f"{self.tokens:,} token{'s' if self.tokens != 1 else ''}"]
+        return " or ".join(time + tokens)
+
+
+_TIME = re.compile(
+    r"(?:(?P<h>\d+(?:\.\d+)?)\s*(?:h|hours?))?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*(?:m|min|minutes?))?\s*"
+    r"(?:(?P<s>\d+(?:\.\d+)?)\s*(?:s|sec|seconds?))?"
+)
+_TOKENS = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<unit>[kKMB])(?:\s*tokens?)?|tokens?)")
+_THOUSANDS = re.compile(r"(?<=\d)_(?=\d)")
+
+
+def _budget_part(part: str, whole: str) -> tuple[str, float | int]:
+    plain = _THOUSANDS.sub("", part)
+    tokens, time = _TOKENS.fullmatch(plain), _TIME.fullmatch(plain)
+    if tokens is not None:
+        unit = {None: 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[tokens["unit"]]
+        return "tokens", round(float(tokens["number"]) * unit)
+    if time is not None and any(time.groups()):
+        return "seconds", sum(float(time[unit] or 0) * seconds for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)))
+    hint = " `m` is minutes; millions are `M`." if re.fullmatch(r"[\d.]+\s*m\s*tokens?", plain) else ""
+    raise ConfigError(
+        f"The budget `{whole}` is neither a time nor a number of tokens.{hint} Write a time such as `30m` or `1h30m`, "
+        "tokens such as `500k` or `2M`, or both: `30m,2M`."
+    )
+
+
+def _time_in_words(seconds: float) -> str:
+    parts = []
+    for name, size in (("hour", 3600), ("minute", 60)):
+        count = int(seconds // size)
+        seconds -= count * size
+        if count:
+            parts.append(f"{count} {name}{'s' if count != 1 else ''}")
+    if seconds or not parts:
+        parts.append(f"{seconds:g} second{'s' if seconds != 1 else ''}")
+    return " ".join(parts)
+
+
+def _as_budget(value: Any) -> Any:
+    return Budget.parse(value) if isinstance(value, str) else value
+
+
+class HealConfig(Settings):
+    """Repair by training: distillation from the dense model."""
+
+    source: str = "builtin"
+    """Text to train on: file, folder, hub data set or `builtin`."""
+    budget: Annotated[Budget, BeforeValidator(_as_budget)] = Budget(seconds=1800.0)
+    """When to stop, e.g. `30m`, `2M` tokens; see `Budget.parse`."""
+    weights: Literal["auto", "all", "blocks", "after", "lora"] = "auto"
+    """What is trained. `all`: every weight. `blocks`: all blocks and the last norm, not the embeddings and the head.
+    `after`: of these, the blocks from the one before the first cut on; those before it are the dense model's still and
+    are computed once for both. `lora`: adapters of low rank on the matrices of the blocks, merged at the end (needs
+    peft). `auto`: `after`."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak; by default 3e-4, for `lora` 1e-3."""
+    batch_size: int = Field(default=2, ge=1)
+    """Sequences in a step of the optimiser, over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences in memory at once, by default the whole batch; without effect on the result."""
+    seq_len: int = Field(default=512, ge=2)
+    """Tokens in a sequence at most."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the budget in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW, on matrices."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a step's gradient."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both models' predictions."""
+    label_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss on the text's own next tokens, or on a classifier's labels; the rest is the dense model's
+    prediction."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the distance between the hidden states after the same original block, in both models."""
+    rank: int = Field(default=32, ge=1)
+    """Of the adapters."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products in training; `auto`: bfloat16 where the machine computes it in hardware. Weights are trained in
+    float32 always."""
+    recompute: bool = False
+    """Whether the insides of the blocks are computed again in the backward pass: less memory, a third more time."""
+    validations: int = Field(default=8, ge=1)
+    """How often the held-out text is measured, evenly over the budget."""
+    held_out: int = Field(default=16, ge=1)
+    """Sequences held out for that."""
+    patience: int = Field(default=4, ge=1)
+    """Validations without a new best after which healing stops."""
+    seed: int = Field(default=0, ge=0)
+    """Of the order of the text, and of masks."""
 
 
 class RunConfig(Settings):

@@ -816,6 +816,68 @@ class Compensation(FrozenValue):
         return bool(self.weights)
 
 
+class HealingStep(FrozenValue):
+    """How far healing was, and how good the model was then.
+
+    Attributes:
+        step: Steps of the optimiser done.
+        num_tokens: Tokens trained on until then.
+        seconds: Wall time until then.
+        loss: The objective, in its own unit (nats for a KL).
+        text_loss: Mean negative log-likelihood of the text's own tokens in nats, for language models on held-out text.
+    """
+
+    step: int
+    num_tokens: int
+    seconds: float
+    loss: JsonFloat
+    text_loss: JsonFloat | None = None
+
+
+class Healing(FrozenValue):
+    """What healing by training did.
+
+    Attributes:
+        objective: What was made small, in words.
+        weights: What was trained, in words.
+        num_trained: Parameters trained.
+        num_steps: Steps of the optimiser.
+        num_tokens: Tokens trained on, padding not counted; a token read in two epochs counts twice.
+        seconds: Wall time, validation included; that before an interruption counts too.
+        losses: The objective on the training text, as means over stretches of steps.
+        validation: The objective on held-out text; the first entry is the model before healing.
+        best_step: The step whose weights were kept, by the held-out text; 0 if training only did harm.
+        stopped: Why it ended: `budget`, or `no improvement` on held-out text.
+        data: The training text.
+        held_out: The held-out text.
+        settings: As given, with what `auto` became.
+    """
+
+    objective: str
+    weights: str
+    num_trained: int
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    losses: tuple[HealingStep, ...] = ()
+    validation: tuple[HealingStep, ...] = Field(min_length=1)
+    best_step: int
+    stopped: Literal["budget", "no improvement"]
+    data: DataFacts
+    held_out: DataFacts
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def before(self) -> HealingStep:
+        """The held-out text before healing."""
+        return self.validation[0]
+
+    @property
+    def after(self) -> HealingStep:
+        """The held-out text with the weights that were kept."""
+        return next(point for point in self.validation if point.step == self.best_step)
+
+
 class Cut(FrozenValue):
     """One smaller model and what became of it.
 
@@ -830,6 +892,7 @@ class Cut(FrozenValue):
         measurements: What it scored.
         retention: The same against the dense model.
         samples: What it writes, beside `RunRecord.samples`.
+        healing: How it was trained after the cut; None where it was not.
     """
 
     plan: Plan
@@ -842,11 +905,12 @@ class Cut(FrozenValue):
     measurements: tuple[Measurement, ...] = ()
     retention: tuple[Retention, ...] = ()
     samples: tuple[str, ...] = ()
+    healing: Healing | None = None
 
     @property
     def name(self) -> str:
-        """How tables call it: the method that chose its blocks."""
-        return self.plan.method
+        """How tables call it: the method that chose its blocks, and whether it was healed."""
+        return f"{self.plan.method}, healed" if self.healing else self.plan.method
 
 
 class RunRecord(FrozenValue):

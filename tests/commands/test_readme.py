@@ -33,7 +33,7 @@ def commands() -> list[list[str]]:
 
 def test_the_readme_shows_every_verb():
     shown = {line[0] for line in commands()}
-    assert {"run", "score", "prune", "verify", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
+    assert {"run", "score", "prune", "heal", "verify", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
     assert len(commands()) >= 6
 
 
@@ -41,6 +41,7 @@ def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder)
     small = {"score": ("--samples", "4", "--seq-len", "16"), "prune": ("--samples", "4", "--seq-len", "16")}
     small["compare"] = ("--samples", "4", "--damage-samples", "3", "--seq-len", "16")
     small["run"] = ("--samples", "4", "--seq-len", "16", "--limit", "4")
+    small["heal"] = ("--budget", "200 tokens", "--seq-len", "16", "--validations", "1")
     small["evaluate"] = ("--seq-len", "16", "--limit", "4")
     for line in commands():
         if line[0] == "demo":  # minutes on the real model: `make demo`

@@ -14,6 +14,7 @@ from avss.cli import (
     demo,
     evaluate,
     from_csv,
+    heal,
     inspect,
     prune,
     report,
@@ -50,7 +51,7 @@ def _options(
     del version
 
 
-for verb in (run, score, damage, compare, stability, prune, verify, evaluate, report, inspect, from_csv, demo):
+for verb in (run, score, damage, compare, stability, prune, heal, verify, evaluate, report, inspect, from_csv, demo):
     app.command(name=verb.__name__.rsplit(".", 1)[-1].replace("_", "-"))(verb.command)
 
 

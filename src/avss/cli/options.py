@@ -44,6 +44,13 @@ Data = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
+TrainingData = Annotated[
+    str,
+    typer.Option(
+        help="Text to train on: txt, csv, json, jsonl or parquet file, folder, hub data set, or builtin; a part of it "
+        "is held out.",
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Sequences.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
 AnySamples = Annotated[

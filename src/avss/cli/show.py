@@ -1,5 +1,6 @@
 """Prints values as tables. Everything shown is read from a record; nothing is computed here."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -7,7 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avss.record import CheckReport, Compensation, Plan, PublishedMetrics, RunRecord, ScoreTable, Verification
+from avss.record import (
+    CheckReport,
+    Compensation,
+    Healing,
+    Plan,
+    PublishedMetrics,
+    RunRecord,
+    ScoreTable,
+    Verification,
+)
 from avss.reporting.repair import compensation_rows, compensation_sentences
 from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
@@ -105,6 +115,24 @@ def show_compensation(repair: Compensation) -> None:
     for row in compensation_rows(repair):
         grid.add_row(*map(escape, row))
     console.print(grid)
+
+
+def show_healing(healing: Healing) -> None:
+    """What was trained on how much, and what it brought on held-out text."""
+    console = _console()
+    before, after = healing.before, healing.after
+    console.print(
+        f"[bold]Healed[/bold]: {healing.objective}: {before.loss:.4g} -> {after.loss:.4g} on held-out text"
+        + (
+            f" (perplexity {math.exp(before.text_loss):,.1f} -> {math.exp(after.text_loss):,.1f})"
+            if before.text_loss is not None and after.text_loss is not None and before.text_loss < 700
+            else ""
+        )
+    )
+    console.print(
+        f"[dim]{healing.num_tokens:,} tokens in {healing.num_steps} steps, {healing.seconds:,.0f} s; trained: "
+        f"{escape(healing.weights)}; best at step {healing.best_step}; stopped by: {healing.stopped}[/dim]"
+    )
 
 
 def show_verification(proof: Verification) -> None:

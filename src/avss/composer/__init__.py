@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from avss.composer.comparison import compare, write_comparison
     from avss.composer.damages import damage, write_damage
     from avss.composer.evaluating import evaluate
+    from avss.composer.healing import heal
     from avss.composer.inputs import AnyModel, calibration, load
     from avss.composer.inspection import Inspection, inspect
     from avss.composer.pruning import Pruned, prune
@@ -31,6 +32,7 @@ _PLACES = {
     "compare": "comparison",
     "damage": "damages",
     "evaluate": "evaluating",
+    "heal": "healing",
     "inspect": "inspection",
     "load": "inputs",
     "prune": "pruning",
@@ -57,6 +59,7 @@ __all__ = [
     "compare",
     "damage",
     "evaluate",
+    "heal",
     "inspect",
     "load",
     "prune",

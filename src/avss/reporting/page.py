@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import jinja2
 from markupsafe import Markup
 
-from avss.record import Cut, Plan, RunRecord, ScoreTable
+from avss.record import Cut, Healing, Plan, RunRecord, ScoreTable
 from avss.reporting import charts, numbers, repair, tables, theme, verdict
 
 _POLICY = (
@@ -190,11 +190,28 @@ def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
             ("batch size, seed", f"{data.batch_size}, {data.seed}"),
             ("content hash", data.content_hash),
         ]))  # fmt: skip
+    if record.cuts and record.cuts[0].healing:
+        groups.append(("Healing", _healing_facts(record.cuts[0].healing)))
     groups.append(("Versions", [*record.versions.items(), ("recorded", record.created)]))
     if record.seconds:
         spent = [(stage, numbers.duration(seconds)) for stage, seconds in record.seconds.items()]
         groups.append(("Time", [*spent, ("total", numbers.duration(sum(record.seconds.values())))]))
     return groups
+
+
+def _healing_facts(healing: Healing) -> list[tuple[str, str]]:
+    data, held_out = healing.data, healing.held_out
+    return [
+        ("objective", healing.objective),
+        ("trained", f"{healing.weights}; {healing.num_trained:,} parameters"),
+        ("text", f"{data.source}, {data.num_sequences:,} sequences of up to {data.seq_len:,} tokens"),
+        ("held out", f"{held_out.num_sequences:,} sequences, {held_out.num_tokens:,} tokens"),
+        ("done", f"{healing.num_tokens:,} tokens in {healing.num_steps:,} steps, {numbers.duration(healing.seconds)}"),
+        ("stopped by", healing.stopped),
+        ("held-out objective", f"{numbers.number(healing.before.loss)} → {numbers.number(healing.after.loss)}, "
+                               f"kept: step {healing.best_step:,}"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in sorted(healing.settings.items()))),
+    ]  # fmt: skip
 
 
 def inline_code(text: str) -> Markup:
