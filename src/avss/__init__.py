@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         stability,
         verify,
     )
-    from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
+    from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
     from avss.layer_table import LayerTable, from_csv
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         Retention,
         RunRecord,
         ScoreTable,
+        SearchResult,
     )
 
 _PLACES = {
@@ -70,6 +71,8 @@ _PLACES = {
     "RunConfig": "avss.config",
     "RunRecord": "avss.record",
     "ScoreTable": "avss.record",
+    "SearchConfig": "avss.config",
+    "SearchResult": "avss.record",
     "TaskConfig": "avss.config",
     "compare": "avss.composer",
     "damage": "avss.composer",
@@ -107,6 +110,8 @@ __all__ = [
     "RunConfig",
     "RunRecord",
     "ScoreTable",
+    "SearchConfig",
+    "SearchResult",
     "TaskConfig",
     "compare",
     "damage",
