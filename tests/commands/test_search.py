@@ -312,6 +312,18 @@ def test_bad_settings_are_refused(avss_command, llama_folder, text_file, tmp_pat
     assert not out.exists()
 
 
+def test_scores_of_an_earlier_run_cannot_be_searched(avss_command, llama_folder, text_file, tmp_path):
+    scores, out = tmp_path / "scores", tmp_path / "out"
+    small = ("--samples", 6, "--seq-len", 16, "--quiet")
+    arguments = ("--criteria", "block-influence", "--data", text_file, "--out", scores, *small)
+    assert avss_command("score", llama_folder, *arguments).code == 0
+    refused(
+        avss_command("prune", llama_folder, "--scores", scores, "--count", 1, "--select", "greedy", "--out", out, "-q"),
+        "--scores", "no text",
+    )  # fmt: skip
+    assert avss_command("prune", llama_folder, "--scores", scores, "--count", 1, "--out", out, "-q").code == 0
+
+
 @pytest.mark.parametrize("way", [("--on-disk",), ("--format", "gguf")])
 def test_a_cut_from_file_to_file_does_not_search(avss_command, llama_folder, tmp_path, way):
     out = ("--out", tmp_path / "out", "--quiet", *way)

@@ -56,7 +56,7 @@ def choose(
         config: Who chooses, and how many.
         search: How hard a search looks.
         timed: Where progress goes.
-        batches: The text; None only where the blocks are named or an earlier search is given.
+        batches: The text; None only where nothing is to be measured: named blocks, an earlier search, or given scores.
         table: The scores, where there are some already; else the criterion's are made if needed.
         task: What `min_retention` speaks of, if the settings name none.
         command: The command to note in a search.
@@ -72,8 +72,6 @@ def choose(
         earlier = read_search(Path(config.from_search), loaded)
         sized = _Sized(loaded, config, tuple(earlier.protected), timed, task)
         return sized.chosen(earlier.plan, most=len(earlier.points), search=earlier)
-    if batches is None:
-        raise ConfigError("A plan by scores or by search needs a text. Give `--data`.")
     criterion = find_criteria([config.criterion])[0]
     protects_ends = criterion.protects_ends or config.select != "scores"
     protected = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
@@ -85,6 +83,7 @@ def choose(
     if config.select == "scores":
         scores = _scores(criterion, loaded, batches, table, timed)
         if config.score_rounds > 1:
+            batches = _need(batches)
             return Chosen(_by_rounds(loaded, config, most, criterion, batches, scores, timed))
 
         def by_scores(count: int) -> Plan:
@@ -92,7 +91,7 @@ def choose(
 
         by_scores(most)  # refuses before anything is measured
         return sized.chosen(by_scores, most=most)
-    prior = None
+    batches, prior = _need(batches), None
     if search.screen != "damage":
         screen = find_criteria([search.screen])[0]
         prior = _scores(screen, loaded, batches, table, timed).values
@@ -284,7 +283,7 @@ class _Sized:
 
 
 def _scores(
-    criterion: AbstractCriterion, loaded: Loaded, batches: Batches, table: ScoreTable | None, timed: Timed
+    criterion: AbstractCriterion, loaded: Loaded, batches: Batches | None, table: ScoreTable | None, timed: Timed
 ) -> BlockScores:
     if table is not None:
         with contextlib.suppress(KeyError):
@@ -292,7 +291,16 @@ def _scores(
         problem = next((text for text in table.warnings if f"`{criterion.name}`" in text), None)
         if problem is not None:
             raise DegenerateStatisticError(problem.removeprefix("Left out: "))
-    return score_loaded(loaded, batches, (criterion,), True, 0.25, timed)[0].scores[0]
+    return score_loaded(loaded, _need(batches), (criterion,), True, 0.25, timed)[0].scores[0]
+
+
+def _need(batches: Batches | None) -> Batches:
+    if batches is None:
+        raise ConfigError(
+            "Scores of an earlier run hold no text to measure on. Leave out `--scores`, or choose by these scores "
+            "alone: `--select scores`, without `--score-rounds`."
+        )
+    return batches
 
 
 def _by_rounds(
