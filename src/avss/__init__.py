@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         stability,
         verify,
     )
-    from avss.config import DataConfig, HealConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
+    from avss.config import DataConfig, HealConfig, ModelConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
     from avss.layer_table import LayerTable, from_csv
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Retention,
         RunRecord,
         ScoreTable,
+        SearchResult,
     )
 
 _PLACES = {
@@ -74,6 +75,8 @@ _PLACES = {
     "RunConfig": "avss.config",
     "RunRecord": "avss.record",
     "ScoreTable": "avss.record",
+    "SearchConfig": "avss.config",
+    "SearchResult": "avss.record",
     "TaskConfig": "avss.config",
     "compare": "avss.composer",
     "damage": "avss.composer",
@@ -114,6 +117,8 @@ __all__ = [
     "RunConfig",
     "RunRecord",
     "ScoreTable",
+    "SearchConfig",
+    "SearchResult",
     "TaskConfig",
     "compare",
     "damage",

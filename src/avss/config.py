@@ -3,6 +3,7 @@
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
@@ -40,6 +41,37 @@ def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMe
             "out, or cut in memory: without `--format gguf`, with `--in-memory`."
         )
     return found
+
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+_SIZES = {
+    **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+}
+_TIMES = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def _number(value: Any, units: Mapping[str, int]) -> Any:
+    """A number with a unit as a plain one, rounded down; anything else as it is."""
+    match = re.fullmatch(r"\s*([\d_.]+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if match[2].lower() not in units:
+        raise ValueError(f"the unit `{match[2]}` is not one of {', '.join(filter(None, units))}")
+    return int(float(match[1].replace("_", "")) * units[match[2].lower()])
+
+
+def _seconds(value: Any) -> Any:
+    """`90`, `90s`, `10m` or `1h30m` in seconds; anything else as it is."""
+    parts = re.findall(r"([\d.]+)\s*([a-zA-Z]*)", value) if isinstance(value, str) else []
+    if not parts or re.sub(r"([\d.]+)\s*([a-zA-Z]*)\s*", "", value).strip():
+        return value
+    milliseconds = {name: 1000 * size for name, size in _TIMES.items()}
+    return sum(_number(number + unit, milliseconds) for number, unit in parts) / 1000
+
+
+TARGETS = ("fraction", "count", "blocks", "max_params", "max_bytes", "speedup")
+"""Settings of which one says how many blocks go."""
 
 
 class Settings(BaseModel):
@@ -102,6 +134,29 @@ class PlanConfig(Settings):
     protect: str = "auto"
     """Blocks that stay, e.g. `0,1,-1`; `none`; or `auto`: the first and the last, unless the criterion reproduces a
     published selection or is a baseline."""
+    select: Literal["scores", "window", "greedy", "evolution"] = "scores"
+    """Who chooses: the criterion's scores, or a search by measured damage."""
+    max_params: Annotated[int | None, BeforeValidator(lambda value: _number(value, _COUNTS))] = Field(
+        default=None, ge=1
+    )
+    """Instead of a count: the most parameters that may be left, e.g. `100M`."""
+    max_bytes: Annotated[int | None, BeforeValidator(lambda value: _number(value, _SIZES))] = Field(default=None, ge=1)
+    """Instead of a count: the largest checkpoint, e.g. `200MB`."""
+    speedup: float | None = Field(default=None, gt=1)
+    """Instead of a count: how many times faster a forward pass must be, estimated from measured latency."""
+    min_retention: float | None = Field(default=None, gt=0, le=1)
+    """The most blocks that keep this share of a task's result; a count or a fraction beside it is the most that go."""
+    retention_task: "TaskConfig | None" = None
+    """The task that `min_retention` speaks of."""
+    score_rounds: int = Field(default=1, ge=1)
+    """For `scores`: rounds of removing, each scored anew on what is left."""
+    from_search: str | None = None
+    """A folder or record with a search, to take the blocks from instead of choosing anew."""
+
+    def sized(self, count: int) -> Self:
+        """The same with a count as the only target."""
+        targets = dict.fromkeys((*TARGETS, "min_retention"))
+        return self.model_copy(update={**targets, "count": count, "rule": "count"})
 
 
 class TaskConfig(Settings):
@@ -285,6 +340,38 @@ class HealConfig(Settings):
     """Of the order of the text, and of masks."""
 
 
+class SearchConfig(Settings):
+    """How hard a search by measured damage looks."""
+
+    objective: Literal["kl", "loss", "accuracy"] = "kl"
+    """What must stay small: the KL divergence from the dense model (one minus the cosine for encoders), the next-token
+    loss, or the wrong answers of a task."""
+    task: TaskConfig | None = None
+    """For `accuracy`: the task, choice or classification."""
+    max_passes: float | None = Field(default=None, gt=0)
+    """Most passes of the whole model over the text."""
+    seconds: Annotated[float | None, BeforeValidator(_seconds)] = Field(default=None, gt=0)
+    """Most seconds of measuring; `10m` and `1h30m` are understood."""
+    screen: str = "damage"
+    """What says which blocks to try first: a criterion, or `damage`: each block alone is measured on one batch."""
+    width: int = Field(default=6, ge=1)
+    """Blocks tried in a step before it is asked whether that was enough."""
+    beam: int = Field(default=1, ge=1)
+    """Sets of each size that the next size is built from."""
+    windows: int = Field(default=2, ge=0)
+    """Runs of neighbours of each size that compete."""
+    exchanges: int = Field(default=2, ge=0)
+    """Rounds of exchanging single blocks at the end."""
+    error: float = Field(default=0.1, gt=0, lt=1)
+    """Bound on the probability that a race drops its true best."""
+    seed: int = Field(default=0, ge=0)
+    """Of the evolution's draws."""
+    resume: bool = True
+    """Whether measurements are kept, so that a killed search goes on where it was."""
+    cache: str | None = None
+    """Folder for them, if not the user's cache."""
+
+
 class RunConfig(Settings):
     """A whole run: score, choose, cut, verify, evaluate, report."""
 
@@ -295,6 +382,8 @@ class RunConfig(Settings):
     first_token: bool = True
     """Whether the first token of each sequence counts in the scores."""
     plan: PlanConfig = PlanConfig(fraction=0.25)
+    search: SearchConfig = SearchConfig()
+    """How hard to look, where `plan.select` names a search."""
     compare: tuple[str, ...] = ()
     """Criteria whose cut of the same size is evaluated beside the plan's, in memory."""
     tasks: tuple[TaskConfig, ...] = ()

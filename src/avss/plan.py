@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from avss.config import PlanConfig
+from avss.config import TARGETS, PlanConfig, SearchConfig
 from avss.errors import ConfigError, InvalidPlanError
 from avss.record import BlockScores, Plan
 
@@ -135,20 +135,96 @@ def make_plan(scores: BlockScores, config: PlanConfig, *, protects_ends: bool = 
 
 
 def check_one_target(config: PlanConfig) -> None:
-    """Exactly one of fraction, count and blocks must be given; the rule `mass` goes with a fraction alone.
+    """Exactly one way of saying how many blocks go must be given; a retention needs none, and allows one as its limit.
 
     Raises:
-        ConfigError: None or several are, or the rule does not fit.
+        ConfigError: None or several are, or they do not go with the way of choosing.
     """
-    given = [name for name in ("fraction", "count", "blocks") if getattr(config, name) is not None]
-    if len(given) != 1:
-        named = " and ".join(f"`--{name}`" for name in given) or "nothing"
-        raise ConfigError(f"Say how many blocks go by exactly one of `--fraction`, `--count`, `--blocks`; got {named}.")
-    if config.rule == "mass" and (given != ["fraction"] or config.contiguous):
+    given = [name for name in TARGETS if getattr(config, name) is not None]
+    allowed = given in ([], ["fraction"], ["count"]) if config.min_retention is not None else len(given) == 1
+    if not allowed:
+        retention = [] if config.min_retention is None else ["min_retention"]
+        named = " and ".join(f"`--{name.replace('_', '-')}`" for name in [*given, *retention]) or "nothing"
+        raise ConfigError(
+            "Say how many blocks go by exactly one of `--fraction`, `--count`, `--blocks`, `--max-params`, "
+            "`--max-bytes`, `--speedup`, or by `--min-retention` alone or with a `--fraction` or `--count` as its "
+            f"limit; got {named}."
+        )
+    if config.select != "scores" or config.from_search is not None:
+        searching = f"`--select {config.select}`" if config.from_search is None else "`--from-search`"
+        for flag, is_given in (("--blocks", config.blocks), ("--contiguous", config.contiguous)):
+            if is_given:
+                raise ConfigError(
+                    f"`{flag}` does not go with {searching}, which chooses itself. Leave one of them out."
+                )
+    if config.rule == "mass" and (
+        given != ["fraction"]
+        or config.contiguous
+        or config.select != "scores"
+        or config.from_search is not None
+        or config.min_retention is not None
+        or config.score_rounds > 1
+    ):
         raise ConfigError(
             "`--rule mass` takes the lowest scores up to a share of their sum. Give that share as `--fraction`, "
-            "without `--contiguous`."
+            "without `--contiguous` or another way of choosing."
         )
+    if config.score_rounds > 1 and (config.select != "scores" or config.min_retention or config.blocks):
+        raise ConfigError(
+            "`--score-rounds` rescores between removals, so it goes with `--select scores` and a number of blocks "
+            "only. Leave it out."
+        )
+
+
+def check_search(search: SearchConfig) -> None:
+    """What a search is told must fit together.
+
+    Raises:
+        ConfigError: The objective lacks its task, has one too many, or the screening criterion is unknown.
+    """
+    if search.objective == "accuracy" and (search.task is None or search.task.kind not in ("choice", "classification")):
+        raise ConfigError(
+            "`--objective accuracy` counts right answers of a task: name one, choice or classification, e.g. "
+            "`--objective-task choice=questions.jsonl`."
+        )
+    if search.objective != "accuracy" and search.task is not None:
+        raise ConfigError(
+            f"`--objective-task` goes with `--objective accuracy`, not with `{search.objective}`. Leave one out."
+        )
+
+
+def check_plain(config: PlanConfig) -> None:
+    """A cut from file to file has no model to measure, so it takes scores, or the blocks themselves, only.
+
+    Raises:
+        ConfigError: Something else is asked for.
+    """
+    measuring = {
+        f"--select {config.select}": config.select != "scores",
+        "--from-search": config.from_search is not None,
+        "--score-rounds": config.score_rounds > 1,
+        **{
+            f"--{name.replace('_', '-')}": getattr(config, name) is not None
+            for name in ("max_params", "max_bytes", "speedup", "min_retention")
+        },
+    }
+    asked = [flag for flag, is_asked in measuring.items() if is_asked]
+    if asked:
+        raise ConfigError(
+            f"`{asked[0]}` needs the model in memory, and this cut goes from file to file. Say how many by "
+            "`--fraction` or `--count`, or name the blocks that a search found by `--blocks`."
+        )
+
+
+def in_rounds(count: int, num_rounds: int) -> list[int]:
+    """Blocks to remove in each round: as equal as can be, the larger rounds first, none empty.
+
+    Example:
+        >>> in_rounds(8, 3), in_rounds(2, 5)
+        ([3, 3, 2], [1, 1])
+    """
+    each, rest = divmod(count, num_rounds)
+    return [part for part in (each + (place < rest) for place in range(num_rounds)) if part]
 
 
 def _lowest(scores: BlockScores, free: list[int], count: int) -> tuple[int, ...]:

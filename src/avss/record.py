@@ -602,6 +602,122 @@ class Comparison(FrozenValue):
         return comparison_html(self)
 
 
+class CurvePoint(SetDamage):
+    """The best set of one size that a search found.
+
+    Attributes:
+        how: The step that found it: `greedy`, `window`, `exchange`, `evolution`, `put back`, or `prior`: the budget
+            ended before, and the likeliest blocks were added.
+        cost: What the search made small, see `SearchResult.objective`; mean over sequences or items.
+        cost_stderr: Its standard error.
+        num_sequences: Sequences it was measured on; 0 for none.
+    """
+
+    how: str
+    cost: JsonFloat
+    cost_stderr: JsonFloat | None = None
+    num_sequences: int = 0
+
+
+class SearchResult(FrozenValue):
+    """What a search by measured damage found: the best set of every size, and what that took.
+
+    Attributes:
+        schema_version: See `SCHEMA_VERSION`.
+        created: UTC, ISO 8601.
+        command: The exact command, or the Python call.
+        method: `greedy`, `window` or `evolution`.
+        objective: What was made small: `kl` (the distance in `measure`), `loss` (change of the next-token loss, nats)
+            or `accuracy` (share of wrong answers).
+        task: For `accuracy`: the task.
+        measure: What the distances are.
+        num_blocks: Blocks of the original model.
+        protected: Blocks that could not be chosen.
+        points: One entry per size, 1 first.
+        dense_loss: Next-token loss of the dense model on the same text, nats a token.
+        num_blocks_run: Blocks computed, in units of one block on one batch.
+        passes: The same in passes of the whole model over the whole text.
+        passes_of_all: Passes that trying every block in every step takes, each model from its first block.
+        num_sets: Different sets measured.
+        seconds: Time spent measuring.
+        is_complete: Whether the budget lasted to the end.
+        settings: As given.
+        model: What was measured.
+        data: The text it was measured on.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    command: str = ""
+    method: str
+    objective: Literal["kl", "loss", "accuracy"]
+    task: str | None = None
+    measure: DamageMeasure
+    num_blocks: int = Field(ge=1)
+    protected: tuple[int, ...] = ()
+    points: tuple[CurvePoint, ...] = Field(min_length=1)
+    dense_loss: JsonFloat | None = None
+    num_blocks_run: int
+    passes: float
+    passes_of_all: float
+    num_sets: int
+    seconds: float
+    is_complete: bool
+    settings: dict[str, Any] = Field(default_factory=dict)
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = [len(point.removed) for point in self.points]
+        if sizes != list(range(1, len(sizes) + 1)):
+            raise InvalidPlanError(f"A curve has one set of every size from 1 on; this one has the sizes {sizes}.")
+        return self
+
+    def plan(self, count: int) -> Plan:
+        """The plan that removes `count` blocks.
+
+        Raises:
+            InvalidPlanError: The search did not go that far.
+        """
+        if not 1 <= count <= len(self.points):
+            raise InvalidPlanError(
+                f"The search knows sets of 1 to {len(self.points)} blocks, not of `{count}`. Choose one of these, or "
+                "search again with a larger `--count`."
+            )
+        point = self.points[count - 1]
+        share = f"{count} of {self.num_blocks} blocks ({count / self.num_blocks:.1%})"
+        guard = f"; protected: {', '.join(map(str, self.protected))}" if self.protected else ""
+        found = "not measured" if not point.num_sequences else f"{self.objective} {point.cost:.4g}"
+        return Plan(
+            num_blocks=self.num_blocks,
+            removed=point.removed,
+            method=self.method,
+            rule=f"{share}, found by search ({point.how}; {found}){guard}",
+            protected=self.protected,
+        )
+
+    def to_json(self) -> str:
+        """The result as indented JSON; nan and infinities become null."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per size: size, blocks, cost, distance and loss change with standard errors, perplexity, how."""
+        return [
+            {
+                "size": len(point.removed),
+                "blocks": " ".join(map(str, point.removed)),
+                **point.model_dump(exclude={"removed"}),
+            }
+            for point in self.points
+        ]
+
+    def _repr_html_(self) -> str:
+        from avss.reporting.notebook import search_html  # see ScoreTable._repr_html_
+
+        return search_html(self)
+
+
 class Measurement(FrozenValue):
     """One evaluation result with its standard error.
 
@@ -924,6 +1040,7 @@ class RunRecord(FrozenValue):
         model: The dense model.
         data: The calibration text.
         scores: One entry per criterion.
+        search: The search that chose the blocks; None where none did.
         warnings: What the reader should know, one sentence each.
         stability: Whether the text suffices to choose, one entry per criterion that reads text.
         study: How the choice depends on seed, amount and kind of text, where that was asked for.
@@ -945,6 +1062,7 @@ class RunRecord(FrozenValue):
     model: ModelFacts
     data: DataFacts | None = None
     scores: tuple[BlockScores, ...] = ()
+    search: SearchResult | None = None
     warnings: tuple[str, ...] = ()
     stability: tuple[Stability, ...] = ()
     study: StabilityStudy | None = None

@@ -79,11 +79,12 @@ def with_certainty(
         seed: Of the resampling, and for criteria that draw lots.
 
     Returns:
-        The scores unchanged and None where the criterion reads no text, where there are fewer than three sequences, or
-        where parts of the text are too small for the criterion to be defined.
+        The scores unchanged and None where the criterion reads no text, where there are fewer than three sequences or
+        two free blocks, or where parts of the text are too small for the criterion to be defined.
     """
     rows = {collected.rows[need][0].num_sequences for need in criterion.needs}
-    if len(rows) != 1:
+    # With a single block free to go there is no choice to be sure of.
+    if len(rows) != 1 or scores.num_blocks - len(protected) < 2:
         return scores, None
     (num,) = rows
 

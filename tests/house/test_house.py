@@ -49,7 +49,18 @@ NOTEBOOK = ("record", "reporting.notebook")
 TRANSFORMERS_ROOMS = frozenset({"models", "healing", "evaluation"})
 """Rooms that may import transformers."""
 
-LIGHT_ROOMS = ("errors", "record", "config", "plan", "layer_table", "criteria", "scoring", "reporting", "progress")
+LIGHT_ROOMS = (
+    "errors",
+    "record",
+    "config",
+    "plan",
+    "layer_table",
+    "criteria",
+    "scoring",
+    "search",
+    "reporting",
+    "progress",
+)
 """Rooms that open without torch and transformers, with everything in them."""
 
 Import = tuple[str, str, bool]

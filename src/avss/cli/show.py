@@ -16,10 +16,11 @@ from avss.record import (
     PublishedMetrics,
     RunRecord,
     ScoreTable,
+    SearchResult,
     Verification,
 )
 from avss.reporting.repair import compensation_rows, compensation_sentences
-from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
+from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels, search_effort, search_texts
 
 if TYPE_CHECKING:
     from avss.composer import Inspection
@@ -93,6 +94,18 @@ def show_layer_table(table: "LayerTable", *, note: str | None) -> None:
     console.print(
         f"[bold]Removed[/bold]: {', '.join(map(str, table.removed)) or 'none'}  [dim]({escape(table.rule)})[/dim]"
     )
+
+
+def show_search(search: SearchResult) -> None:
+    """The best set of every size, what it costs, and what finding it took."""
+    header, rows = search_texts(search)
+    grid = _table(f"Search ({search.method}): the best set of every size (± standard error)")
+    for title in header:
+        grid.add_column(title, justify="left" if title in ("blocks", "found by") else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    _console().print(grid)
+    _console().print(f"[dim]{escape(search_effort(search))}[/dim]")
 
 
 def show_plan(plan: Plan) -> None:

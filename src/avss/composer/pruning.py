@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from avss.compensation import compensate as compensate_cut
+from avss.composer.choosing import choose
 from avss.composer.disk import check_scores, fits_memory, parse_bytes, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import example_plan
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
-from avss.config import DataConfig, PlanConfig, build, check_compensation
+from avss.config import DataConfig, PlanConfig, SearchConfig, build, check_compensation
 from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
@@ -22,7 +23,7 @@ from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes, rewrite_config
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.plan import check_one_target, check_plain, check_search
 from avss.progress import Stages, Timed, silent
 from avss.record import Compensation, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
@@ -62,6 +63,9 @@ def prune(
     contiguous: bool = False,
     rule: str = "count",
     protect: str = "auto",
+    select: str = "scores",
+    plan: Mapping[str, Any] | None = None,
+    search: SearchConfig | Mapping[str, Any] | None = None,
     compensate: str = "none",
     data: DataConfig | str | Sequence[str] = "builtin",
     out: str | Path | None = None,
@@ -86,6 +90,9 @@ def prune(
         contiguous: Whether they must be neighbours.
         rule: What `fraction` is a share of: the `count` of blocks, or the `mass`, the sum of all scores.
         protect: Blocks that stay: `auto`, `none`, or a list.
+        select: Who chooses: `scores`, or a search by measured damage: `greedy`, `window`, `evolution`.
+        plan: More of `avss.config.PlanConfig`: `max_params`, `speedup`, `min_retention`, `from_search`, ...
+        search: How hard a search looks: a `avss.config.SearchConfig`, or settings of one.
         compensate: Repair without training: `auto`, `refit`, `linear`, `cosine`, `scale`, `sweep`, `steer` or `none`
             (see `avss.compensation`). What does not help on held-out text is thrown away.
         data: The calibration text, to score on and to repair with.
@@ -116,17 +123,25 @@ def prune(
             "contiguous": contiguous,
             "rule": rule,
             "protect": protect,
+            "select": select,
+            **(plan or {}),
         },
     )
+    hard = search if isinstance(search, SearchConfig) else build(SearchConfig, dict(search or {}))
     check_one_target(config)
+    check_search(hard)
     check_compensation(compensate)
     (wanted,) = find_criteria([criterion])
+    if hard.screen != "damage":
+        find_criteria([hard.screen])
+    command = command or f"avss.prune({model if isinstance(model, str | Path) else 'model'!r}, ...)"
     if out is not None:
         check_free(Path(out), force=force)
     allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
     from_file = isinstance(model, str | Path)
     reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
     if on_disk or reason or file_format == "gguf":
+        check_plain(config)
         check_compensation(compensate, in_memory=False)
         if not from_file or out is None:
             raise ConfigError("A cut from file to file needs the name of a model, not an object, and a folder `out`.")
@@ -143,29 +158,29 @@ def prune(
         loaded = load(model, tokenizer)
         rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))  # refuse before scoring
     table, batches = None, None
-    if compensate != "none" or (config.blocks is None and scores is None):
+    if compensate != "none" or (config.blocks is None and scores is None and config.from_search is None):
         batches = calibration(loaded, data, **settings)
-    if config.blocks is not None:
-        plan = explicit_plan(config, len(loaded.stack))
-    elif scores is not None:
+    if scores is not None:
         found = scores_of(scores, criterion)
         check_scores(found, len(loaded.stack))
         table = ScoreTable(scores=(found,))
-        plan = make_plan(found, config, protects_ends=wanted.protects_ends)
-    else:
-        assert batches is not None
+    elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
         table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
-        plan = make_plan(table.scores[0], config, protects_ends=wanted.protects_ends)
-    raw = cut(loaded, plan)
+    chosen = choose(loaded, config, hard, timed, batches=batches, table=table, command=command)
+    raw = cut(loaded, chosen.plan)
     smaller, story = raw, None
     if batches is not None and compensate != "none":
-        smaller, story = repair(loaded, raw, plan, batches, compensate, timed)
-    one = describe_cut(loaded, smaller, plan).model_copy(update={"compensation": story})
-    record = begin_record(loaded, command or f"avss.prune({loaded.source!r}, ...)", timed, table).model_copy(
+        smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed)
+    one = describe_cut(loaded, smaller, chosen.plan).model_copy(update={"compensation": story})
+    record = begin_record(loaded, command, timed, table)
+    record = record.model_copy(
         update={
             "cuts": (one,),
             **({"data": batches.facts} if batches is not None else {}),
-            "settings": config.model_dump(mode="json") | {"compensate": compensate},
+            "search": chosen.search,
+            "warnings": (*record.warnings, *chosen.warnings),
+            "settings": config.model_dump(mode="json")
+            | {"search": hard.model_dump(mode="json"), "compensate": compensate},
         }
     )
     if out is not None:
@@ -173,7 +188,7 @@ def prune(
             record = save_verified(folder, loaded, smaller, record, timed, raw=raw)
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
-    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=plan, record=record)
+    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record)
 
 
 def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:

@@ -7,7 +7,7 @@ import altair as alt
 from avss.record import RunRecord
 from avss.reporting import theme
 from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart, windows_chart
-from avss.reporting.damage_charts import damage_chart, verdicts_chart
+from avss.reporting.damage_charts import damage_chart, search_chart, verdicts_chart
 from avss.reporting.healing_chart import healing_chart
 from avss.reporting.published_chart import published_chart
 from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
@@ -25,13 +25,14 @@ CAPTIONS = {
 def figures(record: RunRecord) -> dict[str, alt.Chart]:
     """The charts that the record has data for, by name, in reading order.
 
-    Names: `language` (perplexity and losses), `retention`, `healing`, `scores`, `ranks`, `cuts`, `verdicts` and
-    `damage` (what leaving out blocks costs), `cost` (size and speed), `published` (what the published script measures),
-    `windows-CRITERION` (distances across runs of neighbours).
+    Names: `language` (perplexity and losses), `retention`, `search` (damage by size), `healing`, `scores`, `ranks`,
+    `cuts`, `verdicts` and `damage` (what leaving out blocks costs), `cost` (size and speed), `published` (what the
+    published script measures), `windows-CRITERION` (distances across runs of neighbours).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
         "retention": retention_chart(record),
+        "search": search_chart(record.search) if record.search is not None else None,
         "healing": healing_chart(record.cuts[0].healing) if record.cuts else None,
         "scores": scores_chart(record.scores, record.cuts) if record.scores else None,
         "ranks": ranks_chart(record.scores, record.cuts) if len(record.scores) > 1 else None,

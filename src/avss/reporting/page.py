@@ -57,6 +57,13 @@ def render_page(record: RunRecord) -> str:
 def _findings(record: RunRecord) -> list[tuple[str, str, str, list[str], list[list[str]]]]:
     """Tables that a record may hold, as (anchor, title, how to read it, column titles, rows)."""
     found: list[tuple[str, str, str, tuple[list[str], list[list[str]]]]] = []
+    if record.search is not None:
+        words = (
+            "The best set found of every size, measured without any repair, ± one standard error. "
+            f"{tables.search_effort(record.search)} `avss prune --from-search` cuts another of these sizes without "
+            "a new search."
+        )
+        found.append(("search", "Search", words, tables.search_texts(record.search)))
     if record.comparison:
         words = (
             "What each criterion is worth on this model: the measured damage of the blocks it would remove, together "
