@@ -7,7 +7,7 @@ import typer
 
 from avss.cli import options as opt
 
-DEFAULT_CRITERIA = "avss,avss-product,avss-update,block-influence,update-norm"
+DEFAULT_CRITERIA = "avss,avss-paper,avss-product,block-influence,update-norm"
 
 _REFERENCE = "The published script"
 
@@ -17,7 +17,7 @@ def command(
     data: opt.Data = "builtin",
     criteria: str = typer.Option(
         DEFAULT_CRITERIA,
-        help="Names, comma-separated, or all: avss, avss-reference, avss-product, avss-update, variance, sparsity, "
+        help="Names, comma-separated, or all: avss, avss-paper, avss-product, avss-reference, variance, sparsity, "
         "block-influence, update-norm, angular, angular-all, taylor, gradient-l1, gradient-l2, magnitude, "
         "magnitude-l2, first, last, random.",
     ),

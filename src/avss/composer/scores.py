@@ -23,7 +23,7 @@ from avss.statistics.collected import Collected
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_CRITERIA = ("avss", "avss-product", "avss-update", "block-influence", "update-norm")
+DEFAULT_CRITERIA = ("avss", "avss-paper", "avss-product", "block-influence", "update-norm")
 
 
 def score(

@@ -109,6 +109,11 @@ class Observation:
         """Dot product of input and output of each token."""
         return torch.linalg.vecdot(self.input.values, self.output.values)
 
+    def count_unchanged(self, threshold: float) -> Tensor:
+        """Hidden units of each token that the block changes by less than this share of what they were, `[B, T]`."""
+        small = self.update.magnitude < self.input.magnitude * threshold
+        return small.to(torch.float32).sum(-1)
+
     @functools.cached_property
     def num_tokens(self) -> Tensor:
         """Real tokens of each sequence by part, `[B, 2]`: the first one, and the rest."""
