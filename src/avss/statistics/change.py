@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, final
 
-from avss.statistics.base import AbstractStatistic, Rows, require, total
+from avss.statistics.base import AbstractStatistic, Part, Rows, require, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,17 @@ class CosineSimilarity(AbstractStatistic):
 
     A token whose input and output are both zero counts as unchanged (1); one of them zero, as 0.
 
+    Attributes:
+        part: What is between the two states; see `Observation.around` for sub-layers.
+
     References:
         Men et al. (2024), ShortGPT, arXiv 2403.03853.
     """
 
+    part: Part = "block"
+
     def observe(self, seen: "Observation") -> "dict[str, Tensor]":
+        seen = seen.around(self.part)
         norms = seen.input.token_square.double() * seen.output.token_square.double()
         cosine = seen.token_dot.double() / norms.sqrt()
         both_zero = (seen.input.token_square == 0) & (seen.output.token_square == 0)
@@ -46,9 +52,15 @@ class RelativeUpdate(AbstractStatistic):
     $$\frac1N \sum_t \frac{\|y_t - x_t\|}{\|x_t\|}$$
 
     A token with a zero input has no ratio and is left out of the mean.
+
+    Attributes:
+        part: What is between the two states; see `Observation.around` for sub-layers.
     """
 
+    part: Part = "block"
+
     def observe(self, seen: "Observation") -> "dict[str, Tensor]":
+        seen = seen.around(self.part)
         has_input = seen.input.token_square != 0
         ratio = (seen.update.token_square.double() / seen.input.token_square.double()).sqrt()
         zero = ratio.new_zeros(())
