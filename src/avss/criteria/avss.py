@@ -68,7 +68,7 @@ class Avss(AbstractCriterion):
 
     Both factors of the paper, asked of the block instead of the residual stream: the variance of the update over that
     of the input, token by token, over the share of activations that the block leaves nearly as they were. Dividing by
-    the input takes out the growth of the stream with depth, which the published ratio mistakes for importance; a mean of
+    the input takes out the growth of the stream with depth, which the published ratio takes for importance; a mean of
     ratios keeps massive activations of a few tokens from deciding alone. Our formulation, chosen by its agreement with
     measured damage among some 100 (docs/formulations.md), for pre-norm decoders and post-norm encoders alike.
 
