@@ -26,7 +26,7 @@ from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels, s
 
 if TYPE_CHECKING:
     from avss.composer import Inspection
-    from avss.layer_table import LayerTable
+    from avss.composer.layer_table import LayerTable
 
 _MAX_BLOCKS_ON_SCREEN = 200
 
