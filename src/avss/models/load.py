@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from avss.errors import ConfigError, ModelLoadError, unknown_name
-from avss.models.families import FAMILIES, Family
+from avss.models.families import facts_of
 from avss.models.gguf import shared_reader
-from avss.models.stack import BlockStack, find_stack
+from avss.models.stack import AUTO, BlockStack, find_stack
 from avss.record import ModelFacts
 
 Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "other"]
@@ -55,6 +55,7 @@ class Loaded:
         stored_dtype: Dtype in which the weights are stored and will be saved. Computing in float32 what is stored in
             bfloat16 loses nothing, and saving it as bfloat16 gives the same values back.
         companions: Folder whose other files (pooling, sentence-transformers modules) belong to the model.
+        stack_name: Which stack to work on: `auto`, or its name or path.
     """
 
     model: PreTrainedModel
@@ -64,29 +65,47 @@ class Loaded:
     revision: str | None = None
     stored_dtype: torch.dtype = torch.float32
     companions: Path | None = None
+    stack_name: str = AUTO
 
     @functools.cached_property
     def stack(self) -> BlockStack:
         """The block stack; an error says why there is none."""
-        return find_stack(self.model)
+        return find_stack(self.model, self.stack_name)
+
+    def with_model(self, model: PreTrainedModel) -> "Loaded":
+        """The same with another model, and with the same stack of it."""
+        return dataclasses.replace(self, model=model, stack_name=self.stack.path)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be."""
-        return cast(Tensor, self.model.get_input_embeddings().weight).device
+        """Where inputs must be."""
+        embeddings = self.embeddings
+        return next(self.model.parameters()).device if embeddings is None else embeddings.weight.device
+
+    @property
+    def embeddings(self) -> torch.nn.Embedding | None:
+        """The table of token embeddings; None for a model that reads no text."""
+        try:
+            found = self.model.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            return None
+        return found if hasattr(found, "num_embeddings") else None
 
     @property
     def vocabulary(self) -> int:
-        """Number of token embeddings: every token id lies below."""
-        return cast(int, self.model.get_input_embeddings().num_embeddings)
+        """Number of token embeddings: every token id lies below; 0 for a model that reads no text."""
+        embeddings = self.embeddings
+        if embeddings is not None:
+            return embeddings.num_embeddings
+        text = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
+        return text if isinstance(text, int) else 0
 
     @property
     def max_len(self) -> int | None:
         """The most tokens in a sequence; None where neither model nor tokenizer sets a limit."""
-        config = self.model.config
-        family = FAMILIES.get(config.model_type, Family())
+        config = self.model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None)
-        limits = [positions - family.reserved_positions] if isinstance(positions, int) and positions > 0 else []
+        limits = [positions - facts_of(config.model_type).reserved_positions] if isinstance(positions, int) and positions > 0 else []
         tokenizer_limit = getattr(self.tokenizer, "model_max_length", None)
         # Tokenizers without a limit say 1e30.
         if isinstance(tokenizer_limit, int) and 0 < tokenizer_limit < 10**9:
@@ -440,6 +459,12 @@ def _gguf_dtype(state: Mapping[str, Tensor], file_bytes: int) -> torch.dtype:
     return torch.float16 if is_half else torch.bfloat16
 
 
+def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights: parameters take no memory, buffers that the constructor computes are real."""
+    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
+        return model_class(config)
+
+
 def assemble(
     model_class: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
@@ -450,8 +475,7 @@ def assemble(
     Raises:
         RuntimeError: A key is missing or left over; that is a bug of whoever made `state`.
     """
-    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-        model = model_class(config)
+    model = empty_model(model_class, config)
     model.load_state_dict(dict(state), strict=True, assign=True)
     model.tie_weights()
     device = next(iter(state.values())).device

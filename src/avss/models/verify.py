@@ -9,15 +9,11 @@ from torch import Tensor
 from avss.errors import VerificationError
 from avss.models.forward import can_generate, generate, run_outputs
 from avss.models.load import Loaded, quiet_transformers
+from avss.models.proof import TOLERANCE
 from avss.models.stack import bypassed
 from avss.record import Plan, Verification
 
 NUM_GENERATED = 16
-
-# Relative to the largest output: rounding only. The remapped weights run through the same kernels, so float32 is
-# usually bit-equal; half precision may take other kernels for other shapes.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
 
 def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tuple[Tensor, Tensor]) -> Verification:
     """Checks a saved model against the one in memory and against the original with the removed blocks bypassed.
@@ -50,7 +46,7 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
     with bypassed(original.stack, plan.removed):
         reference = _comparable(run_outputs(original, token_ids, keep), keep)
     actual = _comparable(run_outputs(fresh, token_ids, keep), keep)
-    tolerance = _TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
+    tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
     result = Verification(
         reload_strict=not problems,
         max_diff_memory=_max_diff(actual, expected),

@@ -1,0 +1,208 @@
+"""Proves a cut in memory: every kept block is built as it was, and the smaller model computes what a bypass computes.
+
+The first is exact and needs no input: a block of the smaller model must have the modules, settings and computed buffers
+of the block it came from. That finds whatever is built by position (a norm that the first block lacks, a bias that only
+the last one adds, a decay computed from the index), in any architecture, listed or not. The second runs both models on a
+few tokens and finds what is decided by position only while computing.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from avss.errors import AvssError, UnsupportedArchitectureError
+from avss.models.families import Family, facts_of
+from avss.models.forward import run_outputs
+from avss.models.load import Loaded
+from avss.models.probe import probe_inputs
+from avss.models.stack import BlockStack, bypassed, hooked
+from avss.record import Plan
+
+# Attributes in which a block keeps its own place; they may change by the places that it moved.
+_PLACE_NAME = re.compile(r"_?(layer|block|decoder_layer|encoder_layer|self_layer)?_?(idx|id|index|number|num|layer_idx|i)")
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+"""Relative to the largest output: rounding only. The remapped weights run through the same kernels, so float32 is usually
+bit-equal; half precision may take other kernels for other shapes."""
+
+_Settings = bool | int | float | str | torch.dtype | None
+
+
+def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: BlockStack, plan: Plan) -> None:
+    """Refuses a cut whose blocks are not built as the ones they came from.
+
+    Args:
+        old: The original model.
+        new: The smaller one; weights play no part, so it may be on `meta`.
+        stack: The original's stack.
+        plan: The blocks removed.
+
+    Raises:
+        UnsupportedArchitectureError: A block, or a module around the stack, would be built differently; the message says
+            which, and how.
+    """
+    blocks = new.get_submodule(stack.path)
+    assert isinstance(blocks, nn.ModuleList)
+    kind = stack.owner(old.config).model_type
+    if len(blocks) != len(plan.kept):
+        raise UnsupportedArchitectureError(
+            f"The smaller config of this `{kind}` model builds {len(blocks)} blocks instead of {len(plan.kept)}: its number "
+            "of blocks comes from elsewhere. Its blocks cannot be removed this way."
+        )
+    family = facts_of(kind)
+    for index, original in enumerate(plan.kept):
+        exempt = family if index == 0 and original != 0 else None
+        difference = next(_differences(stack.blocks[original], blocks[index], original, index, exempt), None)
+        if difference:
+            raise UnsupportedArchitectureError(
+                f"This `{kind}` model cannot lose these blocks: block {original} would become block {index} and be built "
+                f"differently there: {difference}. The architecture decides that by position; keep such blocks in place."
+            )
+    inside = f"{stack.path}."
+    others = {path: module for path, module in new.named_modules() if path != stack.path and not path.startswith(inside)}
+    counts = (plan.num_blocks, len(plan.kept))
+    for path, module in old.named_modules():
+        if path == stack.path or path.startswith(inside):
+            continue
+        if path not in others:
+            raise UnsupportedArchitectureError(
+                f"This `{kind}` model cannot lose these blocks: `{path}` outside the stack would be gone with them. It "
+                "belongs to a block, and which one is not known."
+            )
+        difference = next(_module_differences(module, others[path], counts), None)
+        if difference and not (family.packed and "shape" in difference):
+            raise UnsupportedArchitectureError(
+                f"This `{kind}` model cannot lose these blocks: `{path or type(old).__name__}` outside the stack would be "
+                f"built differently: {difference}."
+            )
+
+
+def _differences(old: nn.Module, new: nn.Module, index: int, place: int, exempt: Family | None) -> Iterator[str]:
+    """What differs between a block and its twin in the smaller model."""
+    mine, theirs = dict(old.named_modules()), dict(new.named_modules())
+    led = {path for path in mine.keys() ^ theirs.keys() if exempt and exempt.leads(f"{path}.weight")}
+    for path in sorted((mine.keys() | theirs.keys()) - led):
+        if path not in theirs or path not in mine:
+            yield f"`{path}` is {'missing' if path not in theirs else 'new'}"
+            continue
+        parents_of_led = any(other.rpartition(".")[0] == path for other in led)
+        for text in _module_differences(mine[path], theirs[path], (index, place), skip_flags=parents_of_led):
+            yield f"`{path}` {text}" if path else text
+
+
+def _module_differences(
+    old: nn.Module, new: nn.Module, counts: tuple[int, int], *, skip_flags: bool = False
+) -> Iterator[str]:
+    """What differs between two modules themselves, their children left out.
+
+    Args:
+        old: In the original.
+        new: In the smaller model.
+        counts: Old and new place of the block, or old and new number of blocks: integers may go from one to the other.
+        skip_flags: Whether truth values may differ.
+    """
+    if type(old) is not type(new):
+        yield f"is a `{type(new).__name__}` instead of a `{type(old).__name__}`"
+        return
+    mine, theirs = _settings(old), _settings(new)
+    for name in sorted(mine.keys() | theirs.keys()):
+        one, other = mine.get(name), theirs.get(name)
+        if one == other or (one != one and other != other):
+            continue
+        if skip_flags and isinstance(one, bool) and isinstance(other, bool):
+            continue
+        if _moved_with_the_block(name, one, other, counts):
+            continue
+        yield f"`{name}` is {other!r} instead of {one!r}"
+    for name in sorted(set(old._parameters) | set(new._parameters)):
+        one, other = old._parameters.get(name), new._parameters.get(name)
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (one, other)]
+        if shapes[0] != shapes[1]:
+            yield f"`{name}` has the shape {shapes[1]} instead of {shapes[0]}"
+    yield from _buffer_differences(old, new)
+
+
+def _moved_with_the_block(name: str, one: _Settings, other: _Settings, counts: tuple[int, int]) -> bool:
+    if not isinstance(one, int) or not isinstance(other, int) or isinstance(one, bool) or isinstance(other, bool):
+        return False
+    moved = counts[1] - counts[0]
+    # LongCat gives each block two places in the cache, 2i and 2i + 1.
+    is_place = bool(_PLACE_NAME.fullmatch(name)) and other - one in (moved, 2 * moved)
+    return is_place or ((one, other) == counts and ("layer" in name or "block" in name or "depth" in name))
+
+
+def _settings(module: nn.Module) -> dict[str, _Settings]:
+    """Plain values that a module was built with."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name == "training" or name.startswith("_"):
+            continue
+        if isinstance(value, bool | int | float | str | torch.dtype):
+            found[name] = value
+        elif isinstance(value, list | tuple) and all(isinstance(entry, bool | int | float | str) for entry in value):
+            found[name] = tuple(value)
+    # None is a setting where the other has a value; what is None in both says nothing.
+    return found | {name: None for name, value in vars(module).items() if value is None and not name.startswith("_")}
+
+
+def _buffer_differences(old: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Buffers that are computed, not stored, must come out the same."""
+    unsaved = old._non_persistent_buffers_set & new._non_persistent_buffers_set
+    for name in sorted(set(old._buffers) | set(new._buffers)):
+        one, other = old._buffers.get(name), new._buffers.get(name)
+        if (one is None) != (other is None):
+            yield f"the buffer `{name}` is {'missing' if other is None else 'new'}"
+        elif one is not None and other is not None:
+            if one.shape != other.shape:
+                yield f"the buffer `{name}` has the shape {tuple(other.shape)} instead of {tuple(one.shape)}"
+            elif name in unsaved and "meta" not in (one.device.type, other.device.type) and not _same(one, other):
+                yield f"the computed buffer `{name}` has other values"
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool(torch.equal(one.to(other.device, other.dtype), other)) or bool(
+        torch.allclose(one.float().to(other.device), other.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    )
+
+
+def refuse_other_outputs(original: Loaded, smaller: Loaded, plan: Plan) -> None:
+    """Refuses a cut that computes something else than the original with the removed blocks bypassed.
+
+    Raises:
+        UnsupportedArchitectureError: The outputs differ, the blocks do not run on a probe, or the model cannot be run on
+            inputs that avss can make up.
+    """
+    kind = original.stack.owner(original.model.config).model_type
+    try:
+        inputs = probe_inputs(original)
+        ran: set[int] = set()
+        with hooked(original.stack, lambda index, before, after: ran.add(index), dims=(2, 3, 4)):
+            run_outputs(original, inputs)
+        with bypassed(original.stack, plan.removed):
+            reference = run_outputs(original, inputs).float()
+        found = run_outputs(smaller, inputs).float()
+    except AvssError:
+        raise
+    except Exception as error:  # whatever a stranger's forward raises
+        raise UnsupportedArchitectureError(
+            f"The cut of this `{kind}` model cannot be proven: running it on a small probe failed with "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. Nothing unproven is handed out."
+        ) from error
+    if len(ran) != len(original.stack):
+        raise UnsupportedArchitectureError(
+            f"The cut of this `{kind}` model cannot be proven: {len(original.stack) - len(ran)} blocks of "
+            f"`{original.stack.path}` do not run on inputs that avss can make up. Nothing unproven is handed out."
+        )
+    tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(reference.abs().max()))
+    difference = float((found - reference).abs().max()) if found.shape == reference.shape else float("inf")
+    if not difference <= tolerance:
+        raise UnsupportedArchitectureError(
+            f"This `{kind}` model cannot lose these blocks: without them it computes something else than the original with "
+            f"the blocks bypassed (largest difference {difference:.3g}, allowed {tolerance:.3g}). The architecture treats "
+            "blocks by position."
+        )
+
