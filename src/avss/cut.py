@@ -8,7 +8,7 @@ from torch import Tensor
 
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
 from avss.models.families import Family, facts_of
-from avss.models.load import Loaded, assemble, empty_model, quiet_transformers
+from avss.models.load import Loaded, empty_model, fill
 from avss.models.proof import refuse_other_blocks, refuse_other_outputs
 from avss.models.rewrite import rewrite_config
 from avss.record import Plan
@@ -36,11 +36,11 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
         )
     config = rewrite_config(loaded.model.config, stack, plan)
     family = facts_of(stack.owner(config).model_type)
-    with quiet_transformers():
-        refuse_other_blocks(loaded.model, empty_model(type(loaded.model), config), stack, plan)
+    empty = empty_model(type(loaded.model), config)
+    refuse_other_blocks(loaded.blueprint, empty, stack, plan)
     state = remap(loaded.model.state_dict(), stack.path, plan, family)
     try:
-        model = assemble(type(loaded.model), config, state)
+        model = fill(empty, state)
     except RuntimeError as error:
         raise UnsupportedArchitectureError(
             f"This `{stack.owner(config).model_type}` model cannot lose these blocks: the smaller model does not take the "

@@ -81,7 +81,9 @@ def explicit_plan(config: PlanConfig, num_blocks: int) -> Plan:
     return Plan(num_blocks=num_blocks, removed=removed, method="explicit", rule=rule)
 
 
-def make_plan(scores: BlockScores, config: PlanConfig, *, protects_ends: bool = True) -> Plan:
+def make_plan(
+    scores: BlockScores, config: PlanConfig, *, protects_ends: bool = True, pinned: tuple[int, ...] = ()
+) -> Plan:
     """The plan that a criterion's scores and the settings give.
 
     The lowest scores go; ties go by index. `contiguous` takes the run of neighbours with the lowest sum instead.
@@ -90,6 +92,7 @@ def make_plan(scores: BlockScores, config: PlanConfig, *, protects_ends: bool = 
         scores: One score per block, higher = keep.
         config: How many, and which may not go.
         protects_ends: The criterion's habit under `protect = auto`.
+        pinned: Blocks that the architecture cannot lose, whatever `protect` says.
 
     Raises:
         ConfigError: None or several of fraction, count and blocks are given.
@@ -100,12 +103,14 @@ def make_plan(scores: BlockScores, config: PlanConfig, *, protects_ends: bool = 
     if config.blocks is not None:
         return explicit_plan(config, num_blocks)
     count = config.count or count_of_fraction(config.fraction or 0, num_blocks)
-    protected = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
+    asked = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
+    protected = tuple(sorted({*asked, *pinned}))
     free = [block for block in range(num_blocks) if block not in protected]
     if count > len(free) or count >= num_blocks:
         raise InvalidPlanError(
             f"{count} blocks cannot be removed: {len(free)} of {num_blocks} may go"
             + (f", {len(protected)} are protected" if protected else " and one must stay")
+            + (f", {', '.join(map(str, pinned))} of them by the architecture" if pinned else "")
             + ". Remove fewer, or protect fewer (`--protect none`)."
         )
     bad = [block for block in free if not math.isfinite(scores.values[block])]

@@ -43,8 +43,8 @@ class PassedOn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else next(iter(kwargs[name] for name in ("hidden_states", "x") if name in kwargs))
         answer = self.block(*args, **kwargs)
-        if isinstance(answer, tuple):
-            return (given, *answer[1:])
+        if isinstance(answer, tuple | list):
+            return type(answer)((given, *answer[1:]))
         if isinstance(answer, dict):
             answer[next(iter(answer))] = given
             return answer

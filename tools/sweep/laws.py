@@ -39,11 +39,13 @@ class Verdict:
     Attributes:
         stack: Its name.
         path: Its path.
+        chosen: Whether avss takes it by itself.
         cuts: Place -> `passed`, or the reason for refusal.
     """
 
     stack: str
     path: str
+    chosen: bool
     cuts: dict[str, str]
 
 
@@ -57,19 +59,25 @@ def places(count: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def judge(model: PreTrainedModel, head: str = "auto") -> list[Verdict]:
+def judge(model: PreTrainedModel, head: str = "auto", *, thorough: bool = True) -> list[Verdict]:
     """Tries every place of every stack of a model, and holds the laws against each cut.
+
+    Args:
+        model: Tiny, random.
+        head: What it is used as.
+        thorough: Whether every place is tried; otherwise only the scattered blocks.
 
     Raises:
         BrokenLawError: A law does not hold.
         UnsupportedArchitectureError: There is no stack.
     """
-    adopt(model, head=head).stack  # noqa: B018  (raises where there is none)
+    chosen = adopt(model, head=head).stack
     verdicts = []
     for stack in find_stacks(model)[0]:
         loaded = dataclasses.replace(adopt(model, head=head), stack_name=stack.path)
         outcome: dict[str, str] = {}
-        for place, removed in places(len(stack)).items():
+        tried = places(len(stack))
+        for place, removed in tried.items() if thorough else [("scattered", tried["scattered"])]:
             plan = Plan(num_blocks=len(stack), removed=removed, method="explicit", rule="by hand")
             try:
                 smaller = cut(loaded, plan)
@@ -79,7 +87,7 @@ def judge(model: PreTrainedModel, head: str = "auto") -> list[Verdict]:
             for law in LAWS:
                 law(loaded, smaller, plan)
             outcome[place] = "passed"
-        verdicts.append(Verdict(stack=stack.name, path=stack.path, cuts=outcome))
+        verdicts.append(Verdict(stack=stack.name, path=stack.path, chosen=stack.path == chosen.path, cuts=outcome))
         if any(result == "passed" for result in outcome.values()):
             empty_plan_gives_the_same_bits(loaded)
     return verdicts
@@ -208,7 +216,10 @@ def scores_do_not_depend_on_padding(loaded: Loaded, smaller: Loaded, plan: Plan)
         return
     statistic = Moments("update")
     keep = inputs["attention_mask"].bool()
-    together = collect(loaded, [(inputs["input_ids"], keep)], [statistic]).summarise(statistic)
+    try:
+        together = collect(loaded, [(inputs["input_ids"], keep)], [statistic]).summarise(statistic)
+    except UnsupportedArchitectureError:
+        return  # refused with its reason: it can be cut, not scored on text
     alone = collect(
         loaded,
         [(ids[None, mask], mask[None, mask]) for ids, mask in zip(inputs["input_ids"], keep, strict=True)],

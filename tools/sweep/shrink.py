@@ -5,11 +5,12 @@ What the rules of names do not get right is in `OVERRIDES`, as data.
 
 import inspect
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from avss.models.stack import config_tree
 
 LAYERS = 5
 VOCAB = 99
@@ -57,9 +58,39 @@ _RULES: tuple[tuple[str, int], ...] = (
 )
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _RULES)
 
-SMALL_LISTS: dict[str, Any] = {}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_ALL_HEADS = {"num_key_value_heads": 4}
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 4},
+    "dots3_note": _ALL_HEADS,
+    "dots3_note_text": _ALL_HEADS,
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4},
+    "esmc": _ALL_HEADS,
+    "gemma2": {"layer_types": _MIXED},
+    "gemma3_text": {"layer_types": _MIXED},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "intermediate_size": 48,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+    },
+    "got_ocr2_vision": {"global_attn_indexes": [1, 4]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "llama4_text": {"moe_layers": [1, 3], "no_rope_layers": [1, 1, 0, 1, 0]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mllama_text_model": {"cross_attention_layers": [1, 3]},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "sam_vision_model": {"global_attn_indexes": [1, 4]},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0]},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"]},
+}
+"""Model type of a config -> fields that the rules of names do not get right."""
 
 
 def small_value(name: str, default: Any) -> Any:
@@ -69,6 +100,8 @@ def small_value(name: str, default: Any) -> Any:
     if isinstance(default, int) or default is None:
         for pattern, value in _COMPILED:
             if pattern.fullmatch(name):
+                if name == "pad_token_id":
+                    return value if default is None or default > VOCAB else None
                 if default is None and not name.endswith(("hidden_size", "embed_dim", "head_dim")):
                     return None
                 return None if isinstance(default, int) and 0 <= default <= value and "layers" not in name else value
@@ -89,14 +122,27 @@ def small_settings(config_class: type[PretrainedConfig], default: PretrainedConf
         small = small_value(name, value)
         if small is not None and (name in accepted or not isinstance(value, type(None))):
             settings[name] = small
-    settings.update(OVERRIDES.get(config_class.model_type, {}))
-    return {name: value for name, value in settings.items() if value is not ...}
+    if "kv_lora_rank" in default.__dict__ and "num_key_value_heads" in default.__dict__:
+        settings["num_key_value_heads"] = 4  # latent attention has a key for each head
+    return settings | OVERRIDES.get(config_class.model_type, {})
 
 
-def small_config(model_type: str) -> PretrainedConfig:
+def small_config(model_type: str, **more: Any) -> PretrainedConfig:
     """A tiny config of a model type."""
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**small_settings(config_class))
+    return config_class(**(small_settings(config_class) | more))
+
+
+def small_model(model_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
+    """A tiny random model of a class; a class that computes one part of a config's model gets that part."""
+    causal = model_class.__name__.endswith(("ForCausalLM", "LMHeadModel", "WithLMHead"))
+    is_decoder = causal and "is_decoder" in vars(small_config(model_type))
+    config = small_config(model_type, **({"is_decoder": True} if is_decoder else {}))
+    wanted = model_class.config_class
+    if isinstance(wanted, type) and not isinstance(config, wanted):
+        config = next((part for part in config_tree(config).values() if isinstance(part, wanted)), config)
+    torch.manual_seed(0)
+    return randomise(model_class(config))
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -108,7 +154,3 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             parameter.copy_(0.15 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
     return model.eval()
 
-
-def is_mapping(value: Any) -> bool:
-    """Whether a value is a mapping."""
-    return isinstance(value, Mapping)

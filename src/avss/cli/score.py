@@ -20,6 +20,7 @@ def command(
     seed: opt.Seed = 0,
     first_token: opt.FirstToken = "keep",
     fraction: float = typer.Option(0.25, help="Share of blocks whose choice the warnings speak of."),
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -41,7 +42,13 @@ def command(
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(
-                model, head=head, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+                model,
+                head=head,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                stack=stack,
             )
         table = composer.score(
             loaded,

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from torch import Tensor
 
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.batches import Batches, Layout, make_batches, need_tokenizer
 from avss.data.sources import read_texts
 from avss.models.load import Loaded, adopt, load_model
+from avss.models.probe import probe_inputs
+from avss.models.stack import AUTO
+from avss.models.verify import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +30,7 @@ def load(
         model: Hub id, folder, GGUF file, or a model object.
         tokenizer: For a model object: its tokenizer.
         head: `auto`, or what to use it as: causal, masked, classifier, encoder, seq2seq.
-        **settings: `dtype`, `device`, `revision`, `trust_remote_code`; see `avss.config.ModelConfig`.
+        **settings: `dtype`, `device`, `revision`, `trust_remote_code`, `stack`; see `avss.config.ModelConfig`.
 
     Raises:
         ModelLoadError: It cannot be read.
@@ -36,7 +38,7 @@ def load(
     if isinstance(model, Loaded):
         return model
     if isinstance(model, torch.nn.Module):
-        return adopt(model, tokenizer, head=head)
+        return adopt(model, tokenizer, head=head, stack=settings.get("stack", AUTO))
     config = build(ModelConfig, {"source": str(model), "head": head, **settings})
     return load_model(
         config.source,
@@ -45,6 +47,7 @@ def load(
         device=config.device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        stack=config.stack,
     )
 
 
@@ -85,8 +88,13 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
     return {"model": settings.pop("source"), **settings}
 
 
-def probe_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
-    """A small batch with padding in it, for verification: real text where there is a tokenizer, drawn ids otherwise."""
+def probe_batch(loaded: Loaded) -> Batch:
+    """A small batch with padding in it, for verification: real text where the stack reads text and there is a tokenizer.
+
+    Drawn ids otherwise; and drawn images or sound for a stack that reads those.
+    """
+    if not loaded.reads_text:
+        return probe_inputs(loaded, num_sequences=3)
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
         batches = make_batches(

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
-from avss.composer.inspection import example_plan
+from avss.composer.inspection import refuse_uncuttable
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
 from avss.config import DataConfig, PlanConfig, build
 from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.models.load import Loaded, save_model
-from avss.models.rewrite import config_changes, rewrite_config
+from avss.models.rewrite import config_changes, pinned_blocks
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
@@ -59,6 +59,7 @@ def prune(
     out: str | Path | None = None,
     force: bool = False,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     command: str | None = None,
     stages: Stages = silent,
     **settings: Any,
@@ -77,6 +78,7 @@ def prune(
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
@@ -103,15 +105,16 @@ def prune(
         check_free(Path(out), force=force)
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
-        loaded = load(model, tokenizer)
-        rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))  # refuse before scoring
+        loaded = load(model, tokenizer, stack=stack)
+        pinned = tuple(pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack))
+        refuse_uncuttable(loaded)
     table = None
     if config.blocks is not None:
         plan = explicit_plan(config, len(loaded.stack))
     else:
         batches = calibration(loaded, data, **settings)
         table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
-        plan = make_plan(table.scores[0], config, protects_ends=wanted.protects_ends)
+        plan = make_plan(table.scores[0], config, protects_ends=wanted.protects_ends, pinned=pinned)
     smaller = cut(loaded, plan)
     one = describe_cut(loaded, smaller, plan)
     record = begin_record(loaded, command or f"avss.prune({loaded.source!r}, ...)", timed, table).model_copy(

@@ -33,6 +33,7 @@ def score(
     first_token: bool = True,
     fraction: float = 0.25,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     stages: Stages = silent,
     **settings: Any,
 ) -> ScoreTable:
@@ -45,6 +46,7 @@ def score(
         first_token: Whether the first token of each sequence counts.
         fraction: Share of blocks whose choice the warnings speak of.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
 
@@ -55,7 +57,7 @@ def score(
         UserError: Anything the caller can fix, in one sentence.
     """
     wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
-    loaded = load(model, tokenizer)
+    loaded = load(model, tokenizer, stack=stack)
     return score_loaded(loaded, calibration(loaded, data, **settings), wanted, first_token, fraction, stages)[0]
 
 

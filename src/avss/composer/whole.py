@@ -4,7 +4,7 @@ from pathlib import Path
 
 from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
 from avss.composer.inputs import calibration, load, model_settings
-from avss.composer.inspection import example_plan
+from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
@@ -13,7 +13,7 @@ from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.errors import DegenerateStatisticError
 from avss.models.forward import can_generate
-from avss.models.rewrite import rewrite_config
+from avss.models.rewrite import pinned_blocks
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
@@ -43,12 +43,13 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     timed = Timed(stages)
     with timed("Loading the model"):
         loaded = load(**model_settings(config.model))
-        rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))
+        refuse_uncuttable(loaded)
     tasks = choose_tasks(config.tasks, loaded, {})
     batches = calibration(loaded, config.data)
     fraction = config.plan.fraction or (config.plan.count or 1) / len(loaded.stack)
     table, collected = score_loaded(loaded, batches, criteria, config.first_token, fraction, timed)
-    plans = _plans(config, table, len(loaded.stack))
+    pinned = tuple(pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack))
+    plans = _plans(config, table, len(loaded.stack), pinned)
     smaller = [cut(loaded, plan) for plan in plans]
     cuts = tuple(describe_cut(loaded, model, plan) for model, plan in zip(smaller, plans, strict=True))
     with fresh_folder(out, force=config.force) as folder:
@@ -83,19 +84,19 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     return record
 
 
-def _plans(config: RunConfig, table: ScoreTable, num_blocks: int) -> list[Plan]:
+def _plans(config: RunConfig, table: ScoreTable, num_blocks: int, pinned: tuple[int, ...]) -> list[Plan]:
     if config.plan.blocks is not None:
         plans = [explicit_plan(config.plan, num_blocks)]
     else:
-        plans = [_plan_by(config.plan.criterion, config.plan, table)]
+        plans = [_plan_by(config.plan.criterion, config.plan, table, pinned)]
     same_size = config.plan.model_copy(update={"fraction": None, "blocks": None, "count": len(plans[0].removed)})
-    return plans + [_plan_by(name, same_size, table) for name in config.compare if name != plans[0].method]
+    return plans + [_plan_by(name, same_size, table, pinned) for name in config.compare if name != plans[0].method]
 
 
-def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable) -> Plan:
+def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, pinned: tuple[int, ...]) -> Plan:
     try:
         scores = table[criterion]
     except KeyError as error:
         problem = next((text for text in table.warnings if f"`{criterion}`" in text), f"`{criterion}` was not scored.")
         raise DegenerateStatisticError(problem.removeprefix("Left out: ")) from error
-    return make_plan(scores, config, protects_ends=CRITERIA[criterion].protects_ends)
+    return make_plan(scores, config, protects_ends=CRITERIA[criterion].protects_ends, pinned=pinned)

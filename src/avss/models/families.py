@@ -8,6 +8,7 @@ To add one: a line in `FAMILIES`, a tiny config in the tests' list of architectu
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,6 +83,8 @@ NOT_PER_LAYER = frozenset(
         "quantile_levels",
         "input_modalities",
         "output_modalities",
+        "ssm_multipliers",
+        "mlp_multipliers",
     }
 )
 """Config lists and dictionaries that have nothing to do with blocks, though their length may equal their number."""
@@ -133,6 +136,7 @@ class Family:
         first_block: Patterns of keys inside a block that only the first block has, on behalf of all: they move to the new
             first block.
         packed: Patterns of keys of tensors that hold one slice per block beside each other -> the axis.
+        lengthens: Whether a batch is lengthened on the right, to whole windows or by further streams, between blocks.
         time_major: Whether hidden states are `[token, batch, hidden]` between blocks.
         obstacle: The reason why a config cannot be cut at all, or None.
         pinned: Blocks that cannot go.
@@ -146,6 +150,7 @@ class Family:
     reserved_positions: int = 0
     first_block: tuple[str, ...] = ()
     packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lengthens: bool = False
     time_major: bool = False
     obstacle: Callable[[Mapping[str, Any]], str | None] = _no_obstacle
     pinned: Callable[[Mapping[str, Any], int], tuple[Pinned, ...]] = _nothing_pinned
@@ -279,24 +284,35 @@ def _interval(field: str, *, phase: int, what: str) -> Adjust:
     return adjust
 
 
+def _residual_scale(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Each branch is scaled by `scale_depth / sqrt(num_hidden_layers)`: another depth with the same scale says the same."""
+    scale = config.get("scale_depth")
+    return {"scale_depth": scale * math.sqrt(len(plan.kept) / plan.num_blocks)} if scale else {}
+
+
 # Positions start after the padding id, which is 1.
 _ROBERTA = Family(reserved_positions=2)
 _T5 = Family(first_block=(r"layer\.0\.\w+\.(global_)?relative_attention_bias\.weight",))
+_PER_LAYER_EMBEDDINGS = {r"(.*\.)?embed_tokens_per_layer\.weight": 1, r"(.*\.)?per_layer_model_projection\.weight": 0}
+_WINDOWS = Family(lengthens=True)
 _SPARSE_STEP = Family(adjust=_sparse_step)
 _FIRST_NORM = "its attention has no norm of its own: the embeddings' norm stands in for it"
 
 FAMILIES: dict[str, Family] = {
+    "big_bird": _WINDOWS,
+    "bigbird_pegasus": _WINDOWS,
     "camembert": _ROBERTA,
     "deberta-v2": Family(pinned=_pins(Pinned(0, "a convolution over the embeddings is added to its output"))),
     "decision_transformer": Family(obstacle=_inverse_scaling),
     "diffllama": Family(
         obstacle=_refused("its differential attention subtracts a share that is computed from each block's index")
     ),
-    "gemma3n_text": Family(packed={r"(.*\.)?embed_tokens_per_layer\.weight": 1, r"(.*\.)?per_layer_model_projection\.weight": 0}),
+    "gemma3n_text": Family(per_layer=("intermediate_size", "activation_sparsity_pattern"), packed=_PER_LAYER_EMBEDDINGS),
     "gemma4_text": Family(
-        packed={r"(.*\.)?embed_tokens_per_layer\.weight": 1, r"(.*\.)?per_layer_model_projection\.weight": 0},
+        packed=_PER_LAYER_EMBEDDINGS,
         pinned=_last_full_attention,
     ),
+    "gemma4_unified_text": Family(pinned=_last_full_attention),
     "gpt2": Family(obstacle=_inverse_scaling),
     "gpt_neo": Family(adjust=_attention_types),
     "gpt_neox_japanese": Family(pinned=_pins(Pinned(-1, "only its attention adds a bias"))),
@@ -307,7 +323,10 @@ FAMILIES: dict[str, Family] = {
             _periodic("expert_layer_period", "expert_layer_offset", "blocks with experts"),
         )
     ),
+    "led": _WINDOWS,
+    "longformer": _WINDOWS,
     "longt5": _T5,
+    "minicpm3": Family(adjust=_residual_scale),
     "minimax": Family(
         obstacle=_refused("the decay of its linear attention is computed from each block's index and the number of blocks")
     ),
@@ -315,6 +334,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert-decoder": Family(pinned=_pins(Pinned(0, _FIRST_NORM))),
     "mt5": _T5,
     "pop2piano": _T5,
+    "prophetnet": _WINDOWS,
     "qwen2_moe": _SPARSE_STEP,
     "qwen3_moe": _SPARSE_STEP,
     "qwen3_next": _SPARSE_STEP,

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from avss.models.load import Head, Loaded
 
 
-def _inputs(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None) -> dict[str, Any]:
+def _inputs(
+    loaded: Loaded, model: PreTrainedModel, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None
+) -> dict[str, Any]:
     if isinstance(batch, Mapping):
         inputs: dict[str, Any] = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
     else:
@@ -25,15 +27,14 @@ def _inputs(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor |
         if loaded.head == "seq2seq":
             # Both sides read the same text; the decoder sees each token before it predicts it.
             inputs["decoder_input_ids"] = inputs["input_ids"]
-    if loaded.head in ("causal", "seq2seq") and takes(loaded.model, "use_cache"):
+    if loaded.head in ("causal", "seq2seq") and takes(model, "use_cache"):
         inputs["use_cache"] = False
     return inputs
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether a model's forward has an argument of this name, or takes any."""
-    parameters = inspect.signature(model.forward).parameters
-    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    """Whether a model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
 
 
 @torch.inference_mode()
@@ -45,13 +46,14 @@ def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor 
         batch: Token ids `[B, T]`, or the model's own keyword arguments.
         keep: `[B, T]`, True for real tokens; None if all are.
     """
-    return loaded.model.base_model(**_inputs(loaded, batch, keep))[0]
+    body = loaded.model.base_model
+    return body(**_inputs(loaded, body, batch, keep))[0]
 
 
 @torch.inference_mode()
 def run_outputs(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
     """What the model answers: logits `[B, T, V]` or `[B, classes]`, or the last hidden state of a bare body."""
-    outputs = loaded.model(**_inputs(loaded, batch, keep))
+    outputs = loaded.model(**_inputs(loaded, loaded.model, batch, keep))
     for name in ("logits", "logits_per_text", "prediction_logits", "last_hidden_state"):
         if outputs.get(name) is not None:
             return outputs[name]

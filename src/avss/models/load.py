@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -72,6 +73,11 @@ class Loaded:
         """The block stack; an error says why there is none."""
         return find_stack(self.model, self.stack_name)
 
+    @functools.cached_property
+    def blueprint(self) -> PreTrainedModel:
+        """The model as its config builds it, without weights: what the blocks of a smaller model are compared with."""
+        return empty_model(type(self.model), self.model.config)
+
     def with_model(self, model: PreTrainedModel) -> "Loaded":
         """The same with another model, and with the same stack of it."""
         return dataclasses.replace(self, model=model, stack_name=self.stack.path)
@@ -101,6 +107,21 @@ class Loaded:
         return text if isinstance(text, int) else 0
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream of the stack."""
+        config = self.stack.owner(self.model.config)
+        widths = (getattr(config, name, None) for name in ("hidden_size", "d_model", "embed_dim", "dim"))
+        return next((width for width in widths if isinstance(width, int)), 0)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the stack works on text alone: token ids in, nothing else needed."""
+        if self.embeddings is None or self.model.main_input_name != "input_ids":
+            return False
+        part = self.stack.owner(self.model.config)
+        return not self.stack.config_path or "vocab_size" in part.to_dict()
+
+    @property
     def max_len(self) -> int | None:
         """The most tokens in a sequence; None where neither model nor tokenizer sets a limit."""
         config = self.model.config.get_text_config(decoder=True)
@@ -124,7 +145,7 @@ class Loaded:
             head=self.head,
             stack=self.stack.path,
             num_blocks=len(self.stack),
-            hidden_size=self.model.config.hidden_size,
+            hidden_size=self.hidden_size,
             num_parameters=num_parameters,
             num_block_parameters=sum(parameter.numel() for parameter in self.stack.blocks.parameters()),
             checkpoint_bytes=num_parameters * self.stored_dtype.itemsize,
@@ -181,6 +202,7 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stack: str = AUTO,
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
@@ -192,6 +214,7 @@ def load_model(
         device: `auto` (first of CUDA, MPS, CPU), a torch device, or `map` to spread the model over all GPUs.
         revision: Hub branch, tag or commit.
         trust_remote_code: Whether code that comes with the model may run.
+        stack: Which stack of blocks to work on: `auto`, or its name or path; see `avss.models.stack.find_stack`.
 
     Raises:
         ConfigError: `head`, `dtype` or `device` is unknown.
@@ -222,17 +245,29 @@ def load_model(
         source=str(source),
         revision=revision,
         stored_dtype=stored if compute.itemsize >= stored.itemsize else compute,
-        companions=Path(location.name) if location.is_local and not location.gguf_file else None,
+        companions=_companions(location, options),
+        stack_name=stack,
     )
 
 
-def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto") -> Loaded:
+def adopt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    head: str = "auto",
+    stack: str = AUTO,
+) -> Loaded:
     """Wraps a model object that the caller already has. It is put in evaluation mode and otherwise left alone."""
     _check_choices(head, "auto")
     found = head if head != "auto" else _head_of_class(type(model).__name__, model.config)
     source = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Loaded(
-        model=model.eval(), tokenizer=tokenizer, head=cast(Head, found), source=source, stored_dtype=model.dtype
+        model=model.eval(),
+        tokenizer=tokenizer,
+        head=cast(Head, found),
+        source=source,
+        stored_dtype=model.dtype,
+        stack_name=stack,
     )
 
 
@@ -345,14 +380,14 @@ def _read_config(location: _Location, *, revision: str | None, trust_remote_code
 
 
 def _head_of_class(architecture: str, config: PretrainedConfig) -> Head:
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
     if architecture.endswith("ForMaskedLM"):
         return "masked"
-    if architecture.endswith("ForSequenceClassification"):
-        return "classifier"
     return "encoder" if architecture.endswith("Model") else "other"
 
 
@@ -461,21 +496,16 @@ def _gguf_dtype(state: Mapping[str, Tensor], file_bytes: int) -> torch.dtype:
 
 def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """A model without weights: parameters take no memory, buffers that the constructor computes are real."""
-    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
+    with quiet_transformers(), no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
         return model_class(config)
 
 
-def assemble(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]
-) -> PreTrainedModel:
-    """Config -> empty model -> weights. Buffers and indices come from the config, so they are right by construction.
-
-    The model uses the given tensors themselves: no copy is made, and none is converted.
+def fill(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Gives an empty model its weights: the tensors themselves; no copy is made, and none is converted.
 
     Raises:
-        RuntimeError: A key is missing or left over; that is a bug of whoever made `state`.
+        RuntimeError: A key is missing or left over, or a tensor has another shape.
     """
-    model = empty_model(model_class, config)
     model.load_state_dict(dict(state), strict=True, assign=True)
     model.tie_weights()
     device = next(iter(state.values())).device
@@ -484,6 +514,17 @@ def assemble(
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
     return model.eval()
+
+
+def assemble(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Config -> empty model -> weights. Buffers and indices come from the config, so they are right by construction.
+
+    Raises:
+        RuntimeError: A key is missing or left over; that is a bug of whoever made `state`.
+    """
+    return fill(empty_model(model_class, config), state)
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -519,13 +560,45 @@ def save_model(loaded: Loaded, folder: Path) -> None:
         _copy_companions(loaded.companions, folder)
 
 
+def _companions(location: _Location, options: Mapping[str, Any]) -> Path | None:
+    """The folder with the files that belong to a model but to no class that avss loads."""
+    if location.gguf_file:
+        return None
+    if location.is_local:
+        return Path(location.name)
+    found = [
+        cached_file(
+            location.name,
+            name,
+            revision=options.get("revision"),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        for name in _PROCESSOR_FILES
+    ]
+    return next((Path(path).parent for path in found if path), None)
+
+
+# Processors, image processors and feature extractors say how images and sound become numbers. Their files are copied:
+# to load the classes would need libraries for images that cutting does not.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+
+
 def _copy_companions(source: Path, folder: Path) -> None:
-    """What makes a sentence-transformers folder one: its module list and the modules' own small configs."""
+    """What else makes a folder whole: processors, and what a sentence-transformers folder has beside its model."""
+    names = list(_PROCESSOR_FILES)
     listing = source / "modules.json"
-    if not listing.is_file():
-        return
-    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
-    names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
+    if listing.is_file():
+        names += _SENTENCE_FILES
+        names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
     for name in names:
         inside = (source / name).resolve().is_relative_to(source.resolve())
         if inside and (source / name).is_file() and not (folder / name).exists():

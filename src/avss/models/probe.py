@@ -36,10 +36,15 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
     main = model.main_input_name
     inputs: Inputs = {}
     length = min(length, loaded.max_len or length)
+    if loaded.head == "classifier" and _pad_id(model.config) is None:
+        num_sequences = 1  # such heads cannot tell where a padded text ends
     if main in ("input_ids", "decoder_input_ids"):
         inputs["input_ids"] = _token_ids(loaded, num_sequences, length, generator)
+        keep = _keep(num_sequences, length)
         if "attention_mask" in accepted:
-            inputs["attention_mask"] = _keep(num_sequences, length)
+            inputs["attention_mask"] = keep
+        if loaded.head == "classifier":
+            _end(inputs["input_ids"], keep, model.config)
     elif main == "pixel_values":
         inputs["pixel_values"] = _pixels(model, num_sequences, generator)
     elif main in ("input_features", "input_values"):
@@ -53,7 +58,9 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
         inputs["input_ids"] = _token_ids(loaded, num_sequences, length, generator)
     if "pixel_values" not in inputs and _needs_pixels(model, loaded):
         inputs["pixel_values"] = _pixels(model, num_sequences, generator)
-    if "decoder_input_ids" in accepted and getattr(model.config, "is_encoder_decoder", False):
+    if "decoder_input_ids" in accepted and getattr(model.config, "is_encoder_decoder", False) and (
+        loaded.head != "classifier"
+    ):
         inputs["decoder_input_ids"] = _token_ids(loaded, num_sequences, length, generator)
     return {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
 
@@ -91,6 +98,20 @@ def _keep(num_sequences: int, length: int) -> Tensor:
     if num_sequences > 1:
         keep[-1, length - max(1, length // 4) :] = 0
     return keep
+
+
+def _pad_id(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(decoder=True), "pad_token_id", None)
+
+
+def _end(token_ids: Tensor, keep: Tensor, config: PretrainedConfig) -> None:
+    """Ends every text as a classifier expects: with the end token, then padding."""
+    text = config.get_text_config(decoder=True)
+    end, pad = getattr(text, "eos_token_id", None), _pad_id(config)
+    if isinstance(end, int):
+        token_ids[torch.arange(len(keep)), keep.sum(1) - 1] = end
+    if pad is not None:
+        token_ids[keep == 0] = pad
 
 
 def _size(config: PretrainedConfig, *names: str, default: int) -> int:

@@ -6,6 +6,7 @@ the last one adds, a decay computed from the index), in any architecture, listed
 few tokens and finds what is decided by position only while computing.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -23,21 +24,21 @@ from avss.models.stack import BlockStack, bypassed, hooked
 from avss.record import Plan
 
 # Attributes in which a block keeps its own place; they may change by the places that it moved.
-_PLACE_NAME = re.compile(r"_?(layer|block|decoder_layer|encoder_layer|self_layer)?_?(idx|id|index|number|num|layer_idx|i)")
+_PLACE_NAME = re.compile(r"_?(\w+_)?(idx|id|index|number|num|i)")
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 """Relative to the largest output: rounding only. The remapped weights run through the same kernels, so float32 is usually
 bit-equal; half precision may take other kernels for other shapes."""
 
-_Settings = bool | int | float | str | torch.dtype | None
+_Settings = bool | int | float | str | torch.dtype | tuple[Any, ...] | None
 
 
 def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: BlockStack, plan: Plan) -> None:
     """Refuses a cut whose blocks are not built as the ones they came from.
 
     Args:
-        old: The original model.
-        new: The smaller one; weights play no part, so it may be on `meta`.
+        old: The original as its config builds it; a model in use may have changed itself (BigBird does).
+        new: The smaller one as its config builds it. Weights play no part.
         stack: The original's stack.
         plan: The blocks removed.
 
@@ -45,7 +46,8 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
         UnsupportedArchitectureError: A block, or a module around the stack, would be built differently; the message says
             which, and how.
     """
-    blocks = new.get_submodule(stack.path)
+    before, blocks = old.get_submodule(stack.path), new.get_submodule(stack.path)
+    assert isinstance(before, nn.ModuleList)
     assert isinstance(blocks, nn.ModuleList)
     kind = stack.owner(old.config).model_type
     if len(blocks) != len(plan.kept):
@@ -56,7 +58,7 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
     family = facts_of(kind)
     for index, original in enumerate(plan.kept):
         exempt = family if index == 0 and original != 0 else None
-        difference = next(_differences(stack.blocks[original], blocks[index], original, index, exempt), None)
+        difference = next(_differences(before[original], blocks[index], plan, (original, index), exempt), None)
         if difference:
             raise UnsupportedArchitectureError(
                 f"This `{kind}` model cannot lose these blocks: block {original} would become block {index} and be built "
@@ -73,15 +75,19 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
                 f"This `{kind}` model cannot lose these blocks: `{path}` outside the stack would be gone with them. It "
                 "belongs to a block, and which one is not known."
             )
-        difference = next(_module_differences(module, others[path], counts), None)
-        if difference and not (family.packed and "shape" in difference):
+        if family.packed_axis(f"{path}.weight") is not None:
+            continue
+        difference = next(_module_differences(module, others[path], plan, counts, only_shared=True), None)
+        if difference:
             raise UnsupportedArchitectureError(
                 f"This `{kind}` model cannot lose these blocks: `{path or type(old).__name__}` outside the stack would be "
                 f"built differently: {difference}."
             )
 
 
-def _differences(old: nn.Module, new: nn.Module, index: int, place: int, exempt: Family | None) -> Iterator[str]:
+def _differences(
+    old: nn.Module, new: nn.Module, plan: Plan, places: tuple[int, int], exempt: Family | None
+) -> Iterator[str]:
     """What differs between a block and its twin in the smaller model."""
     mine, theirs = dict(old.named_modules()), dict(new.named_modules())
     led = {path for path in mine.keys() ^ theirs.keys() if exempt and exempt.leads(f"{path}.weight")}
@@ -90,32 +96,42 @@ def _differences(old: nn.Module, new: nn.Module, index: int, place: int, exempt:
             yield f"`{path}` is {'missing' if path not in theirs else 'new'}"
             continue
         parents_of_led = any(other.rpartition(".")[0] == path for other in led)
-        for text in _module_differences(mine[path], theirs[path], (index, place), skip_flags=parents_of_led):
+        for text in _module_differences(mine[path], theirs[path], plan, places, skip_flags=parents_of_led):
             yield f"`{path}` {text}" if path else text
 
 
 def _module_differences(
-    old: nn.Module, new: nn.Module, counts: tuple[int, int], *, skip_flags: bool = False
+    old: nn.Module,
+    new: nn.Module,
+    plan: Plan,
+    counts: tuple[int, int],
+    *,
+    skip_flags: bool = False,
+    only_shared: bool = False,
 ) -> Iterator[str]:
     """What differs between two modules themselves, their children left out.
 
     Args:
         old: In the original.
         new: In the smaller model.
+        plan: The blocks removed.
         counts: Old and new place of the block, or old and new number of blocks: integers may go from one to the other.
         skip_flags: Whether truth values may differ.
+        only_shared: Whether only what both have is compared: what serves one kind of block is not built once no block of
+            that kind is left (rotary tables for full attention).
     """
     if type(old) is not type(new):
         yield f"is a `{type(new).__name__}` instead of a `{type(old).__name__}`"
         return
     mine, theirs = _settings(old), _settings(new)
-    for name in sorted(mine.keys() | theirs.keys()):
+    for name in sorted(mine.keys() & theirs.keys() if only_shared else mine.keys() | theirs.keys()):
         one, other = mine.get(name), theirs.get(name)
-        if one == other or (one != one and other != other):
+        if _equal(one, other) or (only_shared and isinstance(one, tuple)):
+            # Lists around the stack mirror the config's, which are rewritten; what they do is seen in the outputs.
             continue
         if skip_flags and isinstance(one, bool) and isinstance(other, bool):
             continue
-        if _moved_with_the_block(name, one, other, counts):
+        if _moved_with_the_block(name, one, other, counts) or _mirrors(one, other, plan):
             continue
         yield f"`{name}` is {other!r} instead of {one!r}"
     for name in sorted(set(old._parameters) | set(new._parameters)):
@@ -123,7 +139,7 @@ def _module_differences(
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (one, other)]
         if shapes[0] != shapes[1]:
             yield f"`{name}` has the shape {shapes[1]} instead of {shapes[0]}"
-    yield from _buffer_differences(old, new)
+    yield from _buffer_differences(old, new, only_shared=only_shared)
 
 
 def _moved_with_the_block(name: str, one: _Settings, other: _Settings, counts: tuple[int, int]) -> bool:
@@ -133,6 +149,21 @@ def _moved_with_the_block(name: str, one: _Settings, other: _Settings, counts: t
     # LongCat gives each block two places in the cache, 2i and 2i + 1.
     is_place = bool(_PLACE_NAME.fullmatch(name)) and other - one in (moved, 2 * moved)
     return is_place or ((one, other) == counts and ("layer" in name or "block" in name or "depth" in name))
+
+
+def _mirrors(one: _Settings, other: _Settings, plan: Plan) -> bool:
+    """Whether a list that a block keeps of the whole stack lost the entries of the removed blocks, and nothing else."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple):
+        return False
+    if len(one) == plan.num_blocks and other == tuple(one[block] for block in plan.kept):
+        return True
+    return other == tuple(plan.index_map[block] for block in one if block in plan.index_map)
+
+
+def _equal(one: _Settings, other: _Settings) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6) or (math.isnan(one) and math.isnan(other))
+    return type(one) is type(other) and one == other
 
 
 def _settings(module: nn.Module) -> dict[str, _Settings]:
@@ -149,12 +180,12 @@ def _settings(module: nn.Module) -> dict[str, _Settings]:
     return found | {name: None for name, value in vars(module).items() if value is None and not name.startswith("_")}
 
 
-def _buffer_differences(old: nn.Module, new: nn.Module) -> Iterator[str]:
+def _buffer_differences(old: nn.Module, new: nn.Module, *, only_shared: bool) -> Iterator[str]:
     """Buffers that are computed, not stored, must come out the same."""
     unsaved = old._non_persistent_buffers_set & new._non_persistent_buffers_set
     for name in sorted(set(old._buffers) | set(new._buffers)):
         one, other = old._buffers.get(name), new._buffers.get(name)
-        if (one is None) != (other is None):
+        if (one is None) != (other is None) and not only_shared:
             yield f"the buffer `{name}` is {'missing' if other is None else 'new'}"
         elif one is not None and other is not None:
             if one.shape != other.shape:

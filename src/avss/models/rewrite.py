@@ -83,8 +83,28 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
         raise UnsupportedArchitectureError(f"This `{kind}` model cannot lose these blocks: {reason}.") from reason
     for field, value in changes.items():
         _set(owner, field, value)
+    _refuse_without_attention(stack.owner(config), owner)
     _refuse_forgetful(smaller, stack, plan)
     return smaller
+
+
+def _kinds(config: PretrainedConfig) -> list[str]:
+    """The kinds of a config's blocks, stored or computed; empty where they are all alike."""
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple) and kinds:
+            return [str(kind) for kind in kinds]
+    return []
+
+
+def _refuse_without_attention(before: PretrainedConfig, after: PretrainedConfig) -> None:
+    """A hybrid asks an attention block how far a text has come: without one it cannot generate."""
+    counts = [sum("attention" in kind and "linear" not in kind for kind in _kinds(config)) for config in (before, after)]
+    if counts[0] and not counts[1]:
+        raise UnsupportedArchitectureError(
+            f"This `{before.model_type}` model cannot lose these blocks: no block with attention would be left, and its cache "
+            "counts the tokens by one. Keep at least one."
+        )
 
 
 def _set(owner: PretrainedConfig, field: str, value: Any) -> None:
@@ -137,7 +157,9 @@ def _rewritten_list(field: str, value: list[Any] | tuple[Any, ...], family: Fami
     if field in PER_LAYER_LISTS or field in family.per_layer:
         return [value[block] for block in plan.kept] if len(value) >= plan.num_blocks else list(value)
     if field in INDEX_LISTS or field in family.index_lists:
-        return [plan.index_map[block % plan.num_blocks] for block in value if block % plan.num_blocks in plan.index_map]
+        # Negative indices count from the end; what lies beyond the stack names no block.
+        blocks = [block + plan.num_blocks if block < 0 else block for block in value]
+        return [plan.index_map[block] for block in blocks if block in plan.index_map]
     if _speaks_of_blocks(field, value, plan.num_blocks):
         return None
     return list(value)

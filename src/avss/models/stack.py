@@ -135,7 +135,7 @@ def find_stacks(model: PreTrainedModel) -> tuple[tuple[BlockStack, ...], tuple[R
         rejected.append(RejectedList(path=path, description=_describe(module), reason=reason))
     stacks, parallel = _without_parallel(fitting)
     rejected += parallel
-    return _named(stacks), tuple(rejected)
+    return _named(stacks, _text_config(model.config), model.config), tuple(rejected)
 
 
 def find_stack(model: PreTrainedModel, wanted: str = AUTO) -> BlockStack:
@@ -160,7 +160,7 @@ def find_stack(model: PreTrainedModel, wanted: str = AUTO) -> BlockStack:
         )
     if wanted != AUTO:
         return _pick(stacks, wanted)
-    return _default(model, stacks)
+    return _default(model, stacks, rejected)
 
 
 def _pick(stacks: Sequence[BlockStack], wanted: str) -> BlockStack:
@@ -173,14 +173,23 @@ def _pick(stacks: Sequence[BlockStack], wanted: str) -> BlockStack:
     raise UnsupportedArchitectureError(unknown_name("stack", wanted, dict.fromkeys(allowed)))
 
 
-def _default(model: PreTrainedModel, stacks: Sequence[BlockStack]) -> BlockStack:
+def _default(
+    model: PreTrainedModel, stacks: Sequence[BlockStack], rejected: Sequence[RejectedList]
+) -> BlockStack:
+    doubtful = [one for one in rejected if one.reason.endswith(_UNTOLD)]
+    text = _text_config(model.config)
+    if doubtful and not any(stack.owner(model.config) is text for stack in stacks):
+        raise UnsupportedArchitectureError(
+            f"`{type(model).__name__}` has no stack of text blocks that can be told for sure: "
+            f"`{doubtful[0].path}` ({doubtful[0].description}): {doubtful[0].reason}. Other stacks can be named with "
+            f"`--stack`: {', '.join(stack.name for stack in stacks)}."
+        )
     if len(stacks) == 1:
         return dataclasses.replace(stacks[0], reason="the only stack of blocks")
     if getattr(model.config, "is_encoder_decoder", False):
         decoders = [stack for stack in stacks if stack.side == "decoder"]
         if len(decoders) == 1:
             return dataclasses.replace(decoders[0], reason="the decoder of an encoder-decoder; `--stack` names another")
-    text = _text_config(model.config)
     speaking = [stack for stack in stacks if stack.owner(model.config) is text]
     candidates = speaking or list(stacks)
     largest = max(candidates, key=lambda stack: stack.num_parameters)
@@ -258,6 +267,7 @@ def _count_field(config: PretrainedConfig, path: str, length: int) -> str | None
     return None
 
 
+_UNTOLD = ", and which of them is a block cannot be told"
 _KIND_LISTS = ("layers_block_type", "layer_types", "block_types")
 
 
@@ -287,7 +297,7 @@ def _without_parallel(fitting: Mapping[str, BlockStack]) -> tuple[list[BlockStac
             together = ", ".join(f"`{other.path}`" for other in group if other is not stack)
             reason = (
                 f"`{stack.count_field}` also counts {together}"
-                + (", which holds the blocks" if chosen else ", and which of them is a block cannot be told")
+                + (", which holds the blocks" if chosen else _UNTOLD)
             )
             rejected.append(RejectedList(path=stack.path, description=_describe(stack.blocks), reason=reason))
     return kept, rejected
@@ -298,10 +308,15 @@ def _is_block(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer)
 
 
-def _named(stacks: Sequence[BlockStack]) -> tuple[BlockStack, ...]:
+def _named(
+    stacks: Sequence[BlockStack], text: PretrainedConfig | None, config: PretrainedConfig
+) -> tuple[BlockStack, ...]:
     if len(stacks) == 1:
         return tuple(stacks)
     parts = [[name.removesuffix("_config").replace("_", "-") for name in stack.config_path] for stack in stacks]
+    for part, stack in zip(parts, stacks, strict=True):
+        if not part and stack.owner(config) is text and stack.side is None:
+            part.append("text")
     names = ["-".join(part) for part in parts]
     for place, stack in enumerate(stacks):
         alone = names.count(names[place]) == 1 and names[place]
@@ -386,6 +401,11 @@ def hooked(stack: BlockStack, hook: BlockHook, *, dims: tuple[int, ...] = (3,)) 
     def attach(index: int, block: nn.Module) -> None:
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             before, result = hidden_from_call(args, kwargs), hidden_from_output(output)
+            if before.dim() not in dims and before.shape == result.shape and before.dim() > 3:
+                raise UnsupportedArchitectureError(
+                    f"Block {index} (`{type(block).__name__}`) carries several streams beside each other, {tuple(before.shape)}; "
+                    "statistics of a block are defined for one, [batch, token, hidden]. It can be cut, not scored."
+                )
             if before.shape != result.shape or before.dim() not in dims:
                 raise UnsupportedArchitectureError(
                     f"Block {index} (`{type(block).__name__}`) takes {tuple(before.shape)} and returns "

@@ -1,5 +1,6 @@
 """Proves that a saved model is the one that was promised: loaded afresh, compared, generated from."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from avss.errors import VerificationError
-from avss.models.forward import can_generate, generate, run_outputs
+from avss.models.forward import generate, run_outputs
 from avss.models.load import Loaded, quiet_transformers
 from avss.models.proof import TOLERANCE
 from avss.models.stack import bypassed
@@ -15,7 +16,10 @@ from avss.record import Plan, Verification
 
 NUM_GENERATED = 16
 
-def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tuple[Tensor, Tensor]) -> Verification:
+Batch = tuple[Tensor, Tensor] | Mapping[str, Tensor]
+"""Token ids `[B, T]` with their keep mask, or a model's own keyword arguments."""
+
+def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: Batch) -> Verification:
     """Checks a saved model against the one in memory and against the original with the removed blocks bypassed.
 
     Args:
@@ -23,12 +27,11 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
         smaller: The model in memory.
         original: The model it was cut from.
         plan: The blocks removed.
-        batch: Token ids `[B, T]` and keep mask `[B, T]`.
+        batch: Token ids `[B, T]` and keep mask `[B, T]`, or the model's own keyword arguments (images, sound).
 
     Raises:
         VerificationError: A check failed; the message says which, and by how much.
     """
-    token_ids, keep = batch
     try:
         with quiet_transformers():
             loading: Any = type(smaller.model).from_pretrained(
@@ -41,29 +44,34 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: tu
         ) from error
     model, info = loading
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    fresh = Loaded(model=model.to(smaller.device).eval(), tokenizer=smaller.tokenizer, head=smaller.head, source=folder)
-    expected = _comparable(run_outputs(smaller, token_ids, keep), keep)
+    fresh = smaller.with_model(model.to(smaller.device).eval())
+    expected = _outputs(smaller, batch)
     with bypassed(original.stack, plan.removed):
-        reference = _comparable(run_outputs(original, token_ids, keep), keep)
-    actual = _comparable(run_outputs(fresh, token_ids, keep), keep)
+        reference = _outputs(original, batch)
+    actual = _outputs(fresh, batch)
     tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
+    generation = _cached_equals_uncached(fresh, original, batch)
     result = Verification(
         reload_strict=not problems,
         max_diff_memory=_max_diff(actual, expected),
         max_diff_bypass=_max_diff(actual, reference),
         tolerance=tolerance,
-        cached_generation=_cached_equals_uncached(fresh, token_ids, keep) if can_generate(fresh.head) else None,
-        num_generated=NUM_GENERATED if can_generate(fresh.head) else 0,
+        cached_generation=generation,
+        num_generated=0 if generation is None else NUM_GENERATED,
     )
     if not result.passed:
         raise VerificationError(_explain(result, problems))
     return result
 
 
-def _comparable(outputs: Tensor, keep: Tensor) -> Tensor:
+def _outputs(loaded: Loaded, batch: Batch) -> Tensor:
     """Outputs at real tokens: what a model computes on padding is its own affair."""
-    if outputs.dim() == 3 and outputs.shape[:2] == keep.shape:
-        return outputs[keep.to(outputs.device)].float()
+    if isinstance(batch, Mapping):
+        outputs, keep = run_outputs(loaded, batch), batch.get("attention_mask")
+    else:
+        outputs, keep = run_outputs(loaded, *batch), batch[1]
+    if keep is not None and outputs.dim() == 3 and outputs.shape[:2] == keep.shape:
+        return outputs[keep.to(outputs.device, torch.bool)].float()
     return outputs.float()
 
 
@@ -71,11 +79,39 @@ def _max_diff(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max()) if one.shape == other.shape else float("inf")
 
 
-def _cached_equals_uncached(loaded: Loaded, token_ids: Tensor, keep: Tensor) -> bool:
-    prompt = token_ids[:1, : min(16, int(keep[0].sum()))].to(loaded.device)
-    cached = generate(loaded.model, prompt, num_tokens=NUM_GENERATED)
-    uncached = generate(loaded.model, prompt, num_tokens=NUM_GENERATED, use_cache=False)
-    return bool((cached == uncached).all())
+def _cached_equals_uncached(fresh: Loaded, original: Loaded, batch: Batch) -> bool | None:
+    """Whether both ways give the same text; None where there is no text, or where not even the original agrees."""
+    prompt = _prompt(fresh, batch)
+    if prompt is None:
+        return None
+
+    def agrees(loaded: Loaded) -> bool:
+        tokens, more = prompt
+        texts = [
+            generate(loaded.model, tokens, num_tokens=NUM_GENERATED, use_cache=use_cache, more=more)
+            for use_cache in (True, False)
+        ]
+        return torch.equal(*texts)
+
+    return True if agrees(fresh) else False if agrees(original) else None
+
+
+def _prompt(loaded: Loaded, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """What generation starts from: the tokens to continue, and the inputs of an encoder. None where nothing generates."""
+    if not loaded.model.can_generate() or loaded.head not in ("causal", "seq2seq"):
+        return None
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch[0], "attention_mask": batch[1].long()}
+    first = {name: tensor[:1].to(loaded.device) for name, tensor in inputs.items()}
+    if loaded.head == "causal":
+        if "input_ids" not in first:
+            return None
+        keep = first.get("attention_mask")
+        length = min(16, int(keep.sum()) if keep is not None else first["input_ids"].shape[1])
+        return first["input_ids"][:, :length], {}
+    first.pop("decoder_input_ids", None)
+    start = getattr(loaded.model.generation_config, "decoder_start_token_id", None)
+    start = loaded.model.config.get_text_config(decoder=True).bos_token_id if start is None else start
+    return torch.full((1, 1), start or 0, device=loaded.device), first
 
 
 def _explain(result: Verification, problems: dict[str, list[str]]) -> str:
