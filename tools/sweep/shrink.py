@@ -60,8 +60,11 @@ _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _RULES)
 
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 _ALL_HEADS = {"num_key_value_heads": 4}
+# transformers sizes the decoder's cache by the encoder: an encoder that may lose blocks must be the longer one.
+_SHORT_DECODER = {"num_decoder_layers": 3}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"), _SHORT_DECODER),
     "dots1": {"n_routed_experts": 4},
     "dots3_note": _ALL_HEADS,
     "dots3_note_text": _ALL_HEADS,
@@ -122,6 +125,9 @@ def small_settings(config_class: type[PretrainedConfig], default: PretrainedConf
         small = small_value(name, value)
         if small is not None and (name in accepted or not isinstance(value, type(None))):
             settings[name] = small
+    rope = default.__dict__.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     if "kv_lora_rank" in default.__dict__ and "num_key_value_heads" in default.__dict__:
         settings["num_key_value_heads"] = 4  # latent attention has a key for each head
     return settings | OVERRIDES.get(config_class.model_type, {})

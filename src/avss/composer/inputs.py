@@ -94,7 +94,7 @@ def probe_batch(loaded: Loaded) -> Batch:
     Drawn ids otherwise; and drawn images or sound for a stack that reads those.
     """
     if not loaded.reads_text:
-        return probe_inputs(loaded, num_sequences=3)
+        return probe_inputs(loaded.tower(), num_sequences=3)
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
         batches = make_batches(

@@ -84,6 +84,7 @@ NOT_PER_LAYER = frozenset(
         "input_modalities",
         "output_modalities",
         "ssm_multipliers",
+        "supported_aspect_ratios",
         "mlp_multipliers",
     }
 )
@@ -129,6 +130,7 @@ class Family:
 
     Attributes:
         per_layer: Config lists with one entry per block.
+        encoder_per_layer: Config lists with one entry per block of the encoder; a decoder's cut leaves them alone.
         index_lists: Config lists of block indices.
         not_per_layer: Config lists that have nothing to do with blocks.
         leading_counts: Config numbers of leading blocks of another kind.
@@ -144,6 +146,7 @@ class Family:
     """
 
     per_layer: tuple[str, ...] = ()
+    encoder_per_layer: tuple[str, ...] = ()
     index_lists: tuple[str, ...] = ()
     not_per_layer: tuple[str, ...] = ()
     leading_counts: tuple[str, ...] = ()
@@ -323,8 +326,8 @@ FAMILIES: dict[str, Family] = {
             _periodic("expert_layer_period", "expert_layer_offset", "blocks with experts"),
         )
     ),
-    "led": _WINDOWS,
-    "longformer": _WINDOWS,
+    "led": Family(lengthens=True, encoder_per_layer=("attention_window",)),
+    "longformer": Family(lengthens=True, per_layer=("attention_window",)),
     "longt5": _T5,
     "minicpm3": Family(adjust=_residual_scale),
     "minimax": Family(

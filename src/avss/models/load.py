@@ -42,6 +42,9 @@ DTYPES = ("auto", *_DTYPES)
 
 _SAMPLED_VALUES = 1024
 
+# How configs call the part that reads something else than text.
+_SENSES = ("vision", "visual", "image", "video", "audio", "speech", "sound", "acoustic")
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -72,6 +75,23 @@ class Loaded:
     def stack(self) -> BlockStack:
         """The block stack; an error says why there is none."""
         return find_stack(self.model, self.stack_name)
+
+    def tower(self) -> "Loaded":
+        """The part of the model that runs the stack: the model itself, or the tower that reads images or sound.
+
+        A vision-language model reads text without running its vision tower; the tower alone can be run on an image.
+        """
+        stack = self.stack
+        if self.reads_text or not stack.config_path or self.model.main_input_name != "input_ids":
+            return self
+        parent = stack.path
+        while parent:
+            parent = parent.rpartition(".")[0]
+            part = self.model.get_submodule(parent)
+            if isinstance(part, PreTrainedModel) and parent:
+                inner = stack.path.removeprefix(f"{parent}.")
+                return dataclasses.replace(self, model=part, head="encoder", stack_name=inner)
+        return self
 
     @functools.cached_property
     def blueprint(self) -> PreTrainedModel:
@@ -118,8 +138,7 @@ class Loaded:
         """Whether the stack works on text alone: token ids in, nothing else needed."""
         if self.embeddings is None or self.model.main_input_name != "input_ids":
             return False
-        part = self.stack.owner(self.model.config)
-        return not self.stack.config_path or "vocab_size" in part.to_dict()
+        return not any(sense in name for name in self.stack.config_path for sense in _SENSES)
 
     @property
     def max_len(self) -> int | None:

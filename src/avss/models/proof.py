@@ -208,6 +208,7 @@ def refuse_other_outputs(original: Loaded, smaller: Loaded, plan: Plan) -> None:
             inputs that avss can make up.
     """
     kind = original.stack.owner(original.model.config).model_type
+    original, smaller = original.tower(), smaller.tower()
     try:
         inputs = probe_inputs(original)
         ran: set[int] = set()

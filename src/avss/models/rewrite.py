@@ -23,7 +23,7 @@ from avss.models.families import (
     Pinned,
     facts_of,
 )
-from avss.models.stack import BlockStack
+from avss.models.stack import NUM_LAYERS_FIELD, BlockStack
 from avss.record import FieldChange, Plan
 
 # Names under which a list of small integers is taken for a list of block indices.
@@ -84,6 +84,7 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
     for field, value in changes.items():
         _set(owner, field, value)
     _refuse_without_attention(stack.owner(config), owner)
+    _refuse_short_cache(smaller, stack)
     _refuse_forgetful(smaller, stack, plan)
     return smaller
 
@@ -104,6 +105,21 @@ def _refuse_without_attention(before: PretrainedConfig, after: PretrainedConfig)
         raise UnsupportedArchitectureError(
             f"This `{before.model_type}` model cannot lose these blocks: no block with attention would be left, and its cache "
             "counts the tokens by one. Keep at least one."
+        )
+
+
+def _refuse_short_cache(smaller: PretrainedConfig, stack: BlockStack) -> None:
+    """transformers sizes the decoder's cache of T5 and its kin by the number of encoder blocks."""
+    if stack.side != "encoder" or not getattr(smaller, "is_encoder_decoder", False):
+        return
+    raw = smaller.to_dict()
+    needed = next((raw[field] for field in ("num_decoder_layers", "decoder_layers") if isinstance(raw.get(field), int)), 0)
+    entries = getattr(smaller.get_text_config(decoder=True), NUM_LAYERS_FIELD, needed)
+    if isinstance(entries, int) and entries < needed:
+        raise UnsupportedArchitectureError(
+            f"The encoder of this `{smaller.model_type}` model cannot become shorter ({entries} blocks) than its decoder "
+            f"({needed}): transformers sizes the decoder's cache by the encoder, and could not generate. Cut the decoder "
+            "first (`--stack decoder`)."
         )
 
 
@@ -132,6 +148,8 @@ def _rewritten(raw: Mapping[str, Any], family: Family, stack: BlockStack, plan: 
             elif field in TRAILING_COUNTS:
                 changes[field] = value - sum(block >= plan.num_blocks - value for block in plan.removed)
         elif isinstance(value, list | tuple):
+            if field in family.encoder_per_layer and stack.side == "decoder":
+                continue
             new = _rewritten_list(field, value, family, plan)
             if new is None:
                 unknown.append(field)
@@ -154,7 +172,7 @@ def _rewritten(raw: Mapping[str, Any], family: Family, stack: BlockStack, plan: 
 
 def _rewritten_list(field: str, value: list[Any] | tuple[Any, ...], family: Family, plan: Plan) -> list[Any] | None:
     """The list after the cut; None where it is not known what it means."""
-    if field in PER_LAYER_LISTS or field in family.per_layer:
+    if field in PER_LAYER_LISTS or field in family.per_layer or field in family.encoder_per_layer:
         return [value[block] for block in plan.kept] if len(value) >= plan.num_blocks else list(value)
     if field in INDEX_LISTS or field in family.index_lists:
         # Negative indices count from the end; what lies beyond the stack names no block.

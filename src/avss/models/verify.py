@@ -45,12 +45,13 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: Ba
     model, info = loading
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     fresh = smaller.with_model(model.to(smaller.device).eval())
-    expected = _outputs(smaller, batch)
+    towers = original.tower() is not original
+    expected = _outputs(smaller.tower(), batch)
     with bypassed(original.stack, plan.removed):
-        reference = _outputs(original, batch)
-    actual = _outputs(fresh, batch)
+        reference = _outputs(original.tower(), batch)
+    actual = _outputs(fresh.tower(), batch)
     tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
-    generation = _cached_equals_uncached(fresh, original, batch)
+    generation = None if towers else _cached_equals_uncached(fresh, original, batch)
     result = Verification(
         reload_strict=not problems,
         max_diff_memory=_max_diff(actual, expected),
