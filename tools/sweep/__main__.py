@@ -25,7 +25,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from avss.errors import UnsupportedArchitectureError
-from tools.sweep.laws import BrokenLawError, judge
+from tools.sweep.laws import PLACES, BrokenLawError, VacuousProbeError, judge
 from tools.sweep.shrink import small_model
 from tools.sweep.table import render
 
@@ -57,9 +57,11 @@ def examine(candidate: dict[str, str]) -> dict[str, Any]:
     except Exception as error:
         return {"outcome": "unbuilt", "reason": _sentence(error)}
     try:
-        verdicts = judge(model, thorough=candidate["kind"] != "classifier")
+        verdicts = judge(model, tried=PLACES if candidate["kind"] != "classifier" else ("scattered",))
     except UnsupportedArchitectureError as error:
         return {"outcome": "refused", "reason": _sentence(error)}
+    except VacuousProbeError as error:
+        return {"outcome": "unbuilt", "reason": str(error)}
     except BrokenLawError as error:
         return {"outcome": "broken", "reason": str(error)}
     except Exception as error:

@@ -2,9 +2,8 @@
 
 import copy
 import dataclasses
-import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,16 @@ from avss.statistics import Moments
 from tests.support.oracles import hook_count, state_copy, without_blocks
 
 TOLERANCE = 2e-5
-NUM_GENERATED = 8
+NUM_GENERATED = 6
+PLACES = ("first", "middle", "last", "scattered")
 
 
 class BrokenLawError(Exception):
     """A cut was made and is wrong. This must never happen."""
+
+
+class VacuousProbeError(Exception):
+    """The tiny model does not use some of its blocks, so nothing can be proven on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +63,13 @@ def places(count: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def judge(model: PreTrainedModel, head: str = "auto", *, thorough: bool = True) -> list[Verdict]:
+def judge(model: PreTrainedModel, head: str = "auto", *, tried: Container[str] = PLACES) -> list[Verdict]:
     """Tries every place of every stack of a model, and holds the laws against each cut.
 
     Args:
         model: Tiny, random.
         head: What it is used as.
-        thorough: Whether every place is tried; otherwise only the scattered blocks.
+        tried: Which of `PLACES` are tried.
 
     Raises:
         BrokenLawError: A law does not hold.
@@ -76,8 +80,10 @@ def judge(model: PreTrainedModel, head: str = "auto", *, thorough: bool = True) 
     for stack in find_stacks(model)[0]:
         loaded = dataclasses.replace(adopt(model, head=head), stack_name=stack.path)
         outcome: dict[str, str] = {}
-        tried = places(len(stack))
-        for place, removed in tried.items() if thorough else [("scattered", tried["scattered"])]:
+        for place, removed in places(len(stack)).items():
+            # Stacks that must be named are tried once: they take the same way through the code.
+            if place not in tried or (stack.path != chosen.path and place != "scattered"):
+                continue
             plan = Plan(num_blocks=len(stack), removed=removed, method="explicit", rule="by hand")
             try:
                 smaller = cut(loaded, plan)
@@ -137,7 +143,8 @@ def cut_equals_bypass(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:
         hooked = run_outputs(loaded, inputs)
     _expect(_difference(hooked, oracle) <= TOLERANCE, "the bypass by hooks and the bypass by replacement differ")
     _expect(hook_count(loaded.model) == count, "a hook stayed behind")
-    _expect(_difference(oracle, run_outputs(loaded, inputs)) > 10 * TOLERANCE, "the removed blocks do nothing on this probe")
+    if _difference(oracle, run_outputs(loaded, inputs)) <= 10 * TOLERANCE:
+        raise VacuousProbeError(f"blocks {plan.removed} of `{loaded.stack.path}` do nothing in the tiny model")
 
 
 def cached_generation_equals_uncached(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:
@@ -164,12 +171,11 @@ def cached_generation_equals_uncached(loaded: Loaded, smaller: Loaded, plan: Pla
         except Exception:
             return
         raise
-    same = torch.equal(cached.sequences, whole.sequences)
-    if not same:
-        # Some models compute another thing with a cache before any cut (recurrences in chunks, windows of drafts).
-        originals = [loaded.model.generate(**inputs, **settings, use_cache=use).sequences for use in (False, True)]
-        same = not torch.equal(*originals)
-    _expect(same, "cached and uncached generation differ")
+    if not torch.equal(cached.sequences, whole.sequences):
+        # Some models compute another thing with a cache before any cut (FSMT, ProphetNet): not the cut's doing.
+        logits = [loaded.model.generate(**inputs, **settings, use_cache=use).logits for use in (False, True)]
+        error = max(float((one - other).abs().max()) for one, other in zip(*logits, strict=True))
+        _expect(error > 1e-3, "cached and uncached generation differ")
 
 
 def reload_gives_the_same_outputs(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:

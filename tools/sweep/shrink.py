@@ -66,6 +66,9 @@ _SHORT_DECODER = {"num_decoder_layers": 3}
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"), _SHORT_DECODER),
     "dots1": {"n_routed_experts": 4},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "speech-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "dots3_note": _ALL_HEADS,
     "dots3_note_text": _ALL_HEADS,
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4},
@@ -130,7 +133,12 @@ def small_settings(config_class: type[PretrainedConfig], default: PretrainedConf
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     if "kv_lora_rank" in default.__dict__ and "num_key_value_heads" in default.__dict__:
         settings["num_key_value_heads"] = 4  # latent attention has a key for each head
-    return settings | OVERRIDES.get(config_class.model_type, {})
+    return _merged(settings, OVERRIDES.get(config_class.model_type, {}))
+
+
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    inner = {name: _merged(settings[name], value) for name, value in more.items() if isinstance(settings.get(name), dict)}
+    return settings | more | inner
 
 
 def small_config(model_type: str, **more: Any) -> PretrainedConfig:
@@ -139,11 +147,12 @@ def small_config(model_type: str, **more: Any) -> PretrainedConfig:
     return config_class(**(small_settings(config_class) | more))
 
 
-def small_model(model_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
+def small_model(model_class: type[PreTrainedModel], model_type: str, **more: Any) -> PreTrainedModel:
     """A tiny random model of a class; a class that computes one part of a config's model gets that part."""
     causal = model_class.__name__.endswith(("ForCausalLM", "LMHeadModel", "WithLMHead"))
-    is_decoder = causal and "is_decoder" in vars(small_config(model_type))
-    config = small_config(model_type, **({"is_decoder": True} if is_decoder else {}))
+    config = small_config(model_type, **more)
+    if causal and "is_decoder" in vars(config):
+        config = small_config(model_type, **more, is_decoder=True)
     wanted = model_class.config_class
     if isinstance(wanted, type) and not isinstance(config, wanted):
         config = next((part for part in config_tree(config).values() if isinstance(part, wanted)), config)

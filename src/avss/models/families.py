@@ -196,6 +196,20 @@ def _last_full_attention(config: Mapping[str, Any], num_blocks: int) -> tuple[Pi
     return (Pinned(full[-1], "the last block with full attention; the config makes the last block one by force"),)
 
 
+def _shared_caches(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The last `num_kv_shared_layers` blocks read the cache of an earlier block of their kind: one must be left."""
+    kinds, shared = config.get("layer_types") or [], config.get("num_kv_shared_layers") or 0
+    first = plan.num_blocks - shared
+    owners = {kinds[block] for block in plan.kept if block < first}
+    readers = {kinds[block] for block in plan.kept if block >= first}
+    if readers and owners != owners | readers:
+        raise InexpressibleError(
+            f"its last blocks read the keys and values of an earlier block of their kind, and none of "
+            f"{', '.join(sorted(readers - owners))} would be left"
+        )
+    return {}
+
+
 # --- rules that type blocks by position ---
 
 
@@ -310,12 +324,13 @@ FAMILIES: dict[str, Family] = {
     "diffllama": Family(
         obstacle=_refused("its differential attention subtracts a share that is computed from each block's index")
     ),
-    "gemma3n_text": Family(per_layer=("intermediate_size", "activation_sparsity_pattern"), packed=_PER_LAYER_EMBEDDINGS),
+    "gemma3n_text": Family(per_layer=("intermediate_size", "activation_sparsity_pattern"), packed=_PER_LAYER_EMBEDDINGS, adjust=_shared_caches),
     "gemma4_text": Family(
         packed=_PER_LAYER_EMBEDDINGS,
+        adjust=_shared_caches,
         pinned=_last_full_attention,
     ),
-    "gemma4_unified_text": Family(pinned=_last_full_attention),
+    "gemma4_unified_text": Family(pinned=_last_full_attention, adjust=_shared_caches),
     "gpt2": Family(obstacle=_inverse_scaling),
     "gpt_neo": Family(adjust=_attention_types),
     "gpt_neox_japanese": Family(pinned=_pins(Pinned(-1, "only its attention adds a bias"))),
@@ -331,7 +346,10 @@ FAMILIES: dict[str, Family] = {
     "longt5": _T5,
     "minicpm3": Family(adjust=_residual_scale),
     "minimax": Family(
-        obstacle=_refused("the decay of its linear attention is computed from each block's index and the number of blocks")
+        obstacle=_refused(
+            "the decay of its linear attention is computed from each block's index and the number of blocks; transformers "
+            "stores the result, other runtimes would compute another one"
+        )
     ),
     "modernbert": Family(pinned=_pins(Pinned(0, _FIRST_NORM))),
     "modernbert-decoder": Family(pinned=_pins(Pinned(0, _FIRST_NORM))),

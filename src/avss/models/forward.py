@@ -97,6 +97,26 @@ def generate(
     return torch.cat(new, dim=1)[0]
 
 
+@torch.inference_mode()
+def cache_error(model: PreTrainedModel, token_ids: Tensor, more: Mapping[str, Tensor] | None = None) -> float:
+    """Largest difference between logits computed token by token with a cache and those of one pass without any.
+
+    Args:
+        model: The model.
+        token_ids: `[1, T]`; of an encoder-decoder, what the decoder reads.
+        more: Further inputs: those of an encoder.
+    """
+    prompt = "decoder_input_ids" if getattr(model.config, "is_encoder_decoder", False) else "input_ids"
+    whole = model(**(more or {}), **{prompt: token_ids}, use_cache=False).logits
+    past, steps = None, []
+    for place in range(token_ids.shape[1]):
+        step = {prompt: token_ids[:, place : place + 1], "past_key_values": past}
+        outputs = model(**(more or {}), **step, use_cache=True)
+        past = outputs.past_key_values
+        steps.append(outputs.logits)
+    return float((torch.cat(steps, dim=1) - whole).abs().max())
+
+
 def can_generate(head: Head) -> bool:
     """Whether a model with this head continues text."""
     return head == "causal"
