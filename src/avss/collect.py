@@ -72,8 +72,8 @@ def collect(
                 run_body(loaded, token_ids, keep)
                 if len(ran) != len(stack):
                     raise UnsupportedArchitectureError(
-                        f"{len(stack) - len(ran)} of {len(stack)} blocks of `{stack.path}` do not run on text, so text cannot "
-                        "score them. Choose a stack that reads text (`avss inspect` lists them)."
+                        f"{len(stack) - len(ran)} of {len(stack)} blocks of `{stack.path}` do not run on text, so text "
+                        "cannot score them. Choose a stack that reads text (`avss inspect` lists them)."
                     )
             on_batch()
     if not num_batches:
@@ -94,7 +94,8 @@ def _fitting(keep: Tensor, hidden: Tensor, family: Family) -> Tensor:
     (rows, length), (num_sequences, num_tokens) = keep.shape, hidden.shape[:2]
     if num_sequences != rows or num_tokens < length or (num_tokens > length and not family.lengthens):
         raise UnsupportedArchitectureError(
-            f"A block's hidden state is {tuple(hidden.shape)} for a batch of {rows} sequences of {length} tokens: which of its "
+            f"A block's hidden state is {tuple(hidden.shape)} for a batch of {rows} sequences of {length} tokens: "
+            "which of its "
             "rows are tokens is not known, so it cannot be scored on text."
         )
     return torch.nn.functional.pad(keep, (0, num_tokens - length)) if num_tokens > length else keep

@@ -43,8 +43,8 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
         model = fill(empty, state)
     except RuntimeError as error:
         raise UnsupportedArchitectureError(
-            f"This `{stack.owner(config).model_type}` model cannot lose these blocks: the smaller model does not take the "
-            f"weights of the kept ones: {' '.join(str(error).split())[:300]}."
+            f"This `{stack.owner(config).model_type}` model cannot lose these blocks: the smaller model does not take "
+            f"the weights of the kept ones: {' '.join(str(error).split())[:300]}."
         ) from error
     if getattr(loaded.model, "generation_config", None) is not None:
         model.generation_config = loaded.model.generation_config
@@ -60,7 +60,8 @@ def remap(state: Mapping[str, Tensor], path: str, plan: Plan, family: Family | N
         state: Keys and tensors.
         path: Of the stack.
         plan: The blocks removed.
-        family: Facts about the architecture: what the first block holds for all goes to the new first block, and tensors
+        family: Facts about the architecture: what the first block holds for all goes to the new first block, and
+            tensors
             that hold one slice per block lose the slices of the removed ones.
 
     Example:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import transformers
+from tools.sweep.laws import judge
+from tools.sweep.shrink import small_model
 from transformers import PreTrainedModel
 
 from tests.support.architectures import FULL, MIXED_5
-from tools.sweep.laws import judge
-from tools.sweep.shrink import small_model
 
 
 def tiny(class_name: str, model_type: str, **settings: Any) -> Callable[[], PreTrainedModel]:
@@ -27,7 +27,13 @@ NAMED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
     "bart": (tiny("BartForConditionalGeneration", "bart", encoder_layers=4, decoder_layers=3), {}),
     "bloom": (tiny("BloomForCausalLM", "bloom", n_layer=4), {}),
     "deberta-v2": (
-        tiny("DebertaV2ForMaskedLM", "deberta-v2", conv_kernel_size=3, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+        tiny(
+            "DebertaV2ForMaskedLM",
+            "deberta-v2",
+            conv_kernel_size=3,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+        ),
         {"first": "Block 0.*convolution"},
     ),
     "deepseek-v3": (tiny("DeepseekV3ForCausalLM", "deepseek_v3", first_k_dense_replace=2), {}),
@@ -40,7 +46,14 @@ NAMED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
     "gpt-neox": (tiny("GPTNeoXForCausalLM", "gpt_neox"), {}),
     "gpt-oss": (tiny("GptOssForCausalLM", "gpt_oss", layer_types=MIXED_5), {}),
     "jamba": (
-        tiny("JambaForCausalLM", "jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=5, expert_layer_offset=2),
+        tiny(
+            "JambaForCausalLM",
+            "jamba",
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=5,
+            expert_layer_offset=2,
+        ),
         {"middle": "uneven distances|built differently", "scattered": "no block with attention"},
     ),
     "llama4": (tiny("Llama4ForCausalLM", "llama4_text", moe_layers=[1, 3], no_rope_layers=ROPE_5), {}),
@@ -52,7 +65,9 @@ NAMED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
     "opt": (tiny("OPTForCausalLM", "opt"), {}),
     "qwen3-moe": (tiny("Qwen3MoeForCausalLM", "qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3]), {}),
     "qwen3-next": (
-        tiny("Qwen3NextForCausalLM", "qwen3_next", layer_types=["linear_attention", FULL, "linear_attention", FULL, FULL]),
+        tiny(
+            "Qwen3NextForCausalLM", "qwen3_next", layer_types=["linear_attention", FULL, "linear_attention", FULL, FULL]
+        ),
         {},
     ),
     "smollm3": (tiny("SmolLM3ForCausalLM", "smollm3", no_rope_layers=ROPE_5), {}),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from tools.sweep.shrink import small_model
 from torch import Tensor
 
 from avss.cut import cut, remap
@@ -20,7 +21,6 @@ from avss.models.probe import probe_inputs
 from avss.models.stack import bypassed
 from avss.record import Plan
 from tests.support.architectures import randomise
-from tools.sweep.shrink import small_model
 
 TOLERANCE = 1e-5
 ROPE_5 = [1, 0, 1, 1, 0]
@@ -156,7 +156,8 @@ def test_naive_cut_is_another_model_and_ours_is_refused_with_the_reason(name):
     builder, removed, reason = INEXPRESSIBLE[name]
     loaded = builder()
     plan = plan_of(loaded, *removed)
-    # A bypass keeps DeBERTa's convolution too, and transformers stores MiniMax's decays: these two are refused because the
+    # A bypass keeps DeBERTa's convolution too, and transformers stores MiniMax's decays: these two are refused
+    # because the
     # first block's place would be lost, and because every other runtime computes the decays anew.
     if not name.startswith(("deberta", "minimax")):
         assert distance(naive(loaded, plan), truth(loaded, plan)) > 100 * TOLERANCE
@@ -173,7 +174,7 @@ def test_the_proof_alone_refuses_what_no_fact_explains(name, monkeypatch):
     loaded = loaded_of(classes[name], name, **settings)
     monkeypatch.setattr("avss.models.families.FAMILIES", {})
     removed = 4 if name == "gpt_neox_japanese" else 0
-    with pytest.raises(UnsupportedArchitectureError, match="built differently|computes something else"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"built differently|computes something else"):
         cut(loaded, plan_of(loaded, removed))
 
 

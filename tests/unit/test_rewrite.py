@@ -14,7 +14,9 @@ from avss.models.stack import BlockStack
 from avss.record import Plan
 
 
-def stack(num_blocks: int, field: str = "num_hidden_layers", path: tuple[str, ...] = (), at: str = "layers") -> BlockStack:
+def stack(
+    num_blocks: int, field: str = "num_hidden_layers", path: tuple[str, ...] = (), at: str = "layers"
+) -> BlockStack:
     blocks = nn.ModuleList(nn.Identity() for _ in range(num_blocks))
     return BlockStack(path=at, blocks=blocks, count_field=field, config_path=path)
 
@@ -57,13 +59,18 @@ def test_fields_that_speak_of_blocks_follow_the_cut(settings, removed, expected)
     for field, value in settings.items():
         setattr(config, field, value)
     if "layer_types" in settings:
-        config.layer_types = [{"a": "full_attention"}.get(kind, "sliding_attention") for kind in settings["layer_types"]]
+        config.layer_types = [
+            {"a": "full_attention"}.get(kind, "sliding_attention") for kind in settings["layer_types"]
+        ]
         config.layer_types[1] = "full_attention"
         before = list(config.layer_types)
         expected = {"layer_types": [before[block] for block in range(6) if block not in removed]}
     found = rewritten(config, *removed)
     assert found.pop("num_hidden_layers") == 6 - len(removed)
-    assert {key: (value if not isinstance(value, dict) else {str(k): v for k, v in value.items()}) for key, value in found.items()} == expected
+    assert {
+        key: (value if not isinstance(value, dict) else {str(k): v for k, v in value.items()})
+        for key, value in found.items()
+    } == expected
 
 
 def test_the_given_config_is_left_alone():
@@ -134,12 +141,14 @@ def test_a_config_that_types_blocks_anew_is_refused():
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     config = transformers.Gemma4TextConfig(num_hidden_layers=6, layer_types=kinds)
     assert [pin.block for pin in pinned_blocks(config, stack(6))] == [5]
-    with pytest.raises(UnsupportedArchitectureError, match="Block 5 .*cannot be removed"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"Block 5 .*cannot be removed"):
         rewritten(config, 5)
 
 
 def test_a_hybrid_keeps_a_block_with_attention():
-    config = transformers.JambaConfig(num_hidden_layers=6, attn_layer_period=6, attn_layer_offset=2, expert_layer_period=1, expert_layer_offset=0)
+    config = transformers.JambaConfig(
+        num_hidden_layers=6, attn_layer_period=6, attn_layer_offset=2, expert_layer_period=1, expert_layer_offset=0
+    )
     with pytest.raises(UnsupportedArchitectureError, match="no block with attention would be left"):
         rewritten(config, 2)
 

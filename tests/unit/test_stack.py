@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tools.sweep.shrink import small_config
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
@@ -12,7 +13,6 @@ from avss.errors import UnsupportedArchitectureError
 from avss.models.forward import run_body
 from avss.models.stack import bypassed, find_stack, find_stacks, hooked
 from tests.support.fakes import ANSWERS, CALLS, AddingBlock, adding, stack_of
-from tools.sweep.shrink import small_config
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 

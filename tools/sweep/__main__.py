@@ -1,7 +1,8 @@
 """`python -m tools.sweep`: goes over the architectures of transformers and writes `docs/architectures.md`.
 
 Each model type is built tiny from its config, loses its first, a middle, its last and two scattered blocks, and is held
-against every law (`tools.sweep.laws`). Each runs in a process of its own with a time limit, so that a crash or a hang ends
+against every law (`tools.sweep.laws`). Each runs in a process of its own with a time limit, so that a crash or a hang
+ends
 that one alone. Exit code 1 if any law is broken.
 """
 
@@ -22,12 +23,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto import modeling_auto
-
-from avss.errors import UnsupportedArchitectureError
 from tools.sweep.laws import PLACES, BrokenLawError, VacuousProbeError, judge
 from tools.sweep.shrink import small_model
 from tools.sweep.table import render
+from transformers.models.auto import modeling_auto
+
+from avss.errors import UnsupportedArchitectureError
 
 KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -84,12 +85,12 @@ def examine_apart(candidate: dict[str, str]) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        with open(writing, "w", encoding="utf-8") as answer:
+        with os.fdopen(writing, "w", encoding="utf-8") as answer:
             answer.write(json.dumps(examine(candidate)))
         os._exit(0)
     os.close(writing)
     text, deadline = b"", time.monotonic() + SECONDS
-    with open(reading, "rb", buffering=0) as answer:
+    with os.fdopen(reading, "rb", buffering=0) as answer:
         while True:
             ready, _, _ = select.select([answer], [], [], max(0, deadline - time.monotonic()))
             if not ready:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.support.oracles import hook_count, without_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,11 +18,9 @@ from avss.errors import UnsupportedArchitectureError
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded, adopt, save_model
 from avss.models.probe import probe_inputs
-from avss.models.rewrite import pinned_blocks
 from avss.models.stack import bypassed, find_stacks
 from avss.record import Plan
 from avss.statistics import Moments
-from tests.support.oracles import hook_count, state_copy, without_blocks
 
 TOLERANCE = 2e-5
 NUM_GENERATED = 6
@@ -125,7 +124,9 @@ def block_count_agrees(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:
     stack, config = smaller.stack, smaller.model.config
     _expect(stack.path == loaded.stack.path and len(stack) == len(plan.kept), "the stack has another length or path")
     counted = stack.owner(config).to_dict()[stack.count_field]
-    _expect((len(counted) if isinstance(counted, list) else counted) == len(plan.kept), "the config counts other blocks")
+    _expect(
+        (len(counted) if isinstance(counted, list) else counted) == len(plan.kept), "the config counts other blocks"
+    )
     lengths = [{other.path: len(other) for other in find_stacks(one.model)[0]} for one in (loaded, smaller)]
     lengths[0][stack.path] = len(plan.kept)
     _expect(lengths[0] == lengths[1], "another stack changed its length")
@@ -136,7 +137,9 @@ def cut_equals_bypass(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:
     loaded, smaller = loaded.tower(), smaller.tower()
     inputs = probe_inputs(loaded, seed=5, num_sequences=3)
     count = hook_count(loaded.model)
-    oracle = run_outputs(dataclasses.replace(loaded, model=without_blocks(loaded.model, loaded.stack.path, plan.removed)), inputs)
+    oracle = run_outputs(
+        dataclasses.replace(loaded, model=without_blocks(loaded.model, loaded.stack.path, plan.removed)), inputs
+    )
     found = _difference(run_outputs(smaller, inputs), oracle)
     _expect(found <= TOLERANCE, f"cut and bypass differ by {found:.3g}")
     with bypassed(loaded.stack, plan.removed):
@@ -148,7 +151,7 @@ def cut_equals_bypass(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:
 
 
 def cached_generation_equals_uncached(loaded: Loaded, smaller: Loaded, plan: Plan) -> None:
-    """transformers' own greedy search finds the same tokens with its cache and without."""
+    """Transformers' own greedy search finds the same tokens with its cache and without."""
     model = smaller.model
     if loaded.tower() is not loaded:
         return  # the text reads nothing of this tower

@@ -23,7 +23,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"eos_token_id|forced_eos_token_id", 2),
     (r"sep_token_id|cls_token_id|unk_token_id|mask_token_id", 3),
     (r"(image|video|audio|speech|vision|img)_(token_id|token_index|token)", 90),
-    (r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_(encoder|decoder)_layers|depth", LAYERS),
+    (
+        r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_(encoder|decoder)_layers|depth",
+        LAYERS,
+    ),
     (r"(encoder|decoder)_num_hidden_layers|num_hidden_layers_per_stack|(en|de)coder_depth", LAYERS),
     (r"num_key_value_heads|num_kv_heads|n_head_kv|num_query_groups|num_global_key_value_heads|n_kv_heads?", 2),
     (r"(encoder|decoder)_num_key_value_heads|swa_num_key_value_heads", 2),
@@ -41,7 +44,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"query_pre_attn_scalar|rotary_dim", 8),
     (r"(q|kv|o)_lora_rank|index_topk|index_n_heads|low_rank_dim", 16),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_local_experts|n_shared_experts_total", 4),
-    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k(_experts)?|num_selected_experts|num_experts_per_token|moe_top_k", 2),
+    (
+        r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k(_experts)?|num_selected_experts|num_experts_per_token|moe_top_k",
+        2,
+    ),
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"(max_)?(.*_)?position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|max_position|seq_length", 64),
     (r"max_(source|target|encoder|decoder)_positions?|max_seq_length|model_max_length", 64),
@@ -76,7 +82,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"layer_types": _MIXED},
     "gemma3_text": {"layer_types": _MIXED},
     "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_types": [
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
         "laurel_rank": 8,
@@ -93,8 +105,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "sam_vision_model": {"global_attn_indexes": [1, 4]},
     "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0]},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"]},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+    },
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+    },
 }
 """Model type of a config -> fields that the rules of names do not get right."""
 
@@ -137,7 +157,9 @@ def small_settings(config_class: type[PretrainedConfig], default: PretrainedConf
 
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    inner = {name: _merged(settings[name], value) for name, value in more.items() if isinstance(settings.get(name), dict)}
+    inner = {
+        name: _merged(settings[name], value) for name, value in more.items() if isinstance(settings.get(name), dict)
+    }
     return settings | more | inner
 
 
@@ -168,4 +190,3 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
             parameter.copy_(0.15 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
     return model.eval()
-

@@ -41,22 +41,23 @@ def render(results: list[dict[str, Any]], version: str) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Written by `make sweep` with transformers {version}; do not edit. Each model type was built tiny from its config "
-        "and lost its first block, one in the middle, its last and two scattered ones. Every cut that was made obeys every "
-        "law: the block count agrees, an empty plan changes no bit, cut = bypass, ties stay ties, kept weights are shared, "
-        "a fresh strict load gives the same outputs, cached = uncached generation, scores do not depend on padding, no hook "
-        "stays behind.",
+        f"Written by `make sweep` with transformers {version}; do not edit. Each model type was built tiny from its "
+        "config and lost its first block, one in the middle, its last and two scattered ones. Every cut that was made "
+        "obeys every law: the block count agrees, an empty plan changes no bit, cut = bypass, ties stay ties, kept "
+        "weights are shared, a fresh strict load gives the same outputs, cached = uncached generation, scores do not "
+        "depend on padding, no hook stays behind.",
         "",
         "| outcome | model types |",
         "| --- | --- |",
         f"| passed: every cut tried, every law | {len(passed)} |",
-        f"| passed with limits: every law for the cuts that are possible, the others refused with the reason | {len(limited)} |",
+        "| passed with limits: every law for the cuts that are possible, the others refused with the reason | "
+        f"{len(limited)} |",
         f"| refused, with the reason | {len(refused)} |",
         f"| could not be built small | {len(unbuilt)} |",
         f"| broken: a cut was made and a law failed | {len(types.get('broken', set()))} |",
         "",
-        "A type counts once, by its best class. The stack named is the one that avss takes by itself; `+` names further "
-        "stacks of the model, each followed by what became of the same cuts there.",
+        "A type counts once, by its best class. The stack named is the one that avss takes by itself; `+` names "
+        "further stacks of the model, each followed by what became of the same cuts there.",
     ]
     for kind, heading in _HEADINGS.items():
         rows = [result for result in results if result["kind"] == kind]

@@ -89,9 +89,10 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def probe_batch(loaded: Loaded) -> Batch:
-    """A small batch with padding in it, for verification: real text where the stack reads text and there is a tokenizer.
+    """A small batch with padding in it, for verification.
 
-    Drawn ids otherwise; and drawn images or sound for a stack that reads those.
+    Real text where the stack reads text and there is a tokenizer, drawn ids otherwise; drawn images or sound for a
+    stack that reads those.
     """
     if not loaded.reads_text:
         return probe_inputs(loaded.tower(), num_sequences=3)

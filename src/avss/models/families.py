@@ -135,7 +135,8 @@ class Family:
         not_per_layer: Config lists that have nothing to do with blocks.
         leading_counts: Config numbers of leading blocks of another kind.
         reserved_positions: Entries of the position table that no token can use.
-        first_block: Patterns of keys inside a block that only the first block has, on behalf of all: they move to the new
+        first_block: Patterns of keys inside a block that only the first block has, on behalf of all: they move to the
+            new
             first block.
         packed: Patterns of keys of tensors that hold one slice per block beside each other -> the axis.
         lengthens: Whether a batch is lengthened on the right, to whole windows or by further streams, between blocks.
@@ -244,8 +245,8 @@ def _periodic(period_field: str, offset_field: str, what: str) -> Adjust:
             return {}
         if found is None:
             raise InexpressibleError(
-                f"its config places {what} every `{period_field}` blocks (now {period}, from {offset} on), and after this "
-                "cut they stand at uneven distances; remove whole periods, or blocks from one end"
+                f"its config places {what} every `{period_field}` blocks (now {period}, from {offset} on), and after "
+                "this cut they stand at uneven distances; remove whole periods, or blocks from one end"
             )
         return {period_field: found[0], offset_field: found[1]}
 
@@ -257,7 +258,7 @@ def _together(*adjusts: Adjust) -> Adjust:
 
 
 def _sparse_step(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Qwen's mixtures: block i has experts if `(i + 1) % decoder_sparse_step == 0` and it is not in `mlp_only_layers`."""
+    """Qwen: block i has experts if `(i + 1) % decoder_sparse_step == 0` and `mlp_only_layers` does not name it."""
     step = config.get("decoder_sparse_step")
     if not isinstance(step, int) or step <= 1:
         return {}
@@ -294,15 +295,15 @@ def _interval(field: str, *, phase: int, what: str) -> Adjust:
             if all(flag == ((index + phase) % candidate == 0) for index, flag in enumerate(flags)):
                 return {} if candidate == period else {field: candidate}
         raise InexpressibleError(
-            f"its config places {what} by `{field}` (now {period}), and after this cut they stand where no value of it puts "
-            "them; remove whole periods, or blocks from the end"
+            f"its config places {what} by `{field}` (now {period}), and after this cut they stand where no value of it "
+            "puts them; remove whole periods, or blocks from the end"
         )
 
     return adjust
 
 
 def _residual_scale(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Each branch is scaled by `scale_depth / sqrt(num_hidden_layers)`: another depth with the same scale says the same."""
+    """Branches are scaled by `scale_depth / sqrt(num_hidden_layers)`; another `scale_depth` keeps the scale."""
     scale = config.get("scale_depth")
     return {"scale_depth": scale * math.sqrt(len(plan.kept) / plan.num_blocks)} if scale else {}
 
@@ -324,7 +325,11 @@ FAMILIES: dict[str, Family] = {
     "diffllama": Family(
         obstacle=_refused("its differential attention subtracts a share that is computed from each block's index")
     ),
-    "gemma3n_text": Family(per_layer=("intermediate_size", "activation_sparsity_pattern"), packed=_PER_LAYER_EMBEDDINGS, adjust=_shared_caches),
+    "gemma3n_text": Family(
+        per_layer=("intermediate_size", "activation_sparsity_pattern"),
+        packed=_PER_LAYER_EMBEDDINGS,
+        adjust=_shared_caches,
+    ),
     "gemma4_text": Family(
         packed=_PER_LAYER_EMBEDDINGS,
         adjust=_shared_caches,
@@ -347,8 +352,8 @@ FAMILIES: dict[str, Family] = {
     "minicpm3": Family(adjust=_residual_scale),
     "minimax": Family(
         obstacle=_refused(
-            "the decay of its linear attention is computed from each block's index and the number of blocks; transformers "
-            "stores the result, other runtimes would compute another one"
+            "the decay of its linear attention is computed from each block's index and the number of blocks; "
+            "transformers stores the result, other runtimes would compute another one"
         )
     ),
     "modernbert": Family(pinned=_pins(Pinned(0, _FIRST_NORM))),
@@ -366,7 +371,8 @@ FAMILIES: dict[str, Family] = {
     "rwkv": Family(
         pinned=_pins(Pinned(0, "only it normalises the embeddings")),
         obstacle=lambda config: (
-            "its weights are rescaled by their block's index every `rescale_every` blocks, set `rescale_every` to 0 first"
+            "its weights are rescaled by their block's index every `rescale_every` blocks, set `rescale_every` to 0 "
+            "first"
             if config.get("rescale_every")
             else None
         ),

@@ -145,7 +145,11 @@ class Loaded:
         """The most tokens in a sequence; None where neither model nor tokenizer sets a limit."""
         config = self.model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None)
-        limits = [positions - facts_of(config.model_type).reserved_positions] if isinstance(positions, int) and positions > 0 else []
+        limits = (
+            [positions - facts_of(config.model_type).reserved_positions]
+            if isinstance(positions, int) and positions > 0
+            else []
+        )
         tokenizer_limit = getattr(self.tokenizer, "model_max_length", None)
         # Tokenizers without a limit say 1e30.
         if isinstance(tokenizer_limit, int) and 0 < tokenizer_limit < 10**9:

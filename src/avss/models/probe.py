@@ -51,15 +51,17 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
         inputs[main] = _sound(model, main, num_sequences, generator)
     else:
         raise UnsupportedArchitectureError(
-            f"`{type(model).__name__}` reads `{main}`, which avss cannot make up, so a cut could not be proven. Text, images "
-            "and sound can be."
+            f"`{type(model).__name__}` reads `{main}`, which avss cannot make up, so a cut could not be proven. Text, "
+            "images and sound can be."
         )
     if "input_ids" not in inputs and _must_have(accepted, "input_ids"):
         inputs["input_ids"] = _token_ids(loaded, num_sequences, length, generator)
     if "pixel_values" not in inputs and _needs_pixels(model, loaded):
         inputs["pixel_values"] = _pixels(model, num_sequences, generator)
-    if "decoder_input_ids" in accepted and getattr(model.config, "is_encoder_decoder", False) and (
-        loaded.head != "classifier"
+    if (
+        "decoder_input_ids" in accepted
+        and getattr(model.config, "is_encoder_decoder", False)
+        and (loaded.head != "classifier")
     ):
         inputs["decoder_input_ids"] = _token_ids(loaded, num_sequences, length, generator)
     return {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
@@ -71,8 +73,10 @@ def _must_have(accepted: Any, name: str) -> bool:
 
 def _needs_pixels(model: PreTrainedModel, loaded: Loaded) -> bool:
     """CLIP and its kin compare text with images, and run on nothing less than both."""
-    return "pixel_values" in inspect.signature(model.forward).parameters and hasattr(model, "get_image_features") and (
-        hasattr(model, "logit_scale")
+    return (
+        "pixel_values" in inspect.signature(model.forward).parameters
+        and hasattr(model, "get_image_features")
+        and (hasattr(model, "logit_scale"))
     )
 
 

@@ -2,7 +2,8 @@
 
 The first is exact and needs no input: a block of the smaller model must have the modules, settings and computed buffers
 of the block it came from. That finds whatever is built by position (a norm that the first block lacks, a bias that only
-the last one adds, a decay computed from the index), in any architecture, listed or not. The second runs both models on a
+the last one adds, a decay computed from the index), in any architecture, listed or not. The second runs both models
+on a
 few tokens and finds what is decided by position only while computing.
 """
 
@@ -27,7 +28,8 @@ from avss.record import Plan
 _PLACE_NAME = re.compile(r"_?(\w+_)?(idx|id|index|number|num|i)")
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
-"""Relative to the largest output: rounding only. The remapped weights run through the same kernels, so float32 is usually
+"""Relative to the largest output: rounding only. The remapped weights run through the same kernels, so float32 is
+usually
 bit-equal; half precision may take other kernels for other shapes."""
 
 _Settings = bool | int | float | str | torch.dtype | tuple[Any, ...] | None
@@ -43,7 +45,8 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
         plan: The blocks removed.
 
     Raises:
-        UnsupportedArchitectureError: A block, or a module around the stack, would be built differently; the message says
+        UnsupportedArchitectureError: A block, or a module around the stack, would be built differently; the message
+            says
             which, and how.
     """
     before, blocks = old.get_submodule(stack.path), new.get_submodule(stack.path)
@@ -52,8 +55,8 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
     kind = stack.owner(old.config).model_type
     if len(blocks) != len(plan.kept):
         raise UnsupportedArchitectureError(
-            f"The smaller config of this `{kind}` model builds {len(blocks)} blocks instead of {len(plan.kept)}: its number "
-            "of blocks comes from elsewhere. Its blocks cannot be removed this way."
+            f"The smaller config of this `{kind}` model builds {len(blocks)} blocks instead of {len(plan.kept)}: its "
+            "number of blocks comes from elsewhere. Its blocks cannot be removed this way."
         )
     family = facts_of(kind)
     for index, original in enumerate(plan.kept):
@@ -61,11 +64,14 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
         difference = next(_differences(before[original], blocks[index], plan, (original, index), exempt), None)
         if difference:
             raise UnsupportedArchitectureError(
-                f"This `{kind}` model cannot lose these blocks: block {original} would become block {index} and be built "
-                f"differently there: {difference}. The architecture decides that by position; keep such blocks in place."
+                f"This `{kind}` model cannot lose these blocks: block {original} would become block {index} and be "
+                f"built differently there: {difference}. The architecture decides that by position; keep such blocks "
+                "in place."
             )
     inside = f"{stack.path}."
-    others = {path: module for path, module in new.named_modules() if path != stack.path and not path.startswith(inside)}
+    others = {
+        path: module for path, module in new.named_modules() if path != stack.path and not path.startswith(inside)
+    }
     counts = (plan.num_blocks, len(plan.kept))
     for path, module in old.named_modules():
         if path == stack.path or path.startswith(inside):
@@ -80,8 +86,8 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
         difference = next(_module_differences(module, others[path], plan, counts, only_shared=True), None)
         if difference:
             raise UnsupportedArchitectureError(
-                f"This `{kind}` model cannot lose these blocks: `{path or type(old).__name__}` outside the stack would be "
-                f"built differently: {difference}."
+                f"This `{kind}` model cannot lose these blocks: `{path or type(old).__name__}` outside the stack would "
+                f"be built differently: {difference}."
             )
 
 
@@ -117,7 +123,8 @@ def _module_differences(
         plan: The blocks removed.
         counts: Old and new place of the block, or old and new number of blocks: integers may go from one to the other.
         skip_flags: Whether truth values may differ.
-        only_shared: Whether only what both have is compared: what serves one kind of block is not built once no block of
+        only_shared: Whether only what both have is compared: what serves one kind of block is not built once no block
+            of
             that kind is left (rotary tables for full attention).
     """
     if type(old) is not type(new):
@@ -204,7 +211,8 @@ def refuse_other_outputs(original: Loaded, smaller: Loaded, plan: Plan) -> None:
     """Refuses a cut that computes something else than the original with the removed blocks bypassed.
 
     Raises:
-        UnsupportedArchitectureError: The outputs differ, the blocks do not run on a probe, or the model cannot be run on
+        UnsupportedArchitectureError: The outputs differ, the blocks do not run on a probe, or the model cannot be run
+            on
             inputs that avss can make up.
     """
     kind = original.stack.owner(original.model.config).model_type
@@ -233,8 +241,7 @@ def refuse_other_outputs(original: Loaded, smaller: Loaded, plan: Plan) -> None:
     difference = float((found - reference).abs().max()) if found.shape == reference.shape else float("inf")
     if not difference <= tolerance:
         raise UnsupportedArchitectureError(
-            f"This `{kind}` model cannot lose these blocks: without them it computes something else than the original with "
-            f"the blocks bypassed (largest difference {difference:.3g}, allowed {tolerance:.3g}). The architecture treats "
-            "blocks by position."
+            f"This `{kind}` model cannot lose these blocks: without them it computes something else than the original "
+            f"with the blocks bypassed (largest difference {difference:.3g}, allowed {tolerance:.3g}). The "
+            "architecture treats blocks by position."
         )
-

@@ -60,15 +60,16 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
         plan: The blocks removed.
 
     Raises:
-        UnsupportedArchitectureError: The config cannot be cut, a block cannot go, the smaller config cannot say which kind
+        UnsupportedArchitectureError: The config cannot be cut, a block cannot go, the smaller config cannot say which
+            kind
             each of its blocks is, or a field looks as if it spoke of blocks and nothing is known about it.
     """
     family = find_family(config, stack)
     for pin in pinned_blocks(config, stack):
         if pin.block in plan.removed:
             raise UnsupportedArchitectureError(
-                f"Block {pin.block} of a `{stack.owner(config).model_type}` model cannot be removed: {pin.reason}. Choose "
-                f"others, or protect it with `--protect {pin.block}`."
+                f"Block {pin.block} of a `{stack.owner(config).model_type}` model cannot be removed: {pin.reason}. "
+                f"Choose others, or protect it with `--protect {pin.block}`."
             )
     smaller = copy.deepcopy(config)
     owner = stack.owner(smaller)
@@ -100,26 +101,30 @@ def _kinds(config: PretrainedConfig) -> list[str]:
 
 def _refuse_without_attention(before: PretrainedConfig, after: PretrainedConfig) -> None:
     """A hybrid asks an attention block how far a text has come: without one it cannot generate."""
-    counts = [sum("attention" in kind and "linear" not in kind for kind in _kinds(config)) for config in (before, after)]
+    counts = [
+        sum("attention" in kind and "linear" not in kind for kind in _kinds(config)) for config in (before, after)
+    ]
     if counts[0] and not counts[1]:
         raise UnsupportedArchitectureError(
-            f"This `{before.model_type}` model cannot lose these blocks: no block with attention would be left, and its cache "
-            "counts the tokens by one. Keep at least one."
+            f"This `{before.model_type}` model cannot lose these blocks: no block with attention would be left, and "
+            "its cache counts the tokens by one. Keep at least one."
         )
 
 
 def _refuse_short_cache(smaller: PretrainedConfig, stack: BlockStack) -> None:
-    """transformers sizes the decoder's cache of T5 and its kin by the number of encoder blocks."""
+    """Transformers sizes the decoder's cache of T5 and its kin by the number of encoder blocks."""
     if stack.side != "encoder" or not getattr(smaller, "is_encoder_decoder", False):
         return
     raw = smaller.to_dict()
-    needed = next((raw[field] for field in ("num_decoder_layers", "decoder_layers") if isinstance(raw.get(field), int)), 0)
+    needed = next(
+        (raw[field] for field in ("num_decoder_layers", "decoder_layers") if isinstance(raw.get(field), int)), 0
+    )
     entries = getattr(smaller.get_text_config(decoder=True), NUM_LAYERS_FIELD, needed)
     if isinstance(entries, int) and entries < needed:
         raise UnsupportedArchitectureError(
-            f"The encoder of this `{smaller.model_type}` model cannot become shorter ({entries} blocks) than its decoder "
-            f"({needed}): transformers sizes the decoder's cache by the encoder, and could not generate. Cut the decoder "
-            "first (`--stack decoder`)."
+            f"The encoder of this `{smaller.model_type}` model cannot become shorter ({entries} blocks) than its "
+            f"decoder ({needed}): transformers sizes the decoder's cache by the encoder, and could not generate. Cut "
+            "the decoder first (`--stack decoder`)."
         )
 
 
@@ -128,8 +133,8 @@ def _set(owner: PretrainedConfig, field: str, value: Any) -> None:
         setattr(owner, field, value)
     except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedArchitectureError(
-            f"The config of `{owner.model_type}` does not let `{field}` be set to {value!r}: {error}. Its smaller model "
-            "cannot be expressed."
+            f"The config of `{owner.model_type}` does not let `{field}` be set to {value!r}: {error}. Its smaller "
+            "model cannot be expressed."
         ) from error
 
 
@@ -163,9 +168,9 @@ def _rewritten(raw: Mapping[str, Any], family: Family, stack: BlockStack, plan: 
         several = len(unknown) > 1
         raise UnsupportedArchitectureError(
             f"The config field{'s' if several else ''} {', '.join(f'`{field}`' for field in unknown)} "
-            f"{'speak' if several else 'speaks'} of blocks (one entry per block, or indices of blocks), and how a cut must "
-            f"change {'them' if several else 'it'} is not known for `{kind}`. Refused rather than guessed; see CONTRIBUTING "
-            "to add the fact."
+            f"{'speak' if several else 'speaks'} of blocks (one entry per block, or indices of blocks), and how a cut "
+            f"must change {'them' if several else 'it'} is not known for `{kind}`. Refused rather than guessed; see "
+            "CONTRIBUTING to add the fact."
         )
     return changes
 
@@ -193,7 +198,7 @@ def _speaks_of_blocks(field: str, value: Any, num_blocks: int) -> bool:
 
 
 def _unknown_in(field: str, value: Mapping[Any, Any], plan: Plan) -> Iterator[str]:
-    """Names inside a nested dictionary that seem to speak of blocks. Sub-configs own other stacks and are left alone."""
+    """Names in a nested dictionary that seem to speak of blocks. Sub-configs own other stacks and are left alone."""
     if field in LAYER_DICTS or "model_type" in value:
         return
     for name, inner in value.items():
@@ -238,7 +243,9 @@ def _shifted(place: int, plan: Plan, field: str) -> int:
         moved = place + sum(block >= after for block in plan.removed)
         if moved == -1 != place:
             # The last state is the one that some towers normalise.
-            raise InexpressibleError(f"`{field}` takes features before the removed blocks, which would be the last ones then")
+            raise InexpressibleError(
+                f"`{field}` takes features before the removed blocks, which would be the last ones then"
+            )
         return moved
     return place - sum(block < place for block in plan.removed)
 
@@ -257,14 +264,15 @@ def _refuse_forgetful(smaller: PretrainedConfig, stack: BlockStack, plan: Plan) 
     if differing:
         raise UnsupportedArchitectureError(
             f"The smaller config of this `{smaller.model_type}` model does not survive being written and read: "
-            f"{', '.join(f'`{field}`' for field in differing)} would be computed anew. Its blocks cannot be removed this way."
+            f"{', '.join(f'`{field}`' for field in differing)} would be computed anew. Its blocks cannot be removed "
+            "this way."
         )
     owner = stack.owner(again)
     counted = owner.to_dict().get(stack.count_field)
     if (len(counted) if isinstance(counted, list) else counted) != len(plan.kept):
         raise UnsupportedArchitectureError(
-            f"The config of this `{smaller.model_type}` model does not take another number of blocks (`{stack.count_field}` "
-            f"stays {counted!r}). Its blocks cannot be removed this way."
+            f"The config of this `{smaller.model_type}` model does not take another number of blocks "
+            f"(`{stack.count_field}` stays {counted!r}). Its blocks cannot be removed this way."
         )
 
 

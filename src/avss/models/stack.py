@@ -1,6 +1,7 @@
 """Finds the block stacks of a model by structure, and says how hidden states enter and leave a block.
 
-A stack is an `nn.ModuleList` whose length a config owns: the config of the nearest module around it, and in it the field
+A stack is an `nn.ModuleList` whose length a config owns: the config of the nearest module around it, and in it the
+field
 that counts layers. Names of modules play no part: `model.layers`, `transformer.h` and `bert.encoder.layer` are found
 the same way, and so are the two stacks of an encoder-decoder and the towers of a vision-language model.
 """
@@ -25,7 +26,8 @@ NUM_LAYERS_FIELD = "num_hidden_layers"
 AUTO = "auto"
 """Lets avss choose the stack."""
 
-# A config field that may count blocks. Which one does is told by its value and by the side (encoder, decoder) in its name.
+# A config field that may count blocks. Which one does is told by its value and by the side (encoder, decoder) in its
+# name.
 _COUNT_NAME = re.compile(r"(\w+_)?(n_layers?|num_layers|layers|num_hidden_layers|num_blocks|depth)(_per_stack)?")
 # These count something else, whatever their value.
 _COUNTS_SOMETHING_ELSE = re.compile(
@@ -42,7 +44,8 @@ class BlockStack:
     Attributes:
         path: Dotted path of the module list, e.g. `model.layers`.
         blocks: The blocks.
-        count_field: Config field that holds their number, under the name it is stored by. Where no number is stored, the
+        count_field: Config field that holds their number, under the name it is stored by. Where no number is stored,
+            the
             per-layer list whose length is the number.
         config_path: Where the config that owns the field lies in the model's config: `()` for the config itself,
             `("text_config",)` for its text part.
@@ -173,9 +176,7 @@ def _pick(stacks: Sequence[BlockStack], wanted: str) -> BlockStack:
     raise UnsupportedArchitectureError(unknown_name("stack", wanted, dict.fromkeys(allowed)))
 
 
-def _default(
-    model: PreTrainedModel, stacks: Sequence[BlockStack], rejected: Sequence[RejectedList]
-) -> BlockStack:
+def _default(model: PreTrainedModel, stacks: Sequence[BlockStack], rejected: Sequence[RejectedList]) -> BlockStack:
     doubtful = [one for one in rejected if one.reason.endswith(_UNTOLD)]
     text = _text_config(model.config)
     if doubtful and not any(stack.owner(model.config) is text for stack in stacks):
@@ -225,9 +226,7 @@ def _find_owner(
     return None
 
 
-def _place_of(
-    config: PretrainedConfig, tree: Mapping[tuple[str, ...], PretrainedConfig]
-) -> tuple[str, ...] | None:
+def _place_of(config: PretrainedConfig, tree: Mapping[tuple[str, ...], PretrainedConfig]) -> tuple[str, ...] | None:
     """Where a module's config lies in the model's. Some models give their parts a changed copy (T5's two stacks)."""
     same = [place for place, other in tree.items() if other is config]
     alike = [place for place, other in tree.items() if type(other) is type(config)]
@@ -295,16 +294,15 @@ def _without_parallel(fitting: Mapping[str, BlockStack]) -> tuple[list[BlockStac
             if stack in chosen:
                 continue
             together = ", ".join(f"`{other.path}`" for other in group if other is not stack)
-            reason = (
-                f"`{stack.count_field}` also counts {together}"
-                + (", which holds the blocks" if chosen else _UNTOLD)
+            reason = f"`{stack.count_field}` also counts {together}" + (
+                ", which holds the blocks" if chosen else _UNTOLD
             )
             rejected.append(RejectedList(path=stack.path, description=_describe(stack.blocks), reason=reason))
     return kept, rejected
 
 
 def _is_block(module: nn.Module) -> bool:
-    """transformers marks its blocks: they can be recomputed in training."""
+    """Transformers marks its blocks: they can be recomputed in training."""
     return isinstance(module, GradientCheckpointingLayer)
 
 
@@ -390,7 +388,8 @@ def hooked(stack: BlockStack, hook: BlockHook, *, dims: tuple[int, ...] = (3,)) 
     Args:
         stack: The blocks.
         hook: What to call.
-        dims: Numbers of dimensions that a hidden state may have. Statistics need `[batch, token, hidden]`; a bypass does
+        dims: Numbers of dimensions that a hidden state may have. Statistics need `[batch, token, hidden]`; a bypass
+            does
             not care (Gemma 3n carries four streams beside each other, images are maps).
 
     Raises:
@@ -403,8 +402,9 @@ def hooked(stack: BlockStack, hook: BlockHook, *, dims: tuple[int, ...] = (3,)) 
             before, result = hidden_from_call(args, kwargs), hidden_from_output(output)
             if before.dim() not in dims and before.shape == result.shape and before.dim() > 3:
                 raise UnsupportedArchitectureError(
-                    f"Block {index} (`{type(block).__name__}`) carries several streams beside each other, {tuple(before.shape)}; "
-                    "statistics of a block are defined for one, [batch, token, hidden]. It can be cut, not scored."
+                    f"Block {index} (`{type(block).__name__}`) carries several streams beside each other, "
+                    f"{tuple(before.shape)}; statistics of a block are defined for one, [batch, token, hidden]. It can "
+                    "be cut, not scored."
                 )
             if before.shape != result.shape or before.dim() not in dims:
                 raise UnsupportedArchitectureError(

@@ -21,6 +21,7 @@ CACHE_TOLERANCE = 1e-2
 Batch = tuple[Tensor, Tensor] | Mapping[str, Tensor]
 """Token ids `[B, T]` with their keep mask, or a model's own keyword arguments."""
 
+
 def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: Batch) -> Verification:
     """Checks a saved model against the one in memory and against the original with the removed blocks bypassed.
 
@@ -103,7 +104,7 @@ def _cached_equals_uncached(fresh: Loaded, original: Loaded, batch: Batch) -> bo
 
 
 def _prompt(loaded: Loaded, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """What generation starts from: the tokens to continue, and the inputs of an encoder. None where nothing generates."""
+    """What generation starts from: tokens to continue, and an encoder's inputs. None where nothing generates."""
     if not loaded.model.can_generate() or loaded.head not in ("causal", "seq2seq"):
         return None
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch[0], "attention_mask": batch[1].long()}
@@ -129,7 +130,7 @@ def _explain(result: Verification, problems: dict[str, list[str]]) -> str:
     if result.cached_generation is False:
         failed.append("it generates other tokens with its cache than without")
     return (
-        f"The saved model failed verification and has been withdrawn: {'; '.join(failed)} "
-        f"(allowed {result.tolerance:.3g}). "
-        "Nothing was published. This is a bug in avss or in the architecture's facts: please report it."
+        f"The saved model failed verification and has been withdrawn: {'; '.join(failed)} (allowed "
+        f"{result.tolerance:.3g}). Nothing was published. This is a bug in avss or in the architecture's facts: please "
+        "report it."
     )
