@@ -117,7 +117,8 @@ def _prompt(loaded: Loaded, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | 
         return first["input_ids"][:, :length], {}
     first.pop("decoder_input_ids", None)
     start = getattr(loaded.model.generation_config, "decoder_start_token_id", None)
-    start = loaded.model.config.get_text_config(decoder=True).bos_token_id if start is None else start
+    if start is None:
+        start = getattr(loaded.model.config.get_text_config(decoder=True), "bos_token_id", None)
     return torch.full((1, 1), start or 0, device=loaded.device), first
 
 
