@@ -36,7 +36,13 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
         )
     config = rewrite_config(loaded.model.config, stack, plan)
     family = facts_of(stack.owner(config).model_type)
-    empty = empty_model(type(loaded.model), config)
+    try:
+        empty = empty_model(type(loaded.model), config)
+    except Exception as error:  # whatever a stranger's constructor raises
+        raise UnsupportedArchitectureError(
+            f"transformers cannot build this `{stack.owner(config).model_type}` model without these blocks: "
+            f"{' '.join(str(error).split())[:300]}."
+        ) from error
     refuse_other_blocks(loaded.blueprint, empty, stack, plan)
     state = remap(loaded.model.state_dict(), stack.path, plan, family)
     try:

@@ -32,7 +32,13 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inspect_lists_every_stack_and_says_why_one_was_taken(avss_command, t5_folder):
     answer = avss_command("inspect", t5_folder)
     assert answer.code == 0
-    for text in ("encoder.block", "decoder.block", "num_decoder_layers", "the decoder of an encoder-decoder", "--stack"):
+    for text in (
+        "encoder.block",
+        "decoder.block",
+        "num_decoder_layers",
+        "the decoder of an encoder-decoder",
+        "--stack",
+    ):
         assert text in answer.out
     raw = json.loads(avss_command("inspect", t5_folder, "--stack", "encoder", "--json").out)
     assert raw["model"]["stack"] == "encoder.block"

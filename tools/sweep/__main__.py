@@ -7,7 +7,7 @@ that one alone. Exit code 1 if any law is broken.
 """
 
 import argparse
-import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -39,7 +39,7 @@ KINDS = {
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
 }
-SECONDS = 180
+SECONDS = 240
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,8 +79,29 @@ def _sentence(error: BaseException) -> str:
     return text if isinstance(error, UnsupportedArchitectureError) else f"{type(error).__name__}: {text}"[:300]
 
 
-def examine_apart(candidate: dict[str, str]) -> dict[str, Any]:
-    """The outcome for one class, in a forked process that may crash or hang."""
+@dataclasses.dataclass
+class _Child:
+    """A forked process that examines one class, and may crash or hang."""
+
+    candidate: dict[str, str]
+    process: int
+    answer: int
+    deadline: float
+    text: bytes = b""
+
+    def result(self, *, in_time: bool) -> dict[str, Any]:
+        """What it found, once it has ended."""
+        if not in_time:
+            os.kill(self.process, signal.SIGKILL)
+        os.close(self.answer)
+        os.waitpid(self.process, 0)
+        if in_time and self.text:
+            return {**self.candidate, **json.loads(self.text)}
+        what = "crashed" if in_time else f"took more than {SECONDS} seconds"
+        return {**self.candidate, "outcome": "unbuilt", "reason": f"building and running it {what}, even small"}
+
+
+def _start(candidate: dict[str, str]) -> _Child:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -89,22 +110,22 @@ def examine_apart(candidate: dict[str, str]) -> dict[str, Any]:
             answer.write(json.dumps(examine(candidate)))
         os._exit(0)
     os.close(writing)
-    text, deadline = b"", time.monotonic() + SECONDS
-    with os.fdopen(reading, "rb", buffering=0) as answer:
-        while True:
-            ready, _, _ = select.select([answer], [], [], max(0, deadline - time.monotonic()))
-            if not ready:
-                os.kill(child, signal.SIGKILL)
-                break
-            part = answer.read(65536)
-            if not part:
-                break
-            text += part
-    _, status = os.waitpid(child, 0)
-    if text:
-        return {**candidate, **json.loads(text)}
-    what = f"took more than {SECONDS} seconds" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == 9 else "crashed"
-    return {**candidate, "outcome": "unbuilt", "reason": f"building and running it {what}, even small"}
+    return _Child(candidate, child, reading, time.monotonic() + SECONDS)
+
+
+def examine_apart(todo: list[dict[str, str]], *, jobs: int) -> Iterator[dict[str, Any]]:
+    """The outcomes as they come, each from a process of its own. No threads: a fork would inherit their locks."""
+    waiting, running = list(reversed(todo)), list[_Child]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_start(waiting.pop()))
+        ready, _, _ = select.select([child.answer for child in running], [], [], 1)
+        for child in list(running):
+            part = os.read(child.answer, 65536) if child.answer in ready else None
+            child.text += part or b""
+            if part == b"" or time.monotonic() > child.deadline:
+                running.remove(child)
+                yield child.result(in_time=part == b"")
 
 
 def main() -> int:
@@ -125,9 +146,8 @@ def main() -> int:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = _read(options.results)
     todo = [one for one in wanted if options.fresh or _key(one) not in known]
-    # Threads only wait for their children; the children do the work.
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, options.results.open("a") as kept:
-        for place, result in enumerate(pool.map(examine_apart, todo), start=1):
+    with options.results.open("a") as kept:
+        for place, result in enumerate(examine_apart(todo, jobs=options.jobs), start=1):
             known[_key(result)] = result
             kept.write(json.dumps(result) + "\n")
             kept.flush()

@@ -71,7 +71,8 @@ _SHORT_DECODER = {"num_decoder_layers": 3}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"), _SHORT_DECODER),
-    "dots1": {"n_routed_experts": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "speech-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
@@ -96,6 +97,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * LAYERS,
     },
     "got_ocr2_vision": {"global_attn_indexes": [1, 4]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"], "num_dense_layers": 1},
     "llama4_text": {"moe_layers": [1, 3], "no_rope_layers": [1, 1, 0, 1, 0]},
@@ -104,6 +106,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "sam_vision_model": {"global_attn_indexes": [1, 4]},
+    "rwkv": {"rescale_every": 0},
     "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0]},
     "zamba": {
         "attention_hidden_size": 64,

@@ -75,6 +75,8 @@ NOT_PER_LAYER = frozenset(
         "image_std",
         "label2id",
         "out_features",
+        "out_indices",
+        "stage_names",
         "suppress_tokens",
         "begin_suppress_tokens",
         "tdnn_dim",
@@ -325,6 +327,7 @@ FAMILIES: dict[str, Family] = {
     "diffllama": Family(
         obstacle=_refused("its differential attention subtracts a share that is computed from each block's index")
     ),
+    "esm": Family(packed={r"(.*\.)?contact_head\.regression\.weight": 1}),
     "gemma3n_text": Family(
         per_layer=("intermediate_size", "activation_sparsity_pattern"),
         packed=_PER_LAYER_EMBEDDINGS,

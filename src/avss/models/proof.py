@@ -81,7 +81,7 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
                 f"This `{kind}` model cannot lose these blocks: `{path}` outside the stack would be gone with them. It "
                 "belongs to a block, and which one is not known."
             )
-        if family.packed_axis(f"{path}.weight") is not None:
+        if path and any(family.packed_axis(f"{path}.{name}") is not None for name in _own_keys(module)):
             continue
         difference = next(_module_differences(module, others[path], plan, counts, only_shared=True), None)
         if difference:
@@ -89,6 +89,11 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
                 f"This `{kind}` model cannot lose these blocks: `{path or type(old).__name__}` outside the stack would "
                 f"be built differently: {difference}."
             )
+
+
+def _own_keys(module: nn.Module) -> Iterator[str]:
+    """Keys of a module's parameters and of those one level below: a head knows the size of the table inside it."""
+    return (name for name, _ in module.named_parameters() if name.count(".") <= 1)
 
 
 def _differences(
@@ -127,6 +132,8 @@ def _module_differences(
             of
             that kind is left (rotary tables for full attention).
     """
+    if any("Drop" in type(module).__name__ for module in (old, new)):
+        return  # only training drops anything
     if type(old) is not type(new):
         yield f"is a `{type(new).__name__}` instead of a `{type(old).__name__}`"
         return

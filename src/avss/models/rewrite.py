@@ -84,10 +84,26 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
         raise UnsupportedArchitectureError(f"This `{kind}` model cannot lose these blocks: {reason}.") from reason
     for field, value in changes.items():
         _set(owner, field, value)
+    if isinstance(raw.get("stage_names"), list) and len(raw["stage_names"]) == plan.num_blocks + 1:
+        _renumber_stages(owner, raw, plan)
     _refuse_without_attention(stack.owner(config), owner)
     _refuse_short_cache(smaller, stack)
     _refuse_forgetful(smaller, stack, plan)
     return smaller
+
+
+def _renumber_stages(owner: PretrainedConfig, raw: Mapping[str, Any], plan: Plan) -> None:
+    """A backbone names the state after each block, `stem`, `stage1`, ...; its outputs stay after the same blocks."""
+    taken = [place % (plan.num_blocks + 1) for place in raw.get("out_indices") or [plan.num_blocks]]
+    moved = [place - sum(block < place for block in plan.removed) for place in taken]
+    if len(set(moved)) < len(moved):
+        raise UnsupportedArchitectureError(
+            f"This `{owner.model_type}` model cannot lose these blocks: two of its outputs (`out_indices` {taken}) would "
+            "be the same. Keep a block between them."
+        )
+    stages: Any = owner
+    stages.stage_names = raw["stage_names"][: len(plan.kept) + 1]
+    stages.set_output_features_output_indices(out_features=None, out_indices=moved)
 
 
 def _kinds(config: PretrainedConfig) -> list[str]:
