@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tools.sweep.shrink import small_model
 
 from tests.support.tokenizers import word_tokenizer
-from tools.sweep.shrink import small_model
 
 
 def save(class_name: str, model_type: str, folder: Path, **settings: object) -> Path:

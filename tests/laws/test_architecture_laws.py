@@ -356,7 +356,7 @@ def test_model_without_a_stack_is_refused():
     model = build("LlamaForCausalLM", config)
     model.config.num_hidden_layers = 3  # a checkpoint whose config does not fit its weights
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"3 layers by its config.*`model.layers` \(2 x Llama.*no config says"
+        UnsupportedArchitectureError, match=r"3 layers by its config.*\(2 x Llama.*no config says"
     ):
         find_stack(model)
 

@@ -5,7 +5,7 @@ A batch is a pair of token ids and keep mask, or a mapping of the model's own ke
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor 
         batch: Token ids `[B, T]`, or the model's own keyword arguments.
         keep: `[B, T]`, True for real tokens; None if all are.
     """
-    body = loaded.model.base_model
+    body = cast(PreTrainedModel, loaded.model.base_model)
     return body(**_inputs(loaded, body, batch, keep))[0]
 
 

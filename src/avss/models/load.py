@@ -115,7 +115,7 @@ class Loaded:
             found = self.model.get_input_embeddings()
         except (NotImplementedError, AttributeError):
             return None
-        return found if hasattr(found, "num_embeddings") else None
+        return cast(torch.nn.Embedding, found) if hasattr(found, "num_embeddings") else None
 
     @property
     def vocabulary(self) -> int:
@@ -617,7 +617,7 @@ _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentenc
 
 def _copy_companions(source: Path, folder: Path) -> None:
     """What else makes a folder whole: processors, and what a sentence-transformers folder has beside its model."""
-    names = list(_PROCESSOR_FILES)
+    names: list[str] = list(_PROCESSOR_FILES)
     listing = source / "modules.json"
     if listing.is_file():
         names += _SENTENCE_FILES

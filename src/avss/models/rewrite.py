@@ -98,8 +98,8 @@ def _renumber_stages(owner: PretrainedConfig, raw: Mapping[str, Any], plan: Plan
     moved = [place - sum(block < place for block in plan.removed) for place in taken]
     if len(set(moved)) < len(moved):
         raise UnsupportedArchitectureError(
-            f"This `{owner.model_type}` model cannot lose these blocks: two of its outputs (`out_indices` {taken}) would "
-            "be the same. Keep a block between them."
+            f"This `{owner.model_type}` model cannot lose these blocks: two of its outputs (`out_indices` {taken}) "
+            "would be the same. Keep a block between them."
         )
     stages: Any = owner
     stages.stage_names = raw["stage_names"][: len(plan.kept) + 1]
