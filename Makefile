@@ -24,6 +24,7 @@ lint: .venv/linted
 bench: .venv/installed .venv/models
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/damage.py
+	$(BIN)/python benchmarks/on_disk.py
 
 # Every architecture of transformers against the laws of a cut -> docs/architectures.md. Long; goes on where it stopped.
 sweep: .venv/tested

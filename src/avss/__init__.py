@@ -28,12 +28,14 @@ if TYPE_CHECKING:
         run,
         score,
         stability,
+        verify,
     )
     from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
     from avss.record import (
         BlockScores,
+        CheckReport,
         Comparison,
         Cut,
         DamageTable,
@@ -48,6 +50,7 @@ _PLACES = {
     "AvssError": "avss.errors",
     "BlockScores": "avss.record",
     "CRITERIA": "avss.criteria",
+    "CheckReport": "avss.record",
     "Comparison": "avss.record",
     "Cut": "avss.record",
     "DamageTable": "avss.record",
@@ -73,12 +76,14 @@ _PLACES = {
     "run": "avss.composer",
     "score": "avss.composer",
     "stability": "avss.composer",
+    "verify": "avss.composer",
 }
 
 __all__ = [
     "CRITERIA",
     "AvssError",
     "BlockScores",
+    "CheckReport",
     "Comparison",
     "Cut",
     "DamageTable",
@@ -104,6 +109,7 @@ __all__ = [
     "run",
     "score",
     "stability",
+    "verify",
 ]
 
 

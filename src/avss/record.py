@@ -370,6 +370,24 @@ class Plan(FrozenValue):
         """Original index -> index in the smaller model, for the blocks that stay."""
         return {old: new for new, old in enumerate(self.kept)}
 
+    def rename(self, key: str, stack: str) -> str | None:
+        """The name that a weight has in the smaller model; None if it goes with its block.
+
+        Args:
+            key: Its name in the original, e.g. `model.layers.3.mlp.up_proj.weight`.
+            stack: Dotted path of the block stack. Anchored: a list of that name elsewhere is left alone.
+
+        Example:
+            >>> plan = Plan(num_blocks=3, removed=(1,), method="explicit", rule="by hand")
+            >>> [plan.rename(key, "h") for key in ("h.1.w", "h.2.w", "x.h.2.w", "h.norm")]
+            [None, 'h.1.w', 'x.h.2.w', 'h.norm']
+        """
+        index, dot, rest = key.removeprefix(f"{stack}.").partition(".")
+        if not key.startswith(f"{stack}.") or not dot or not index.isdecimal():
+            return key
+        new = self.index_map.get(int(index))
+        return None if new is None else f"{stack}.{new}.{rest}"
+
     @property
     def fraction(self) -> float:
         """Share of the blocks removed, 0 to 1."""
@@ -617,25 +635,73 @@ class Verification(FrozenValue):
 
     Attributes:
         reload_strict: A fresh load found no missing, unexpected or mismatched key.
-        max_diff_memory: Largest difference of its outputs from those of the model in memory.
-        max_diff_bypass: Largest difference from the original model with the removed blocks bypassed.
+        max_diff_memory: Largest difference of its outputs from those of the model in memory; nan where outputs were
+            not compared.
+        max_diff_bypass: Largest difference from the original model with the removed blocks bypassed; nan likewise.
         tolerance: What was allowed for both.
         cached_generation: Greedy tokens with cache equal those without; None for models that do not generate.
         num_generated: Tokens compared for that.
+        bytes_equal: Every kept weight has the name, shape and bytes it should have; None where weights were saved from
+            memory rather than copied.
+        outputs_compared: Whether the model was run. False where it does not fit in memory.
     """
 
     reload_strict: bool
-    max_diff_memory: JsonFloat
-    max_diff_bypass: JsonFloat
-    tolerance: float
+    max_diff_memory: JsonFloat = math.nan
+    max_diff_bypass: JsonFloat = math.nan
+    tolerance: float = 0.0
     cached_generation: bool | None = None
     num_generated: int = 0
+    bytes_equal: bool | None = None
+    outputs_compared: bool = True
 
     @property
     def passed(self) -> bool:
         """Whether every check held."""
         within = self.max_diff_memory <= self.tolerance and self.max_diff_bypass <= self.tolerance
-        return self.reload_strict and within and self.cached_generation is not False
+        same = within or not self.outputs_compared
+        return self.reload_strict and same and self.cached_generation is not False and self.bytes_equal is not False
+
+
+class Check(FrozenValue):
+    """One thing that was asked of a saved model.
+
+    Attributes:
+        what: What was asked, as a statement that should hold.
+        passed: Whether it holds.
+        found: What was found, in a few words.
+    """
+
+    what: str
+    passed: bool
+    found: str
+
+
+class CheckReport(FrozenValue):
+    """What `avss verify` found.
+
+    Attributes:
+        model: What was checked.
+        against: The original it was compared with; None where there was none.
+        plan: The blocks it lacks, where that is known.
+        checks: In the order they were made.
+        notes: What could not be checked, and why.
+    """
+
+    model: str
+    against: str | None = None
+    plan: Plan | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> str:
+        """The report as indented JSON, with `passed` in it."""
+        return json.dumps({**self.model_dump(mode="json"), "passed": self.passed}, indent=2)
 
 
 class Cut(FrozenValue):
@@ -646,6 +712,7 @@ class Cut(FrozenValue):
         model: Facts of the smaller model.
         changes: Config fields the cut changed.
         path: Where it was saved, relative to the record; None where it was only measured.
+        file_format: What it was saved as: `safetensors` or `gguf`.
         verification: Proof for the saved model; None where it was not saved.
         measurements: What it scored.
         retention: The same against the dense model.
@@ -656,6 +723,7 @@ class Cut(FrozenValue):
     model: ModelFacts
     changes: tuple[FieldChange, ...] = ()
     path: str | None = None
+    file_format: Literal["safetensors", "gguf"] = "safetensors"
     verification: Verification | None = None
     measurements: tuple[Measurement, ...] = ()
     retention: tuple[Retention, ...] = ()

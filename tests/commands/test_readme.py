@@ -31,7 +31,7 @@ def commands() -> list[list[str]]:
 
 def test_the_readme_shows_every_verb():
     shown = {line[0] for line in commands()}
-    assert {"run", "score", "prune", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
+    assert {"run", "score", "prune", "verify", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
     assert len(commands()) >= 6
 
 

@@ -25,7 +25,7 @@ def test_help_answers_fast_because_torch_is_not_imported():
 
 
 def test_every_verb_has_help_that_names_its_options(avss_command):
-    for verb in ("run", "score", "prune", "evaluate", "report", "inspect", "demo"):
+    for verb in ("run", "score", "prune", "verify", "evaluate", "report", "inspect", "demo"):
         answer = avss_command(verb, "--help")
         assert answer.code == 0
         assert "--json" in answer.out

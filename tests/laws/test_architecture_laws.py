@@ -355,9 +355,7 @@ def test_model_without_a_stack_is_refused():
     config = transformers.LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     model = build("LlamaForCausalLM", config)
     model.config.num_hidden_layers = 3  # a checkpoint whose config does not fit its weights
-    with pytest.raises(
-        UnsupportedArchitectureError, match=r"3 layers by its config.*\(2 x Llama.*no config says"
-    ):
+    with pytest.raises(UnsupportedArchitectureError, match=r"3 layers by its config.*\(2 x Llama.*no config says"):
         find_stack(model)
 
 

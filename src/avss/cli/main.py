@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from avss import __version__
-from avss.cli import compare, damage, demo, evaluate, inspect, prune, report, run, score, stability
+from avss.cli import compare, damage, demo, evaluate, inspect, prune, report, run, score, stability, verify
 from avss.errors import AvssError, UserError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _options(
     del version
 
 
-for verb in (run, score, damage, compare, stability, prune, evaluate, report, inspect, demo):
+for verb in (run, score, damage, compare, stability, prune, verify, evaluate, report, inspect, demo):
     app.command(name=verb.__name__.rsplit(".", 1)[-1])(verb.command)
 
 

@@ -79,6 +79,39 @@ Protect = Annotated[
     ),
 ]
 
+Scores = Annotated[
+    Path | None,
+    typer.Option("--scores", help="Choose by the scores in this folder (avss score --out).", rich_help_panel=_CHOICE),
+]
+
+_FILES = "From file to file"
+OnDisk = Annotated[
+    bool | None,
+    typer.Option(
+        "--on-disk/--in-memory",
+        help="Copy the kept weights from file to file, without the model in memory.",
+        show_default="on disk where the model does not fit in memory",
+        rich_help_panel=_FILES,
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="safetensors: an ordinary checkpoint. gguf: cut a GGUF file as it lies, for llama.cpp and Ollama.",
+        rich_help_panel=_FILES,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Memory that may be used, e.g. 16GB: decides what is cut on disk, and what is run to verify it.",
+        show_default="what is free",
+        rich_help_panel=_FILES,
+    ),
+]
+
 Task = Annotated[
     list[str] | None,
     typer.Option(

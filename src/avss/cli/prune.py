@@ -1,8 +1,13 @@
 """`avss prune`: a smaller checkpoint, verified."""
 
+from typing import TYPE_CHECKING, Any
+
 import typer
 
 from avss.cli import options as opt
+
+if TYPE_CHECKING:
+    from avss.record import RunRecord
 
 
 def command(
@@ -14,6 +19,7 @@ def command(
     blocks: opt.Blocks = None,
     contiguous: opt.Contiguous = False,
     protect: opt.Protect = "auto",
+    scores: opt.Scores = None,
     data: opt.Data = "builtin",
     samples: opt.Samples = 64,
     seq_len: opt.SeqLen = 512,
@@ -25,60 +31,90 @@ def command(
     device: opt.Device = "auto",
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    on_disk: opt.OnDisk = None,
+    file_format: opt.Format = "safetensors",
+    max_memory: opt.MaxMemory = None,
     force: opt.Force = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
-    from avss import composer
+    from avss.composer import disk
     from avss.config import PlanConfig, build
     from avss.criteria import find_criteria
+    from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
     from avss.plan import check_one_target
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
-    check_one_target(
-        build(PlanConfig, {"criterion": criterion, "contiguous": contiguous, "protect": protect, **choice})
-    )
+    plan = build(PlanConfig, {"criterion": criterion, "contiguous": contiguous, "protect": protect, **choice})
+    check_one_target(plan)
     find_criteria([criterion])
+    if file_format not in ("safetensors", "gguf"):
+        raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
+    if on_disk and file_format == "gguf":
+        raise ConfigError("`--format gguf` cuts from file to file anyway. Leave out `--on-disk`.")
+    allowed = disk.parse_bytes(max_memory) if max_memory is not None else None
     check_free(out, force=force)
-    with opt.shown_stages(quiet=quiet) as stages:
-        with stages("Loading the model"):
-            loaded = composer.load(
-                model,
-                head=head,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                stack=stack,
-            )
-        pruned = composer.prune(
-            loaded,
-            criterion=criterion,
-            **choice,
-            contiguous=contiguous,
-            protect=protect,
-            data=data,
-            out=out,
-            force=force,
-            command=opt.this_command(),
-            stages=stages,
-            samples=samples,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
+    reason = None
+    if on_disk is None and file_format == "safetensors":
+        reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype)
+        if reason and not quiet:
+            typer.echo(reason, err=True)
+    if stack != "auto" and (on_disk or reason or file_format == "gguf"):
+        raise ConfigError(
+            "`--stack` works in memory only: from file to file the stack that avss takes by itself is cut. Leave out "
+            "`--stack`, or cut in memory (`--in-memory`)."
         )
+    common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
+    text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+    loading: dict[str, Any] = {"head": head, "revision": revision}
+    with opt.shown_stages(quiet=quiet) as stages:
+        if on_disk or reason:
+            loading["trust_remote_code"] = trust_remote_code
+            record = disk.prune_on_disk(
+                model, plan, seed=seed, max_memory=allowed, note=reason, stages=stages, **common, **loading
+            )
+        elif file_format == "gguf":
+            from avss.composer.gguf_pruning import prune_gguf
+
+            record = prune_gguf(
+                model, plan, data=data, device=device, max_memory=allowed, stages=stages, **common, **loading, **text
+            )
+        else:
+            from avss import composer
+
+            with stages("Loading the model"):
+                loaded = composer.load(
+                    model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, stack=stack, **loading
+                )
+            record = composer.prune(
+                loaded,
+                criterion=criterion,
+                **choice,
+                contiguous=contiguous,
+                protect=protect,
+                data=data,
+                stages=stages,
+                **common,
+                **text,
+            ).record
     if json:
-        typer.echo(pruned.record.to_json())
-        return
-    if quiet:
-        return
+        typer.echo(record.to_json())
+    elif not quiet:
+        _show(record, out)
+
+
+def _show(record: "RunRecord", out: opt.Path) -> None:
     from avss.cli.show import show_path, show_plan, show_verification, show_warnings
 
-    show_warnings(pruned.record.warnings)
-    show_plan(pruned.plan)
-    proof = pruned.record.cuts[0].verification
-    if proof is not None:
-        show_verification(proof)
+    cut = record.cuts[0]
+    show_warnings(record.warnings)
+    show_plan(cut.plan)
+    if cut.verification is not None:
+        show_verification(cut.verification)
     show_path("Smaller model", out)
+    if cut.file_format == "gguf":
+        name = out.absolute().name.lower()
+        show_path("Run it", f"llama-cli -m {out / 'model.gguf'}")
+        show_path("Or with Ollama", f"ollama create {name} -f {out / 'Modelfile'} && ollama run {name}")

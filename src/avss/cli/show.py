@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avss.record import Plan, RunRecord, ScoreTable, Verification
+from avss.record import CheckReport, Plan, RunRecord, ScoreTable, Verification
 from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
 
 if TYPE_CHECKING:
@@ -60,12 +60,28 @@ def show_plan(plan: Plan) -> None:
 
 def show_verification(proof: Verification) -> None:
     """What was checked, in a line."""
+    if not proof.outputs_compared:
+        _console().print(
+            "[green]Verified[/green]: names and shapes are those of the smaller model's class, the bytes those of the "
+            "original. It was not run."
+        )
+        return
     generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}
     _console().print(
         "[green]Verified[/green]: strict reload, outputs differ by "
         f"{proof.max_diff_memory:.2g} from memory and {proof.max_diff_bypass:.2g} from the bypassed original"
         f"{generation[proof.cached_generation]}."
     )
+
+
+def show_checks(report: CheckReport) -> None:
+    """One line a check, then what could not be checked."""
+    console = _console()
+    for check in report.checks:
+        mark = "[green]held[/green]  " if check.passed else "[red]FAILED[/red]"
+        console.print(f"{mark} {check.what}  [dim]({escape(check.found)})[/dim]", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"[yellow]![/yellow] {escape(note)}", soft_wrap=True)
 
 
 def show_results(record: RunRecord) -> None:

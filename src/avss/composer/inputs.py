@@ -1,5 +1,6 @@
 """Models and texts as users name them -> what the stages take."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -9,6 +10,7 @@ import torch
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.batches import Batches, Layout, make_batches, need_tokenizer
 from avss.data.sources import read_texts
+from avss.errors import DataError
 from avss.models.load import Loaded, adopt, load_model
 from avss.models.probe import probe_inputs
 from avss.models.stack import AUTO
@@ -98,12 +100,20 @@ def probe_batch(loaded: Loaded) -> Batch:
         return probe_inputs(loaded.tower(), num_sequences=3)
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
-        batches = make_batches(
-            read_texts("builtin"), loaded.tokenizer, layout="padded", samples=3, seq_len=length, batch_size=3, seed=0
-        )
-        token_ids, keep = next(iter(batches))
-        if int(token_ids.max()) < loaded.vocabulary:
-            return token_ids, keep
+        # A folder without tokenizer files still gets a tokenizer from transformers, one that knows no words.
+        with contextlib.suppress(DataError):
+            batches = make_batches(
+                read_texts("builtin"),
+                loaded.tokenizer,
+                layout="padded",
+                samples=3,
+                seq_len=length,
+                batch_size=3,
+                seed=0,
+            )
+            token_ids, keep = next(iter(batches))
+            if int(token_ids.max()) < loaded.vocabulary:
+                return token_ids, keep
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(loaded.vocabulary, (3, length), generator=generator)
     keep = torch.ones_like(token_ids, dtype=torch.bool)

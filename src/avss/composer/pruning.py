@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from avss.composer.disk import check_scores, fits_memory, parse_bytes, prune_on_disk, scores_of
+from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.records import begin_record
@@ -13,13 +15,14 @@ from avss.composer.scores import score_loaded
 from avss.config import DataConfig, PlanConfig, build
 from avss.criteria import find_criteria
 from avss.cut import cut
+from avss.errors import ConfigError
 from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes, pinned_blocks
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan
 from avss.progress import Stages, Timed, silent
-from avss.record import Cut, Plan, RunRecord
+from avss.record import Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
 if TYPE_CHECKING:
@@ -31,13 +34,14 @@ class Pruned:
     """A smaller model and its story.
 
     Attributes:
-        model: The smaller model. It shares the kept weights with the model it was cut from.
+        model: The smaller model. It shares the kept weights with the model it was cut from. None where the cut went
+            from file to file (on disk, or GGUF): load it from `out`.
         tokenizer: The tokenizer, if there is one.
         plan: The blocks removed.
         record: Everything known about it.
     """
 
-    model: "PreTrainedModel"
+    model: "PreTrainedModel | None"
     tokenizer: "PreTrainedTokenizerBase | None"
     plan: Plan
     record: RunRecord
@@ -58,6 +62,10 @@ def prune(
     data: DataConfig | str | Sequence[str] = "builtin",
     out: str | Path | None = None,
     force: bool = False,
+    scores: str | Path | None = None,
+    on_disk: bool | None = None,
+    file_format: Literal["safetensors", "gguf"] = "safetensors",
+    max_memory: str | int | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     stack: str = "auto",
     command: str | None = None,
@@ -77,6 +85,11 @@ def prune(
         data: The calibration text.
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.
+        scores: Record of an earlier `avss.score` to choose by, instead of scoring again.
+        on_disk: Whether to cut from file to file, without the model in memory. By default, where it does not fit.
+        file_format: `gguf` cuts a GGUF file into a GGUF file, its quantised weights as they are. `safetensors` writes
+            an ordinary checkpoint, whatever the model came from.
+        max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free.
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
         command: The command to note in the record.
@@ -103,6 +116,20 @@ def prune(
     (wanted,) = find_criteria([criterion])
     if out is not None:
         check_free(Path(out), force=force)
+    allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
+    from_file = isinstance(model, str | Path)
+    reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
+    if on_disk or reason or file_format == "gguf":
+        if not from_file or out is None:
+            raise ConfigError("A cut from file to file needs the name of a model, not an object, and a folder `out`.")
+        common: dict[str, Any] = {"out": Path(out), "force": force, "scores": scores, "max_memory": allowed}
+        common |= {"command": command, "stages": stages}
+        if file_format == "gguf":
+            record = prune_gguf(model, config, data=data, **common, **settings)
+        else:
+            seed = int(settings.get("seed", 0))
+            record = prune_on_disk(str(model), config, seed=seed, note=reason, **common)
+        return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
         loaded = load(model, tokenizer, stack=stack)
@@ -111,6 +138,11 @@ def prune(
     table = None
     if config.blocks is not None:
         plan = explicit_plan(config, len(loaded.stack))
+    elif scores is not None:
+        found = scores_of(scores, criterion)
+        check_scores(found, len(loaded.stack))
+        table = ScoreTable(scores=(found,))
+        plan = make_plan(found, config, protects_ends=wanted.protects_ends)
     else:
         batches = calibration(loaded, data, **settings)
         table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)

@@ -1,13 +1,8 @@
 """Records: begun, written, drawn again."""
 
-import datetime
-import importlib.metadata
-import platform
 from pathlib import Path
 
-import torch
-
-import avss
+from avss.composer.provenance import now, versions
 from avss.errors import OutputExistsError
 from avss.models.load import Loaded
 from avss.output import fresh_folder
@@ -68,18 +63,3 @@ def report(record: RunRecord | str | Path, out: str | Path | None = None, *, for
     folder = path if path.is_dir() else path.parent
     write_record(value, folder)
     return folder / "report.html"
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the numbers."""
-    return {
-        "avss": avss.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-    }

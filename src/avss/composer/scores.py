@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from avss.collect import collect
 from avss.composer.inputs import AnyModel, calibration, load
-from avss.composer.records import now, versions, write_record
+from avss.composer.provenance import now, versions
+from avss.composer.records import write_record
 from avss.config import DataConfig
 from avss.criteria import CRITERIA, AbstractCriterion, find_criteria
 from avss.data.batches import Batches

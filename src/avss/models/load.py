@@ -273,6 +273,42 @@ def load_model(
     )
 
 
+def load_empty(
+    source: str | Path,
+    *,
+    head: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    with_tokenizer: bool = False,
+) -> Loaded:
+    """The model as its config describes it, without any weight: what can be told of it without reading them.
+
+    Args:
+        source: As for `load_model`.
+        head: As for `load_model`.
+        revision: As for `load_model`.
+        trust_remote_code: As for `load_model`.
+        with_tokenizer: Whether to read the tokenizer.
+
+    Raises:
+        ConfigError: `head` is unknown.
+        ModelLoadError: The config cannot be read.
+    """
+    _check_choices(head, "auto")
+    location = _locate(str(source), revision)
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if revision and not location.is_local:
+        options["revision"] = revision
+    with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
+        config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
+        model_class, found = _model_class(config, head, trust_remote_code=trust_remote_code)
+        with accelerate.init_empty_weights(include_buffers=True):
+            # An auto class builds from a config by a method of its own.
+            model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+        tokenizer = _read_tokenizer(location, options) if with_tokenizer else None
+    return Loaded(model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision)
+
+
 def adopt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,

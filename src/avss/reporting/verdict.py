@@ -98,8 +98,13 @@ def verification_sentence(cut: Cut) -> str:
 def verification_rows(proof: Verification) -> list[tuple[str, bool, str]]:
     """Each check as (what was asked, whether it held, what was found)."""
     allowed = f"allowed: {numbers.number(proof.tolerance)}"
-    rows = [
-        ("A fresh load finds every weight and no other", proof.reload_strict, "strict load"),
+    rows = [("A fresh load finds every weight and no other", proof.reload_strict, "strict load")]
+    if proof.bytes_equal is not None:
+        what = "The weights of the kept blocks are those of the original, byte for byte"
+        rows.append((what, proof.bytes_equal, "compared with the original's files"))
+    if not proof.outputs_compared:
+        return rows
+    rows += [
         (
             "Outputs equal those of the model in memory",
             proof.max_diff_memory <= proof.tolerance,

@@ -1,0 +1,333 @@
+"""`avss.verify`: is a saved model whole, does a stranger's process run it, is it the original without its blocks?"""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import psutil
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+from avss.composer.disk import OVERHEAD_BYTES, parse_bytes
+from avss.composer.gguf_pruning import find_gguf
+from avss.composer.inputs import probe_batch
+from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
+from avss.errors import InvalidPlanError, ModelLoadError
+from avss.models.forward import run_outputs
+from avss.models.fresh import FreshRunError, run_afresh
+from avss.models.gguf_file import GgufFile, check_cut
+from avss.models.load import Loaded, load_empty, load_model
+from avss.models.shards import Checkpoint, check_copy, compare_bytes, find_stack_path, read_checkpoint
+from avss.models.stack import bypassed
+from avss.progress import Stages, silent
+from avss.record import Check, CheckReport, Plan, RunRecord
+
+_FILES = "The files are whole"
+_LOADS = "A process that never imports avss loads it: no key is missing, unexpected or of another shape"
+_FINITE = "Its outputs are finite"
+_CACHE = "It generates the same text with and without its cache"
+_BYTES = "The weights it kept are those of the original, byte for byte"
+_BYPASS = "Its outputs are those of the original with the removed blocks bypassed"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A saved model, found and read as far as its headers.
+
+    Attributes:
+        name: As the user named it.
+        folder: Where it is.
+        gguf: The file, for a model that is one.
+        checkpoint: The weights, for a folder of safetensors.
+    """
+
+    name: str
+    folder: Path
+    gguf: GgufFile | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def num_values(self) -> int:
+        return self.gguf.num_values if self.gguf else self.checkpoint.num_values if self.checkpoint else 0
+
+    @property
+    def source(self) -> str:
+        return str(self.gguf.path if self.gguf else self.folder)
+
+
+def verify(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    head: str = "auto",
+    trust_remote_code: bool = False,
+    max_memory: str | int | None = None,
+    stages: Stages = silent,
+) -> CheckReport:
+    """Checks a saved model, and compares it with the model it was cut from.
+
+    Args:
+        model: A folder with a checkpoint, or a GGUF file (or the folder that holds one).
+        against: The original: folder, GGUF file or hub id. By default the one that the folder's record names, where it
+            is beside it, in the working directory or in the hub's cache.
+        head: What to use it as; `auto` takes the class named in the config.
+        trust_remote_code: Whether code that comes with the model may run.
+        max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free. A model that does not fit is not
+            run.
+        stages: Where progress goes.
+
+    Raises:
+        ConfigError: `max_memory` or `head` is not allowed.
+        ModelLoadError: There is no model there, or no original.
+        InvalidPlanError: Which blocks are gone is not recorded and cannot be told from the weights.
+    """
+    allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
+    allowed = allowed or psutil.virtual_memory().available
+    folder = _folder(model)
+    record = _record(folder)
+    original = _find_original(against, record, folder)
+    checks: list[Check] = []
+    notes: list[str] = []
+    with stages("Reading the files"):
+        try:
+            saved = _read(str(model), folder)
+        except ModelLoadError as error:
+            return CheckReport(model=str(model), checks=(Check(what=_FILES, passed=False, found=str(error)),))
+    checks.append(Check(what=_FILES, passed=True, found=_describe(saved)))
+    outputs: Tensor | None = None
+    batch: tuple[Tensor, Tensor] | None = None
+    if OVERHEAD_BYTES + 4 * saved.num_values > allowed:
+        notes.append("It was not run: it does not fit in the memory there is.")
+    else:
+        with stages("Running it in a fresh process"):
+            batch, outputs, found = _run(saved, head=head, trust_remote_code=trust_remote_code)
+        checks += found
+    plan = record.cuts[0].plan if record is not None and record.cuts else None
+    if original is None:
+        notes.append(_no_original(record))
+        return CheckReport(model=str(model), plan=plan, checks=tuple(checks), notes=tuple(notes))
+    with stages("Comparing with the original"):
+        dense = _read(str(original), _folder(original))
+        plan = plan or _infer_plan(saved, dense, head=head)
+        _check_length(plan, dense.gguf.num_blocks if dense.gguf else len(load_empty(dense.source, head=head).stack))
+        changed = _changed_weights(record)
+        if changed:
+            notes.append(f"Its weights were changed after the cut ({changed}), so it need not equal the original.")
+        else:
+            checks += _compare_bytes(saved, dense, plan, notes, head=head)
+            needed = OVERHEAD_BYTES + 2 * 4 * dense.num_values
+            if saved.gguf is not None and dense.gguf is None:
+                notes.append("Its outputs were not compared: it is quantised, and the original is not.")
+            elif outputs is None or batch is None:
+                notes.append("Its outputs were not compared: it did not run.")
+            elif needed > allowed:
+                notes.append("Its outputs were not compared: the original does not fit in the memory there is.")
+            else:
+                if saved.gguf is not None:
+                    # A stranger's weights have the digits that decoding gives; avss rounds them, for both alike.
+                    outputs = run_outputs(load_model(saved.source, head=head, dtype="float32", device="cpu"), *batch)
+                checks.append(_compare_outputs(outputs, batch, dense, plan, head, trust_remote_code))
+    return CheckReport(model=str(model), against=str(original), plan=plan, checks=tuple(checks), notes=tuple(notes))
+
+
+# --- finding ---
+
+
+def _folder(model: str | Path) -> Path:
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent
+    if path.is_dir() and ((path / "config.json").is_file() or list(path.glob("*.gguf"))):
+        return path
+    if path.is_dir() and (path / "model" / "config.json").is_file():
+        return path / "model"  # what `avss run` wrote
+    cached = try_to_load_from_cache(str(model), "config.json") if str(model).count("/") == 1 else None
+    if isinstance(cached, str):
+        return Path(cached).parent
+    kind = "is not a model" if path.exists() else "is not there"
+    raise ModelLoadError(
+        f"`{model}` {kind}. Give a folder with a `config.json`, or a GGUF file; a hub id only once it is downloaded."
+    )
+
+
+def _read(name: str, folder: Path) -> _Saved:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" or not (folder / "config.json").is_file():
+        return _Saved(name=name, folder=folder, gguf=GgufFile(find_gguf(str(path if path.is_file() else folder))))
+    return _Saved(name=name, folder=folder, checkpoint=read_checkpoint(folder))
+
+
+def _record(folder: Path) -> RunRecord | None:
+    return RunRecord.read(folder) if (folder / "record.json").is_file() else None
+
+
+def _find_original(against: str | Path | None, record: RunRecord | None, folder: Path) -> str | Path | None:
+    """The original: the one named, or the one in the record where it can be reached."""
+    if against is not None:
+        _folder(against)
+        return against
+    if record is None:
+        return None
+    name = record.model.source
+    for place in (Path(name), folder.parent / name, folder.parent.parent / name):
+        try:
+            if place.exists() and place.resolve() != folder.resolve():
+                _folder(place)
+                return place
+        except ModelLoadError:
+            continue
+    return name if name.count("/") == 1 and isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+
+
+def _no_original(record: RunRecord | None) -> str:
+    if record is None:
+        return "It was compared with no original: it has no record. Name one with `--against`."
+    return f"It was compared with no original: `{record.model.source}` is not at hand. Name it with `--against`."
+
+
+def _describe(saved: _Saved) -> str:
+    if saved.gguf is not None:
+        return (
+            f"{saved.gguf.num_blocks} blocks, {len(saved.gguf.reader.tensors)} tensors, mostly {saved.gguf.main_type}"
+        )
+    assert saved.checkpoint is not None
+    count, files = len(saved.checkpoint.tensors), len(saved.checkpoint.shards)
+    return f"{count} tensors in {files} file{'s' if files > 1 else ''}, mostly {saved.checkpoint.dtype}"
+
+
+# --- running ---
+
+
+def _run(
+    saved: _Saved, *, head: str, trust_remote_code: bool
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, list[Check]]:
+    """The probe batch, the outputs on it, and what was checked."""
+    gguf_file = saved.gguf.path.name if saved.gguf else None
+    try:
+        empty = load_empty(saved.source, head=head, trust_remote_code=trust_remote_code, with_tokenizer=True)
+        batch = probe_batch(empty)
+        fresh = run_afresh(
+            saved.folder,
+            batch,
+            head=empty.head,
+            architecture=type(empty.model).__name__,
+            gguf_file=gguf_file,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ModelLoadError, FreshRunError) as error:
+        return None, None, [Check(what=_LOADS, passed=False, found=str(error))]
+    # Of a GGUF file transformers renames every key, and some have no place in the class: only what lacks is told.
+    kinds = ("missing_keys", "mismatched_keys") if saved.gguf else tuple(fresh.problems)
+    wrong = {kind: keys for kind, keys in fresh.problems.items() if kind in kinds}
+    told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
+    checks = [Check(what=_LOADS, passed=not wrong, found=told or f"as {fresh.architecture}")]
+    finite = bool(at_tokens(fresh.outputs, batch[1]).isfinite().all())
+    checks.append(Check(what=_FINITE, passed=finite, found=f"outputs {tuple(fresh.outputs.shape)}"))
+    if fresh.cached_generation is not None:
+        checks.append(Check(what=_CACHE, passed=fresh.cached_generation, found="greedy tokens compared"))
+    return batch, fresh.outputs, checks
+
+
+def _compare_outputs(
+    outputs: Tensor, batch: tuple[Tensor, Tensor], dense: _Saved, plan: Plan, head: str, trust_remote_code: bool
+) -> Check:
+    original = load_model(dense.source, head=head, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
+    with bypassed(original.stack, plan.removed):
+        reference = outputs_at_tokens(original, batch)
+    difference, tolerance = largest_difference(at_tokens(outputs, batch[1]), reference), tolerance_of(reference)
+    found = f"largest difference {difference:.2g}, allowed {tolerance:.2g}; blocks {plan.describe() or 'none'}"
+    return Check(what=_BYPASS, passed=difference <= tolerance, found=found)
+
+
+# --- comparing files ---
+
+
+def _compare_bytes(saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], *, head: str) -> list[Check]:
+    if saved.gguf is not None and dense.gguf is not None:
+        wrong = check_cut(dense.gguf, plan, saved.gguf)
+    elif saved.checkpoint is not None and dense.checkpoint is not None:
+        if saved.checkpoint.dtype != dense.checkpoint.dtype:
+            notes.append(f"Its bytes were not compared: {saved.checkpoint.dtype} here, {dense.checkpoint.dtype} there.")
+            return []
+        path = _path(dense, plan.num_blocks, head)
+        kept = {plan.rename(name, path) for name in dense.checkpoint.tensors}
+        # What a load from memory drops (buffers, other heads) is no loss; what is there must be the original's.
+        shared = kept & saved.checkpoint.tensors.keys()
+
+        def rename(name: str) -> str | None:
+            new = plan.rename(name, path)
+            return new if new in shared else None
+
+        wrong = check_copy(dense.checkpoint, rename, saved.checkpoint)
+        wrong = wrong or compare_bytes(dense.checkpoint, rename, saved.checkpoint)
+    else:
+        notes.append("Its bytes were not compared: one of both is a GGUF file.")
+        return []
+    return [Check(what=_BYTES, passed=not wrong, found="; ".join(wrong[:3]) or f"{len(plan.kept)} blocks and the rest")]
+
+
+def _path(dense: _Saved, num_blocks: int, head: str) -> str:
+    assert dense.checkpoint is not None
+    module_path = load_empty(dense.source, head=head).stack.path
+    return find_stack_path(list(dense.checkpoint.tensors), num_blocks, module_path)
+
+
+def _check_length(plan: Plan, num_blocks: int) -> None:
+    if plan.num_blocks != num_blocks:
+        raise InvalidPlanError(
+            f"The record speaks of an original of {plan.num_blocks} blocks; the one given has {num_blocks}. Name the "
+            "model that this one was cut from."
+        )
+
+
+def _changed_weights(record: RunRecord | None) -> str:
+    """How weights were changed after the cut, by the record: compensation or healing."""
+    if record is None or not record.cuts:
+        return ""
+    names = ("compensation", "healing")
+    return ", ".join(name for name in names if getattr(record.cuts[0], name, None) is not None)
+
+
+def _infer_plan(saved: _Saved, dense: _Saved, *, head: str) -> Plan:
+    """The removed blocks, told by the weights: each block of the smaller model is found in the original, in order.
+
+    Raises:
+        InvalidPlanError: A block is not found.
+    """
+    if saved.checkpoint is None or dense.checkpoint is None:
+        raise InvalidPlanError(
+            "There is no `record.json` that says which blocks are gone, and they are only told by comparing "
+            "safetensors weights. Verify without `--against`, or keep the record beside the model."
+        )
+    original = load_empty(dense.source, head=head)
+    smaller = load_empty(saved.source, head=head)
+    before, after = _block_hashes(dense, original), _block_hashes(saved, smaller)
+    removed: list[int] = []
+    place = 0
+    for block in range(len(before)):
+        if place < len(after) and before[block] == after[place]:
+            place += 1
+        else:
+            removed.append(block)
+    if place < len(after):
+        raise InvalidPlanError(
+            f"Block {place} of `{saved.name}` is none of the blocks of `{dense.name}` in their order, and there is no "
+            "`record.json` that says what was cut. Is it the right original?"
+        )
+    return Plan(num_blocks=len(before), removed=tuple(removed), method="explicit", rule="told by equal weights")
+
+
+def _block_hashes(saved: _Saved, loaded: Loaded) -> list[str]:
+    checkpoint = saved.checkpoint
+    assert checkpoint is not None
+    path = find_stack_path(list(checkpoint.tensors), len(loaded.stack), loaded.stack.path)
+    digests = [hashlib.sha256() for _ in loaded.stack.blocks]
+    for shard in checkpoint.shards:
+        with shard.path.open("rb", buffering=0) as file:
+            for tensor in sorted(shard.tensors, key=lambda tensor: tensor.name):
+                index, _, rest = tensor.name.removeprefix(f"{path}.").partition(".")
+                if tensor.name.startswith(f"{path}.") and index.isdecimal() and int(index) < len(digests):
+                    digests[int(index)].update(f"{rest}{tensor.dtype}{tensor.shape}".encode())
+                    digests[int(index)].update(os.pread(file.fileno(), min(tensor.num_bytes, 65536), tensor.start))
+    return [digest.hexdigest() for digest in digests]

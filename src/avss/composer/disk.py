@@ -1,0 +1,380 @@
+"""`avss.prune` on disk: the same cut, from file to file, for a model that memory does not hold. No torch here.
+
+headers + config --outline--> plan --lay out, check--> files without bytes --copy--> checkpoint --prove--> record
+"""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from avss.composer.provenance import now, versions
+from avss.config import PlanConfig
+from avss.criteria import CRITERIA, AbstractCriterion, Evidence, find_criteria
+from avss.errors import (
+    ConfigError,
+    InvalidPlanError,
+    ModelLoadError,
+    OutputExistsError,
+    UnsupportedArchitectureError,
+    VerificationError,
+)
+from avss.models.apart import empty_model
+from avss.models.shards import (
+    Checkpoint,
+    check_copy,
+    copy_companions,
+    fill,
+    find_stack_path,
+    fingerprint,
+    lay_out,
+    read_checkpoint,
+)
+from avss.output import check_free, fresh_folder
+from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.progress import Stages, Timed, silent
+from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, Verification
+
+OVERHEAD_BYTES = 600_000_000
+"""What Python, torch and transformers take before a model is loaded, with some room."""
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.bpe", "*.py", "LICENSE*"]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `300MB`, `1.5 GiB` or a plain number.
+
+    Raises:
+        ConfigError: It is no amount of memory.
+
+    Example:
+        >>> parse_bytes("300MB"), parse_bytes("1.5 GiB")
+        (300000000, 1610612736)
+    """
+    digits = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(digits) :].lower()
+    try:
+        value = float(digits) * _UNITS[unit]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"`{text}` is no amount of memory. Write `300MB`, `16GB` or `1.5GiB`.") from error
+    if not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"`{text}` is no amount of memory that a program could use. Write `300MB` or `16GB`.")
+    return int(value)
+
+
+def memory_needed(checkpoint: Checkpoint, *, dtype: str = "auto") -> int:
+    """Bytes that a cut in memory takes: the model and the saved one beside it, in the dtype computed in."""
+    width = 2 if dtype in ("bfloat16", "float16") else 4
+    return OVERHEAD_BYTES + 2 * width * checkpoint.num_values
+
+
+def fits_memory(source: str, *, max_memory: int | None = None, dtype: str = "auto") -> str | None:
+    """None where a local model can be cut in memory; otherwise a sentence that says why not.
+
+    What is not a folder of safetensors is not judged here: it is cut in memory, or refused there.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        needed = memory_needed(read_checkpoint(folder), dtype=dtype)
+    except ModelLoadError:
+        return None
+    allowed = max_memory or psutil.virtual_memory().available
+    if needed <= allowed:
+        return None
+    what = "`--max-memory` allows" if max_memory else "are free"
+    return f"The model takes about {_size(needed)} in memory and {_size(allowed)} {what}: it is cut on disk."
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def find_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or the hub's snapshot of it, downloaded where it is not cached.
+
+    Raises:
+        ModelLoadError: It is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        hint = "Use `--format gguf` to cut a GGUF file on disk." if path.suffix == ".gguf" else "Name its folder."
+        raise ModelLoadError(f"`{source}` is a file; a cut on disk takes a folder or a hub id. {hint}")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(f"`{source}` holds no `config.json`: it is not a model folder. Name one that does.")
+        return path
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise ModelLoadError(f"There is no folder `{source}`. A cut on disk takes a folder or a hub id.")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelLoadError(
+            f"The files of `{source}` cannot be had: {first}. Check the hub id, the network and your access."
+        ) from error
+
+
+def scores_of(folder: str | Path, criterion: str) -> BlockScores:
+    """The scores that an earlier run wrote.
+
+    Args:
+        folder: What `avss score --out` wrote, or any run's record.
+        criterion: Whose scores.
+
+    Raises:
+        DataError: There is no record.
+        ConfigError: It holds no scores of that criterion.
+    """
+    record = RunRecord.read(Path(folder))
+    for scores in record.scores:
+        if scores.criterion == criterion:
+            return scores
+    found = ", ".join(scores.criterion for scores in record.scores) or "none"
+    raise ConfigError(
+        f"`{folder}` holds no scores by `{criterion}`. It holds: {found}. Name one of them with `--criterion`, or "
+        "score the model again."
+    )
+
+
+def check_scores(scores: BlockScores, num_blocks: int) -> None:
+    """Refuses scores of another model.
+
+    Raises:
+        InvalidPlanError: They are of another number of blocks.
+    """
+    if scores.num_blocks != num_blocks:
+        raise InvalidPlanError(
+            f"The scores are of {scores.num_blocks} blocks; this model has {num_blocks}. Give the scores of this model."
+        )
+
+
+def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> BlockScores:
+    """The scores of a criterion that looks at nothing but the number of blocks."""
+    scored = criterion.score(Evidence(num_blocks=num_blocks, summaries={}, seed=seed))
+    return BlockScores(criterion=criterion.name, title=criterion.title, values=tuple(map(float, scored.values)))
+
+
+def choose_unseen(
+    config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int
+) -> tuple[Plan, BlockScores | None]:
+    """The plan for a model through which no text passes: a list, a baseline, or the scores of an earlier run.
+
+    Raises:
+        InvalidPlanError: Nothing can be removed that way.
+    """
+    if config.blocks is not None:
+        return explicit_plan(config, num_blocks), None
+    (criterion,) = find_criteria([config.criterion])
+    if scores is not None:
+        found = scores_of(scores, config.criterion)
+    else:
+        found = score_blind(criterion, num_blocks, seed)
+    check_scores(found, num_blocks)
+    return make_plan(found, config, protects_ends=criterion.protects_ends), found
+
+
+def check_unseen(config: PlanConfig, scores: str | Path | None) -> None:
+    """Refuses early what `choose_unseen` has no way to choose by.
+
+    Raises:
+        ConfigError: The criterion needs text.
+        DataError: There are no scores where they should be.
+    """
+    (criterion,) = find_criteria([config.criterion])
+    if config.blocks is None and scores is not None:
+        scores_of(scores, config.criterion)
+    elif config.blocks is None and criterion.needs:
+        blind = ", ".join(name for name, one in CRITERIA.items() if not one.needs)
+        raise ConfigError(
+            f"`{config.criterion}` needs text to pass through the model, and a cut on disk does not load it. Name the "
+            f"blocks with `--blocks`; or choose by {blind}; or give scores made where the model fits (`avss score "
+            "MODEL --out DIR`, then `--scores DIR`)."
+        )
+
+
+def prune_on_disk(
+    source: str,
+    config: PlanConfig,
+    *,
+    out: Path,
+    force: bool = False,
+    scores: str | Path | None = None,
+    max_memory: int | None = None,
+    head: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    command: str | None = None,
+    note: str | None = None,
+    stages: Stages = silent,
+) -> RunRecord:
+    """Cuts a safetensors checkpoint from file to file.
+
+    Names and shapes are checked by transformers against the smaller model's class before a byte is copied, the bytes
+    after. Where the model fits in memory, it is verified like any other: run, and compared with the original.
+
+    Args:
+        source: Folder or hub id.
+        config: Which blocks go.
+        out: Folder to write; it appears whole, or not at all.
+        force: Whether a folder that avss wrote may be replaced.
+        scores: Record of an earlier run, for criteria that need text.
+        max_memory: Bytes that verification may use; by default what is free.
+        head: What the model is used as; `auto` takes the class named in its config.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Whether code that comes with the model may run.
+        seed: For the criterion `random`.
+        command: The command to note in the record.
+        note: A sentence for the record, e.g. why it was cut on disk.
+        stages: Where progress goes.
+
+    Raises:
+        UserError: Anything the caller can fix, in one sentence.
+        VerificationError: The result was not what it should be; it has been withdrawn.
+    """
+    check_one_target(config)
+    check_unseen(config, scores)
+    check_free(out, force=force)
+    timed = Timed(stages)
+    folder = find_folder(source, revision)
+    if out.absolute() == folder.absolute():
+        raise OutputExistsError(f"`{out}` is the model itself. Choose another `--out`.")
+    checkpoint = read_checkpoint(folder)
+    with fresh_folder(out, force=force) as target:
+        with (
+            timed("Reading the architecture"),
+            empty_model(str(folder), head=head, trust_remote_code=trust_remote_code) as ask,
+        ):
+            outline = ask("outline")
+            plan, found = choose_unseen(config, outline["num_blocks"], scores, seed)
+            changes = tuple(
+                FieldChange.model_validate(change)
+                for change in ask("write_config", plan=plan.model_dump(mode="json"), folder=str(target))
+            )
+            path = find_stack_path(list(checkpoint.tensors), outline["num_blocks"], outline["stack"])
+            surplus = _surplus(checkpoint, path, outline["num_blocks"])
+
+            def rename(name: str) -> str | None:
+                return None if name in surplus else plan.rename(name, path)
+
+            written = lay_out(checkpoint, rename, target)
+            problems = ask("problems", folder=str(target))
+            if problems:
+                _check_load(problems, ask("problems", folder=str(folder)), rename)
+        with timed("Copying the weights") as advance:
+            fill(checkpoint, rename, written, on_bytes=advance)
+            copy_companions(folder, target)
+        with timed("Verifying it"):
+            wrong = check_copy(checkpoint, rename, written)
+            if wrong:
+                raise VerificationError(
+                    f"The copy failed verification and has been withdrawn: {'; '.join(wrong[:4])}. Nothing was "
+                    "published. Is the disk full, or is something writing to the model?"
+                )
+            fits = memory_needed(checkpoint) <= (max_memory or psutil.virtual_memory().available)
+            proof = (
+                _prove(folder, target, plan, head=head, trust_remote_code=trust_remote_code)
+                if fits
+                else Verification(reload_strict=True, bytes_equal=True, outputs_compared=False)
+            )
+        record = RunRecord(
+            created=now(),
+            command=command or f"avss.prune({source!r}, on_disk=True, ...)",
+            versions=versions(),
+            model=_facts(source, revision, outline, checkpoint, path, plan.num_blocks, folder),
+            scores=() if found is None else (found,),
+            warnings=tuple(filter(None, (note, _surplus_note(surplus)))),
+            cuts=(
+                Cut(
+                    plan=plan,
+                    model=_facts(source, revision, outline, written, path, len(plan.kept), target),
+                    changes=changes,
+                    path=".",
+                    verification=proof,
+                ),
+            ),
+            seconds=timed.seconds,
+            settings=config.model_dump(mode="json"),
+        )
+        # Imported here, when the other process has given its memory back: it brings the chart libraries.
+        from avss.reporting.card import render_card
+
+        (target / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
+        (target / "record.json").write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def _surplus(checkpoint: Checkpoint, path: str, num_blocks: int) -> frozenset[str]:
+    """Weights stored after the last block, under its list: prediction heads that transformers does not load."""
+    beyond = Plan(num_blocks=num_blocks, removed=(), method="explicit", rule="all")
+    return frozenset(name for name in checkpoint.tensors if beyond.rename(name, path) is None)
+
+
+def _surplus_note(surplus: frozenset[str]) -> str | None:
+    if not surplus:
+        return None
+    return (
+        f"{len(surplus)} weights stored after the last block (`{min(surplus)}`, ...) belong to no block that "
+        "transformers loads, such as heads that predict several tokens. They are left out, as a load would leave them."
+    )
+
+
+def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], rename: Any) -> None:
+    """The smaller checkpoint may have no problem that the original did not have.
+
+    Raises:
+        UnsupportedArchitectureError: It has one: a weight must move or change, and a copy cannot do that.
+    """
+    known = {(kind, rename(key)) for kind, keys in before.items() for key in keys}
+    new = [
+        f"{kind.replace('_', ' ')}: `{key}`" for kind, keys in found.items() for key in keys if (kind, key) not in known
+    ]
+    if new:
+        raise UnsupportedArchitectureError(
+            f"Dropping and renaming weights is not enough for this model: the smaller one would not load as its config "
+            f"says ({'; '.join(new[:4])}). Nothing was copied. Cut it in memory (`--in-memory`)."
+        )
+
+
+def _prove(source: Path, folder: Path, plan: Plan, *, head: str, trust_remote_code: bool) -> Verification:
+    # From here on the model is in memory, and so may torch be.
+    proof = importlib.import_module("avss.composer.proof")
+    found = proof.prove_saved(source, folder, plan, head=head, trust_remote_code=trust_remote_code)
+    return found.model_copy(update={"bytes_equal": True})
+
+
+def _facts(
+    source: str,
+    revision: str | None,
+    outline: dict[str, Any],
+    checkpoint: Checkpoint,
+    path: str,
+    num_blocks: int,
+    folder: Path,
+) -> ModelFacts:
+    inside = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(f"{path}.")]
+    return ModelFacts(
+        source=Path(source).name if Path(source).exists() else source,
+        revision=revision,
+        architecture=outline["architecture"],
+        model_type=outline["model_type"],
+        head=outline["head"],
+        stack=outline["stack"],
+        num_blocks=num_blocks,
+        hidden_size=outline["hidden_size"],
+        num_parameters=checkpoint.num_values,
+        num_block_parameters=sum(math.prod(tensor.shape) for tensor in inside),
+        checkpoint_bytes=checkpoint.num_bytes,
+        dtype=checkpoint.dtype,
+        compute_dtype=checkpoint.dtype,
+        device="disk",
+        fingerprint=fingerprint(checkpoint, (folder / "config.json").read_bytes()),
+    )

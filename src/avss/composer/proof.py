@@ -1,0 +1,94 @@
+"""Proves what was written from file to file, by running it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from avss.composer.inputs import probe_batch
+from avss.cut import cut
+from avss.errors import VerificationError
+from avss.models.forward import can_generate, generate, run_outputs
+from avss.models.load import Loaded, load_model
+from avss.models.stack import bypassed
+from avss.models.verify import verify
+from avss.record import Plan, Verification
+
+NUM_GENERATED = 16
+_RELATIVE_TOLERANCE = 1e-4
+"""Of the largest output, in float32: the weights are the same and run through the same kernels; rounding only."""
+
+
+def prove_saved(
+    source: Path, folder: Path, plan: Plan, *, head: str = "auto", trust_remote_code: bool = False
+) -> Verification:
+    """Loads original and result, and compares them as `avss.models.verify` does after a cut in memory.
+
+    Raises:
+        VerificationError: A check failed.
+    """
+    original = load_model(source, head=head, trust_remote_code=trust_remote_code)
+    smaller = cut(original, plan)
+    return verify(str(folder), smaller, original, plan, probe_batch(smaller))
+
+
+def prove_gguf(result: Path, original: Loaded, plan: Plan) -> Verification:
+    """Loads a cut GGUF file, and compares it with the cut of the loaded original and with its bypassed blocks.
+
+    Both come out of the same quantised weights, so they are equal up to rounding.
+
+    Raises:
+        VerificationError: A check failed.
+    """
+    smaller = cut(original, plan)
+    batch = probe_batch(smaller)
+    fresh = load_model(result, head=original.head, device=str(original.device))
+    actual, expected = outputs_at_tokens(fresh, batch), outputs_at_tokens(smaller, batch)
+    with bypassed(original.stack, plan.removed):
+        reference = outputs_at_tokens(original, batch)
+    proof = Verification(
+        reload_strict=len(fresh.stack) == len(plan.kept),
+        max_diff_memory=largest_difference(actual, expected),
+        max_diff_bypass=largest_difference(actual, reference),
+        tolerance=tolerance_of(expected),
+        cached_generation=_cached_equals_uncached(fresh, batch) if can_generate(fresh.head) else None,
+        num_generated=NUM_GENERATED if can_generate(fresh.head) else 0,
+        bytes_equal=True,
+    )
+    if not proof.passed:
+        raise VerificationError(
+            f"The written file failed verification and has been withdrawn: {proof.model_dump_json()}. Nothing was "
+            "published. This is a bug in avss or in the architecture's facts: please report it."
+        )
+    return proof
+
+
+def outputs_at_tokens(loaded: Loaded, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Outputs at real tokens, in float32: what a model computes on padding is its own affair."""
+    return at_tokens(run_outputs(loaded, *batch), batch[1])
+
+
+def at_tokens(outputs: Tensor, keep: Tensor) -> Tensor:
+    """The outputs `[N, ...]` of the tokens that are real, where there is one per token; else all of them."""
+    if outputs.dim() == 3 and outputs.shape[:2] == keep.shape:
+        return outputs[keep.to(outputs.device)].float()
+    return outputs.float()
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference; infinite where the shapes differ, nan where a value is."""
+    return float((one.cpu() - other.cpu()).abs().max()) if one.shape == other.shape else float("inf")
+
+
+def tolerance_of(expected: Tensor) -> float:
+    """The difference in float32 that rounding explains."""
+    return _RELATIVE_TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+def _cached_equals_uncached(loaded: Loaded, batch: tuple[Tensor, Tensor]) -> bool:
+    token_ids, keep = batch
+    prompt = token_ids[:1, : min(16, int(keep[0].sum()))].to(loaded.device)
+    texts = [
+        generate(loaded.model, prompt, num_tokens=NUM_GENERATED, use_cache=use_cache) for use_cache in (True, False)
+    ]
+    return torch.equal(*texts)

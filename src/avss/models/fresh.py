@@ -1,0 +1,130 @@
+"""Runs a saved model in a process that never heard of avss: what a stranger would see."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NUM_GENERATED = 16
+
+_AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+
+_SCRIPT = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+ask = json.loads(sys.argv[1])
+torch.set_num_threads(ask["num_threads"])
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+batch = load_file(ask["batch"])
+kind = getattr(transformers, ask["class"])
+model, info = kind.from_pretrained(ask["folder"], dtype=torch.float32, output_loading_info=True, **ask["options"])
+model.eval()
+ids, keep = batch["ids"], batch["keep"]
+inputs = {"input_ids": ids}
+if not bool(keep.all()):
+    inputs["attention_mask"] = keep
+if model.config.is_encoder_decoder:
+    inputs["decoder_input_ids"] = ids
+answer = {"class": type(model).__name__, "problems": {k: sorted(map(str, v)) for k, v in info.items() if v}}
+with torch.inference_mode():
+    outputs = model(**inputs)
+    found = outputs["logits"] if "logits" in outputs else outputs[0]
+    if ask["num_generated"]:
+        prompt = ids[:1, : min(16, int(keep[0].sum()))]
+        settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        settings |= {"min_new_tokens": ask["num_generated"], "max_new_tokens": ask["num_generated"]}
+        texts = [model.generate(prompt, use_cache=use_cache, **settings) for use_cache in (True, False)]
+        answer["cached_generation"] = torch.equal(*texts)
+save_file({"outputs": found.float().contiguous()}, ask["outputs"])
+answer["heard_of_avss"] = any(name.split(".")[0] == "avss" for name in sys.modules)
+print("\\n" + json.dumps(answer))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class FreshRun:
+    """What a saved model did for a stranger.
+
+    Attributes:
+        architecture: Class that it became.
+        problems: What the load complained about: kind -> keys.
+        outputs: Its outputs in float32: logits, or the last hidden state.
+        cached_generation: Whether greedy tokens with cache equal those without; None where it does not generate.
+    """
+
+    architecture: str
+    problems: dict[str, list[str]]
+    outputs: Tensor
+    cached_generation: bool | None
+
+
+class FreshRunError(Exception):
+    """The other process failed; the message is the last thing it said."""
+
+
+def run_afresh(
+    folder: Path,
+    batch: tuple[Tensor, Tensor],
+    *,
+    head: str,
+    architecture: str,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> FreshRun:
+    """Loads a model by its auto class and runs it, on the CPU in float32, in a process that does not import avss.
+
+    Args:
+        folder: Where it is.
+        batch: Token ids `[B, T]` and keep mask `[B, T]`.
+        head: What it is used as.
+        architecture: Its class, for heads that have no auto class.
+        gguf_file: Name of a GGUF file in the folder, for a model that is one.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        FreshRunError: It could not be loaded or run.
+    """
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    with tempfile.TemporaryDirectory() as place:
+        files = {name: str(Path(place) / f"{name}.safetensors") for name in ("batch", "outputs")}
+        save_file({"ids": batch[0].contiguous(), "keep": batch[1].long().contiguous()}, files["batch"])
+        question = {
+            **files,
+            "folder": str(folder),
+            "class": _AUTO_CLASSES.get(head, architecture),
+            "options": options,
+            "num_generated": NUM_GENERATED if head == "causal" else 0,
+            "num_threads": torch.get_num_threads(),
+        }
+        command = [sys.executable, "-P", "-W", "ignore", "-c", _SCRIPT, json.dumps(question)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FreshRunError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        outputs = load_file(files["outputs"])["outputs"]
+    if answer["heard_of_avss"]:
+        raise FreshRunError("avss was imported in the process that must not know it")
+    return FreshRun(
+        architecture=answer["class"],
+        problems=answer["problems"],
+        outputs=outputs,
+        cached_generation=answer.get("cached_generation"),
+    )

@@ -1,0 +1,153 @@
+"""What can be told of a model without its weights: its stack, its smaller config, whether a checkpoint fits its class.
+
+Answers come as plain values, so that another process can ask (`avss.models.apart`): this one imports torch and the
+model's code, which costs more memory than copying a checkpoint does.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from avss.errors import AvssError, UnsupportedArchitectureError
+from avss.models.families import facts_of
+from avss.models.load import Loaded, empty_model, load_empty, quiet_transformers
+from avss.models.proof import refuse_other_blocks
+from avss.models.rewrite import config_changes, rewrite_config
+from avss.record import FieldChange, Plan
+
+Problems = dict[str, list[str]]
+"""Kind of problem (`missing_keys`, ...) -> the keys that have it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model in words.
+
+    Attributes:
+        architecture: Class that computes it.
+        model_type: `config.model_type`.
+        head: What it is used as.
+        stack: Path of its block stack in the model.
+        num_blocks: Length of the stack.
+        hidden_size: Width of the residual stream.
+    """
+
+    architecture: str
+    model_type: str
+    head: str
+    stack: str
+    num_blocks: int
+    hidden_size: int
+
+
+class EmptyModel:
+    """A model folder, read as far as it can be without weights."""
+
+    def __init__(self, source: str, *, head: str = "auto", trust_remote_code: bool = False) -> None:
+        self._loaded: Loaded = load_empty(source, head=head, trust_remote_code=trust_remote_code)
+        self._options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        if getattr(self._loaded.model.config, "quantization_config", None) is not None:
+            raise UnsupportedArchitectureError(
+                f"The weights of `{source}` are stored in a quantised format, and a cut of those is not proven. "
+                "Cut the full-precision checkpoint, then quantise the result; or cut a GGUF file with `--format gguf`."
+            )
+
+    def outline(self) -> Outline:
+        """What it is.
+
+        Raises:
+            UnsupportedArchitectureError: No block stack was found.
+        """
+        loaded = self._loaded
+        return Outline(
+            architecture=type(loaded.model).__name__,
+            model_type=loaded.model.config.model_type,
+            head=loaded.head,
+            stack=loaded.stack.path,
+            num_blocks=len(loaded.stack),
+            hidden_size=loaded.hidden_size,
+        )
+
+    def write_config(self, plan: Plan, folder: Path) -> tuple[FieldChange, ...]:
+        """Writes the config of the smaller model, and returns what changed.
+
+        Raises:
+            UnsupportedArchitectureError: The cut is not proven, or cannot be expressed.
+        """
+        config = self._loaded.model.config
+        stack = self._loaded.stack
+        smaller = rewrite_config(config, stack, plan)
+        self._refuse_moved_weights(plan)
+        # The blocks that the smaller config builds must be the old ones, in kind and settings.
+        refuse_other_blocks(self._loaded.model, empty_model(type(self._loaded.model), smaller), stack, plan)
+        changes = config_changes(config, smaller)
+        smaller.architectures = [type(self._loaded.model).__name__]
+        with quiet_transformers():
+            smaller.save_pretrained(folder)
+        return changes
+
+    def _refuse_moved_weights(self, plan: Plan) -> None:
+        """A copy from file to file moves whole tensors of whole blocks, and nothing else."""
+        stack, model = self._loaded.stack, self._loaded.model
+        family = facts_of(stack.owner(model.config).model_type)
+        first = f"{stack.path}.0."
+        keys = list(model.state_dict())
+        led = [key for key in keys if key.startswith(first) and family.leads(key.removeprefix(first))]
+        packed = [key for key in keys if family.packed_axis(key) is not None]
+        moved = packed + (led if 0 in plan.removed else [])
+        if moved:
+            raise UnsupportedArchitectureError(
+                f"These blocks cannot go from file to file: `{moved[0]}` holds something for all blocks, which a cut "
+                "must move or slice. Cut in memory (`--in-memory`)."
+            )
+
+    def problems(self, folder: Path) -> Problems:
+        """What a fresh load of a folder would complain about, without reading its weights: keys and shapes.
+
+        transformers does it itself, into a model on the meta device, so that its own renaming of keys applies.
+        """
+        with quiet_transformers():
+            loading: Any = type(self._loaded.model).from_pretrained(
+                folder,
+                device_map="meta",
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                **self._options,
+            )
+        info: Mapping[str, Any] = loading[1]
+        return {kind: sorted(map(_key, keys)) for kind, keys in info.items() if keys}
+
+
+def _key(entry: Any) -> str:
+    return str(entry[0] if isinstance(entry, tuple) else entry)
+
+
+def answer(model: EmptyModel, question: Mapping[str, Any]) -> Any:
+    """Answers one question in plain values: the name of a method, and its arguments."""
+    match question["what"]:
+        case "outline":
+            return dataclasses.asdict(model.outline())
+        case "write_config":
+            changes = model.write_config(Plan.model_validate(question["plan"]), Path(question["folder"]))
+            return [change.model_dump(mode="json") for change in changes]
+        case "problems":
+            return model.problems(Path(question["folder"]))
+        case other:
+            raise ValueError(other)
+
+
+def serve(source: str, *, head: str = "auto", trust_remote_code: bool = False) -> None:
+    """Answers questions from standard input, one JSON value a line, until it is closed."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
+    model: EmptyModel | None = None
+    for line in sys.stdin:
+        try:
+            model = model or EmptyModel(source, head=head, trust_remote_code=trust_remote_code)
+            reply: dict[str, Any] = {"answer": answer(model, json.loads(line))}
+        except AvssError as error:
+            reply = {"error": type(error).__name__, "message": str(error)}
+        print(json.dumps(reply), file=replies, flush=True)

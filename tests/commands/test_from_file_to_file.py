@@ -1,0 +1,433 @@
+"""`avss prune --on-disk`, `--format gguf`, `--scores`, and `avss verify`, as a person types them."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import avss
+from avss.composer.disk import fits_memory, memory_needed, parse_bytes
+from avss.errors import ConfigError
+from avss.models.shards import read_checkpoint
+from avss.record import RunRecord
+from tests.commands.test_bad_input import refused
+from tests.commands.test_hub import cached
+from tests.support.gguf_files import write_gguf
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantised Llama."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+# --- on disk ---
+
+
+def test_on_disk_writes_what_the_cut_in_memory_writes(avss_command, llama_folder, tmp_path):
+    for name, flag in (("disk", "--on-disk"), ("memory", "--in-memory")):
+        answer = avss_command("prune", llama_folder, "--blocks", "1,3", flag, "--out", tmp_path / name)
+        assert answer.code == 0, answer.err
+        assert "Verified" in answer.out
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("disk", "memory"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("disk", "memory")]
+    assert names[0] == names[1]
+    disk = RunRecord.read(tmp_path / "disk")
+    proof = disk.cuts[0].verification
+    assert proof is not None
+    assert proof.bytes_equal
+    assert proof.max_diff_memory == proof.max_diff_bypass == 0
+    assert "--on-disk" in disk.command
+    card = (tmp_path / "disk" / "README.md").read_text()
+    assert "byte for byte" in card
+
+
+def test_what_does_not_fit_is_cut_on_disk_and_says_so(avss_command, llama_folder, tmp_path):
+    arguments = ("prune", llama_folder, "--blocks", "1", "--max-memory", "100MB")
+    answer = avss_command(*arguments, "--out", tmp_path / "one")
+    assert answer.code == 0, answer.err
+    assert "it is cut on disk" in answer.err
+    assert "It was not run" in answer.out.replace("\n", " ")
+    assert "cut on disk" in RunRecord.read(tmp_path / "one").warnings[0]
+    answer = avss_command(*arguments, "--in-memory", "--out", tmp_path / "two")
+    assert answer.code == 0, answer.err
+    assert "cut on disk" not in answer.err
+
+
+@pytest.mark.parametrize(("criterion", "removed"), [("first", (0, 1)), ("last", (3, 4))])
+def test_baselines_choose_on_disk(avss_command, llama_folder, tmp_path, criterion, removed):
+    arguments = ("--count", 2, "--criterion", criterion, "--on-disk", "--max-memory", "1MB", "--quiet")
+    assert avss_command("prune", llama_folder, *arguments, "--out", tmp_path / "out").code == 0
+    assert RunRecord.read(tmp_path / "out").cuts[0].plan.removed == removed
+
+
+def test_random_draws_the_same_on_disk_and_in_memory(avss_command, llama_folder, text_file, tmp_path):
+    arguments = ("--count", 2, "--criterion", "random", "--seed", 7, "--quiet", "--data", text_file)
+    small = ("--samples", 4, "--seq-len", 16)
+    for name, flags in (("disk", ("--on-disk", "--max-memory", "1MB")), ("memory", ())):
+        answer = avss_command("prune", llama_folder, *arguments, *small, *flags, "--out", tmp_path / name)
+        assert answer.code == 0, answer.err
+    one, two = (RunRecord.read(tmp_path / name) for name in ("disk", "memory"))
+    assert one.cuts[0].plan == two.cuts[0].plan
+
+
+def test_scores_of_an_earlier_run_choose(avss_command, llama_folder, text_file, tmp_path):
+    small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
+    answer = avss_command(
+        "score", llama_folder, "--criteria", "block-influence,update-norm", "--out", tmp_path / "scores", *small
+    )
+    assert answer.code == 0, answer.err
+    choice = ("--count", 2, "--criterion", "update-norm", "--quiet")
+    assert avss_command("prune", llama_folder, *choice, *small, "--out", tmp_path / "direct").code == 0
+    for name, flags in (("disk", ("--on-disk", "--max-memory", "1MB")), ("memory", ())):
+        arguments = (*choice, "--scores", tmp_path / "scores", *flags)
+        answer = avss_command("prune", llama_folder, *arguments, "--out", tmp_path / name)
+        assert answer.code == 0, answer.err
+    plans = [RunRecord.read(tmp_path / name).cuts[0].plan for name in ("direct", "disk", "memory")]
+    assert plans[0] == plans[1] == plans[2]
+    refused(
+        avss_command(
+            *("prune", llama_folder, "--count", 1, "--criterion", "avss", "--scores", tmp_path / "scores"),
+            *("--out", tmp_path / "x"),
+        ),
+        "no scores by `avss`",
+        "block-influence, update-norm",
+    )
+    refused(
+        avss_command("prune", llama_folder, "--count", 1, "--scores", tmp_path, "--out", tmp_path / "x"), "no record"
+    )
+
+
+def test_scores_of_another_model_are_refused(avss_command, llama_folder, encoder_folder, text_file, tmp_path):
+    small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
+    assert avss_command("score", encoder_folder, "--out", tmp_path / "scores", *small).code == 0
+    for flags in (("--on-disk",), ()):
+        arguments = ("--count", 1, "--scores", tmp_path / "scores", "--out", tmp_path / "x", "--quiet", *flags)
+        refused(avss_command("prune", llama_folder, *arguments), "4 blocks", "this model has 5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--count", 1), ("block-influence", "needs text", "first, last, random", "--scores")),
+        (("--blocks", "99"), ("`99`", "0 to 4")),
+        (("--blocks", "0-4"), ("removes all",)),
+        (("--blocks", "1", "--max-memory", "much"), ("much", "300MB")),
+        (("--blocks", "1", "--max-memory", "-3GB"), ("-3GB",)),
+        (("--blocks", "1", "--format", "gguf"), ("--on-disk",)),
+        (("--count", 9, "--criterion", "last"), ("cannot be removed",)),
+    ],
+)
+def test_prune_on_disk_refuses(avss_command, llama_folder, tmp_path, arguments, parts):
+    answer = avss_command("prune", llama_folder, "--on-disk", "--out", tmp_path / "x", "--quiet", *arguments)
+    refused(answer, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_that_cannot_be_cut_on_disk(avss_command, llama_folder, gguf_file, tmp_path):
+    def on_disk(source: object) -> object:
+        return avss_command("prune", source, "--blocks", "1", "--on-disk", "--out", tmp_path / "x", "--quiet")
+
+    refused(on_disk(tmp_path / "nowhere"), "There is no folder")
+    refused(on_disk(gguf_file), "--format gguf")
+    pickles = copy_of(llama_folder, tmp_path / "pickles")
+    (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
+    refused(on_disk(pickles), "pytorch_model.bin", "safetensors")
+    short = copy_of(llama_folder, tmp_path / "short")
+    data = (short / "model.safetensors").read_bytes()
+    (short / "model.safetensors").write_bytes(data[:-100])
+    refused(on_disk(short), "not whole")
+    gap = copy_of(llama_folder, tmp_path / "gap")
+    state = load_file(gap / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if "layers.2." not in name}, gap / "model.safetensors")
+    refused(on_disk(gap), "0 lists of 5 blocks")
+    bare = copy_of(llama_folder, tmp_path / "bare")
+    (bare / "config.json").unlink()
+    refused(on_disk(bare), "no `config.json`")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_model_itself_is_not_overwritten(avss_command, tmp_path, llama_folder):
+    own = copy_of(llama_folder, tmp_path / "own")
+    (own / "record.json").write_text("{}")
+    arguments = ("prune", own, "--blocks", "1", "--on-disk", "--out", own, "--force", "--quiet")
+    refused(avss_command(*arguments), "is the model itself")
+    assert (own / "model.safetensors").is_file()
+
+
+def test_a_hub_model_is_cut_from_its_cache_without_torch_in_the_process_that_copies(llama_folder, tmp_path):
+    """In processes of its own: the one that copies, and the one that it asks about the architecture."""
+    cached(tmp_path, "models", "acme", "tiny", {path.name: path.read_bytes() for path in llama_folder.iterdir()})
+    arguments = ["avss", "prune", "acme/tiny", "--blocks", "1", "--on-disk", "--max-memory", "1MB", "--quiet"]
+    code = (
+        f"import sys, contextlib\nsys.argv = {[*arguments, '--out', str(tmp_path / 'out')]!r}\n"
+        "from avss.cli.main import main\nwith contextlib.suppress(SystemExit):\n    main()\n"
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+    record = RunRecord.read(tmp_path / "out")
+    assert record.model.source == "acme/tiny"
+    proof = record.cuts[0].verification
+    assert proof is not None
+    assert (proof.passed, proof.outputs_compared) == (True, False)
+
+
+def test_a_hub_model_that_is_not_cached_is_one_sentence(avss_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ("prune", "acme/absent", "--blocks", "1", "--on-disk", "--out", tmp_path / "x", "--quiet")
+    refused(avss_command(*arguments), "The files of `acme/absent` cannot be had")
+
+
+def test_amounts_of_memory():
+    amounts = {"300MB": 3e8, "16 gb": 16e9, "1.5GiB": 1.5 * 2**30, "2000": 2000, "4k": 4000}
+    assert all(parse_bytes(text) == value for text, value in amounts.items())
+    for text in ("", "GB", "3XB", "nan", "-1", "0", "infGB"):
+        with pytest.raises(ConfigError, match="amount of memory"):
+            parse_bytes(text)
+
+
+def test_what_fits_is_told_by_the_parameters(llama_folder, tmp_path):
+    checkpoint = read_checkpoint(llama_folder)
+    needed = memory_needed(checkpoint)
+    assert needed - memory_needed(checkpoint, dtype="bfloat16") == 4 * checkpoint.num_values
+    assert fits_memory(str(llama_folder), max_memory=needed) is None
+    assert "cut on disk" in (fits_memory(str(llama_folder), max_memory=needed - 1) or "")
+    assert fits_memory(str(tmp_path), max_memory=1) is None
+    assert fits_memory("owner/name", max_memory=1) is None
+
+
+# --- GGUF ---
+
+
+def test_a_gguf_file_is_cut_as_it_lies_and_run(avss_command, gguf_file, tmp_path):
+    out = tmp_path / "smaller"
+    answer = avss_command("prune", gguf_file, "--blocks", "1,3", "--format", "gguf", "--out", out)
+    assert answer.code == 0, answer.err
+    assert "Verified" in answer.out
+    assert "llama-cli -m" in answer.out
+    assert "ollama create smaller" in answer.out
+    assert {path.name for path in out.iterdir()} == {"model.gguf", "Modelfile", "README.md", "record.json"}
+    assert (out / "Modelfile").read_text() == "FROM ./model.gguf\n"
+    cut = RunRecord.read(out).cuts[0]
+    assert cut.file_format == "gguf"
+    assert cut.model.num_blocks == 3
+    assert cut.verification is not None
+    assert cut.verification.bytes_equal
+    assert cut.verification.outputs_compared
+    assert cut.verification.max_diff_memory <= cut.verification.tolerance
+    assert [change.field for change in cut.changes] == ["llama.block_count"]
+    card = (out / "README.md").read_text()
+    assert 'gguf_file="model.gguf"' in card
+    assert "nothing was quantised again" in card
+
+
+def test_a_gguf_file_is_chosen_by_scores_of_its_own_weights(avss_command, gguf_file, text_file, tmp_path):
+    small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
+    arguments = ("--count", 2, "--criterion", "block-influence", "--format", "gguf")
+    answer = avss_command("prune", gguf_file, *arguments, "--out", tmp_path / "gguf", *small)
+    assert answer.code == 0, answer.err
+    answer = avss_command("prune", gguf_file, *arguments[:-2], "--out", tmp_path / "ordinary", *small)
+    assert answer.code == 0, answer.err
+    one, two = (RunRecord.read(tmp_path / name) for name in ("gguf", "ordinary"))
+    assert one.cuts[0].plan == two.cuts[0].plan
+    assert one.scores == two.scores
+    assert (tmp_path / "ordinary" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--blocks", "99"), ("`99`",)),
+        (("--count", 5, "--criterion", "last"), ("cannot be removed",)),
+        (("--blocks", "1", "--format", "onnx"), ("onnx", "gguf")),
+        ((), ("exactly one",)),
+    ],
+)
+def test_prune_to_gguf_refuses(avss_command, gguf_file, tmp_path, arguments, parts):
+    answer = avss_command("prune", gguf_file, "--format", "gguf", "--out", tmp_path / "x", "--quiet", *arguments)
+    refused(answer, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_gguf_files_become_gguf_files(avss_command, llama_folder, tmp_path):
+    arguments = ("--blocks", "1", "--format", "gguf", "--out", tmp_path / "x", "--quiet")
+    refused(avss_command("prune", llama_folder, *arguments), "holds 0 GGUF files")
+    refused(avss_command("prune", "owner/name", *arguments), "no GGUF file")
+    baichuan = write_gguf(tmp_path / "b.gguf", architecture="baichuan")
+    refused(avss_command("prune", baichuan, *arguments), "baichuan", "llama")
+    assert not (tmp_path / "x").exists()
+
+
+# --- verify ---
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the stranger's script in this process: starting one takes seconds. One test does without."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        answers = io.StringIO()
+        monkeypatch.setattr(sys, "argv", ["-c", command[-1]])
+        try:
+            with contextlib.redirect_stdout(answers):
+                exec(command[-2].replace('== "avss"', '== "nobody"'), {})
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, answers.getvalue(), "")
+
+    monkeypatch.setattr("avss.models.fresh.subprocess.run", run)
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    """The tiny Llama without blocks 1 and 3. Do not change it."""
+    out = tmp_path_factory.mktemp("verify") / "smaller"
+    avss.prune(llama_folder, blocks=[1, 3], out=out, on_disk=True)
+    return out
+
+
+def test_verify_compares_with_the_original(avss_command, smaller, llama_folder):
+    answer = avss_command("verify", smaller, "--against", llama_folder)
+    assert answer.code == 0, answer.out + answer.err
+    assert answer.out.count("held") == 6
+    for part in ("never imports avss", "finite", "cache", "byte for byte", "bypassed", "blocks 1, 3"):
+        assert part in answer.out
+
+
+@pytest.mark.usefixtures("one_process")
+def test_verify_finds_what_was_changed(avss_command, smaller, llama_folder, tmp_path):
+    broken = copy_of(smaller, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0] *= 3
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    answer = avss_command("verify", broken, "--against", llama_folder, "--json")
+    report = json.loads(answer.out)
+    assert answer.code == 1
+    assert not report["passed"]
+    failed = [check["what"] for check in report["checks"] if not check["passed"]]
+    assert len(failed) == 2
+    assert "byte for byte" in failed[0]
+    assert "bypassed" in failed[1]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_verify_finds_keys_that_do_not_belong_and_nan(avss_command, smaller, tmp_path):
+    broken = copy_of(smaller, tmp_path / "broken")
+    (broken / "record.json").unlink()
+    state = load_file(broken / "model.safetensors")
+    state["stray"] = state.pop("model.layers.1.mlp.up_proj.weight")
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    answer = avss_command("verify", broken)
+    assert answer.code == 1
+    assert "missing keys: model.layers.1.mlp.up_proj.weight" in answer.out
+    assert "unexpected keys: stray" in answer.out
+    assert answer.out.count("FAILED") == 2
+    assert "compared with no original" in answer.out
+
+
+def test_verify_of_a_truncated_file_fails_and_runs_nothing(avss_command, smaller, tmp_path):
+    broken = copy_of(smaller, tmp_path / "broken")
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:-8])
+    answer = avss_command("verify", broken)
+    assert answer.code == 1
+    assert "FAILED" in answer.out
+    assert "not whole" in answer.out
+    assert "fresh" not in answer.out
+
+
+@pytest.mark.usefixtures("one_process")
+def test_without_a_record_equal_weights_tell_the_plan(smaller, llama_folder, tmp_path):
+    nameless = copy_of(smaller, tmp_path / "nameless")
+    (nameless / "record.json").unlink()
+    report = avss.verify(nameless, against=llama_folder)
+    assert report.passed
+    assert report.plan is not None
+    assert report.plan.removed == (1, 3)
+    assert len(report.checks) == 6
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_original_is_found_beside_the_result(smaller, llama_folder, tmp_path):
+    copy_of(llama_folder, tmp_path / llama_folder.name)
+    report = avss.verify(copy_of(smaller, tmp_path / "result"))
+    assert report.against == str(tmp_path / llama_folder.name)
+    assert report.passed
+    assert len(report.checks) == 6
+
+
+def test_a_model_that_does_not_fit_is_not_run(smaller, llama_folder):
+    report = avss.verify(smaller, against=llama_folder, max_memory="1MB")
+    assert [check.what for check in report.checks] == [
+        "The files are whole",
+        "The weights it kept are those of the original, byte for byte",
+    ]
+    assert len(report.notes) == 2
+
+
+@pytest.mark.usefixtures("one_process")
+def test_verify_reads_gguf_files(avss_command, gguf_file, tmp_path):
+    out = tmp_path / "out"
+    avss.prune(gguf_file, blocks="0,2", out=out, file_format="gguf", max_memory="1MB")
+    answer = avss_command("verify", out, "--against", gguf_file)
+    assert answer.code == 0, answer.out + answer.err
+    assert answer.out.count("held") == 6
+    other = write_gguf(tmp_path / "other.gguf", quantised="Q4_0")
+    assert avss_command("verify", out, "--against", other, "--quiet").code == 1
+
+
+@pytest.mark.usefixtures("one_process")
+def test_verify_refuses_what_is_no_model(avss_command, smaller, encoder_folder, tmp_path):
+    refused(avss_command("verify", tmp_path / "nowhere", "--quiet"), "is not there")
+    refused(avss_command("verify", tmp_path, "--quiet"), "is not a model")
+    refused(avss_command("verify", smaller, "--against", tmp_path / "nowhere", "--quiet"), "is not there")
+    refused(avss_command("verify", smaller, "--max-memory", "lots", "--quiet"), "lots")
+    refused(avss_command("verify", smaller, "--against", encoder_folder, "--quiet"), "5 blocks", "4")
+
+
+def test_verify_says_nothing_when_quiet(avss_command, smaller):
+    answer = avss_command("verify", smaller, "--quiet", "--max-memory", "1MB")
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
+
+
+def test_the_fresh_process_does_not_import_avss():
+    from avss.models.fresh import _SCRIPT
+
+    assert "import avss" not in _SCRIPT
+    assert "from avss" not in _SCRIPT
+
+
+@pytest.mark.real
+def test_a_sentence_transformers_folder_is_cut_on_disk(minilm_folder, tmp_path):
+    out = tmp_path / "out"
+    record = avss.prune(minilm_folder, blocks="4", out=out, on_disk=True).record
+    assert record.cuts[0].verification is not None
+    assert record.cuts[0].verification.passed
+    assert (out / "modules.json").is_file()
+    assert (out / "1_Pooling" / "config.json").is_file()
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, minilm_folder)]
+    assert sizes[0] < sizes[1]
