@@ -1,4 +1,4 @@
-"""What every architecture that may be cut obeys. A model type is in `FAMILIES` because it passes here."""
+"""What every common text architecture obeys when it loses blocks; other kinds are in `test_every_architecture`."""
 
 import copy
 import functools
