@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
+from torch import Tensor
 
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.batches import Batches, Layout, make_batches, need_tokenizer
 from avss.data.sources import read_texts
-from avss.errors import DataError
+from avss.errors import DataError, UnsupportedArchitectureError
 from avss.models.load import Loaded, adopt, load_model
 from avss.models.probe import probe_inputs
 from avss.models.stack import AUTO
@@ -91,13 +92,21 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def probe_batch(loaded: Loaded) -> Batch:
-    """A small batch with padding in it, for verification.
+    """A small batch with padding in it, for verification: text, or images or sound for a stack that reads those."""
+    return text_batch(loaded) if loaded.reads_text else probe_inputs(loaded.tower(), num_sequences=3)
 
-    Real text where the stack reads text and there is a tokenizer, drawn ids otherwise; drawn images or sound for a
-    stack that reads those.
+
+def text_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
+    """Token ids and keep mask of a few texts: real text where there is a tokenizer, drawn ids otherwise.
+
+    Raises:
+        UnsupportedArchitectureError: The stack does not read text.
     """
     if not loaded.reads_text:
-        return probe_inputs(loaded.tower(), num_sequences=3)
+        raise UnsupportedArchitectureError(
+            f"`{type(loaded.model).__name__}` reads `{loaded.model.main_input_name}`, and only models that read text can "
+            "be run here. Such a model is verified when `avss prune` saves it."
+        )
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
         # A folder without tokenizer files still gets a tokenizer from transformers, one that knows no words.
