@@ -104,8 +104,8 @@ def text_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
     """
     if not loaded.reads_text:
         raise UnsupportedArchitectureError(
-            f"`{type(loaded.model).__name__}` reads `{loaded.model.main_input_name}`, and only models that read text can "
-            "be run here. Such a model is verified when `avss prune` saves it."
+            f"`{type(loaded.model).__name__}` reads `{loaded.model.main_input_name}`, and only models that read text "
+            "can be run here. Such a model is verified when `avss prune` saves it."
         )
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
