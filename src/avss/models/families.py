@@ -141,6 +141,7 @@ class Family:
             new
             first block.
         packed: Patterns of keys of tensors that hold one slice per block beside each other -> the axis.
+        roles: Settings of a block that follow from the blocks around it; whether they do right is seen in the outputs.
         lengthens: Whether a batch is lengthened on the right, to whole windows or by further streams, between blocks.
         time_major: Whether hidden states are `[token, batch, hidden]` between blocks.
         obstacle: The reason why a config cannot be cut at all, or None.
@@ -156,6 +157,7 @@ class Family:
     reserved_positions: int = 0
     first_block: tuple[str, ...] = ()
     packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    roles: tuple[str, ...] = ()
     lengthens: bool = False
     time_major: bool = False
     obstacle: Callable[[Mapping[str, Any]], str | None] = _no_obstacle
@@ -314,6 +316,8 @@ def _residual_scale(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 _ROBERTA = Family(reserved_positions=2)
 _T5 = Family(first_block=(r"layer\.0\.\w+\.(global_)?relative_attention_bias\.weight",))
 _PER_LAYER_EMBEDDINGS = {r"(.*\.)?embed_tokens_per_layer\.weight": 1, r"(.*\.)?per_layer_model_projection\.weight": 0}
+# The last block of each kind before the shared ones keeps its keys and values for them.
+_KEEPER = ("store_full_length_kv", "kv_shared_layer_index", "is_kv_shared_layer")
 _WINDOWS = Family(lengthens=True)
 _SPARSE_STEP = Family(adjust=_sparse_step)
 _FIRST_NORM = "its attention has no norm of its own: the embeddings' norm stands in for it"
@@ -329,16 +333,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "esm": Family(packed={r"(.*\.)?contact_head\.regression\.weight": 1}),
     "gemma3n_text": Family(
+        roles=_KEEPER,
         per_layer=("intermediate_size", "activation_sparsity_pattern"),
         packed=_PER_LAYER_EMBEDDINGS,
         adjust=_shared_caches,
     ),
     "gemma4_text": Family(
+        roles=_KEEPER,
         packed=_PER_LAYER_EMBEDDINGS,
         adjust=_shared_caches,
         pinned=_last_full_attention,
     ),
-    "gemma4_unified_text": Family(pinned=_last_full_attention, adjust=_shared_caches),
+    "gemma4_unified_text": Family(roles=_KEEPER, pinned=_last_full_attention, adjust=_shared_caches),
     "gpt2": Family(obstacle=_inverse_scaling),
     "gpt_neo": Family(adjust=_attention_types),
     "gpt_neox_japanese": Family(pinned=_pins(Pinned(-1, "only its attention adds a bias"))),

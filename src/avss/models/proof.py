@@ -61,7 +61,7 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
     family = facts_of(kind)
     for index, original in enumerate(plan.kept):
         exempt = family if index == 0 and original != 0 else None
-        difference = next(_differences(before[original], blocks[index], plan, (original, index), exempt), None)
+        difference = next(_differences(before[original], blocks[index], plan, (original, index), family, exempt), None)
         if difference:
             raise UnsupportedArchitectureError(
                 f"This `{kind}` model cannot lose these blocks: block {original} would become block {index} and be "
@@ -97,7 +97,7 @@ def _own_keys(module: nn.Module) -> Iterator[str]:
 
 
 def _differences(
-    old: nn.Module, new: nn.Module, plan: Plan, places: tuple[int, int], exempt: Family | None
+    old: nn.Module, new: nn.Module, plan: Plan, places: tuple[int, int], family: Family, exempt: Family | None
 ) -> Iterator[str]:
     """What differs between a block and its twin in the smaller model."""
     mine, theirs = dict(old.named_modules()), dict(new.named_modules())
@@ -107,7 +107,8 @@ def _differences(
             yield f"`{path}` is {'missing' if path not in theirs else 'new'}"
             continue
         parents_of_led = any(other.rpartition(".")[0] == path for other in led)
-        for text in _module_differences(mine[path], theirs[path], plan, places, skip_flags=parents_of_led):
+        found = _module_differences(mine[path], theirs[path], plan, places, skip_flags=parents_of_led)
+        for text in (text for text in found if not any(text.startswith(f"`{role}` ") for role in family.roles)):
             yield f"`{path}` {text}" if path else text
 
 
