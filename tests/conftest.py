@@ -14,6 +14,12 @@ hypothesis.settings.load_profile("avss")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches keep what they measured in the user's cache; tests have one of their own."""
+    monkeypatch.setenv("AVSS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def wheel_file(distribution: str, suffix: str) -> Path:
     """The first file with that ending that a distribution installed; skips the test where there is none."""
     try:

@@ -15,6 +15,7 @@ What "far" means depends on the head:
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -78,18 +79,22 @@ class Judge:
         batches: The text. Holding one batch's hidden states at all blocks is what this costs in memory, and two float32
             numbers for each token and word.
         share: False runs every model from its first block: the slow way, for checks.
+        holds_all: Whether to hold that for all batches, so that the whole model runs only once on each; see
+            `bytes_to_hold`.
 
     Attributes:
         num_blocks_run: Blocks computed so far, in units of one block on one batch.
         num_blocks_naive: Blocks that running each model from its first block would have taken.
     """
 
-    def __init__(self, loaded: Loaded, batches: Batches, *, share: bool = True) -> None:
+    def __init__(self, loaded: Loaded, batches: Batches, *, share: bool = True, holds_all: bool = False) -> None:
         if not len(batches):
             raise NoObservationsError("There is no sequence to measure damage on. Give some text.")
         self._loaded = loaded
         self._batches = tuple(batches)
         self._share = share
+        self.holds_all = holds_all
+        self._held: dict[int, _Whole] = {}
         self.num_blocks_run = 0
         self.num_blocks_naive = 0
 
@@ -120,24 +125,53 @@ class Judge:
             UnsupportedArchitectureError: The blocks cannot be left out one by one.
         """
         num_blocks = len(self._loaded.stack)
-        order = in_sharing_order([(), *sets], num_blocks)
+        order = in_sharing_order([one for one in sets if frozenset(one)], num_blocks)
         chosen = range(len(self._batches)) if batches is None else batches
-        rows: dict[frozenset[int], list[_Row]] = {one: [] for one in order}
-        done, total = 0, len(order) * len(chosen)
+        rows: dict[frozenset[int], list[_Row]] = {one: [] for one in (frozenset[int](), *order)}
+        done, total = 0, (1 + len(order)) * len(chosen)
         on_step(done, total)
         for index in chosen:
-            token_ids, keep = self._batches[index]
-            shared = SharedPrefix(self._loaded, token_ids, keep, share=self._share)
-            answers = _Answers(self._loaded, shared.dense, token_ids, keep)
+            known = index in self._held
+            whole = self._held[index] if known else self._run_whole(index)
+            before = whole.shared.num_blocks_run if known else 0
+            rows[frozenset()].append(whole.row)
+            done += 1
+            on_step(done, total)
             for one in order:
-                logits = shared.without(one) if one else shared.dense
-                rows[one].append((answers.distance(logits), answers.loss(logits)))
+                logits = whole.shared.without(one)
+                rows[one].append((whole.answers.distance(logits), whole.answers.loss(logits)))
                 done += 1
                 on_step(done, total)
-            self.num_blocks_run += shared.num_blocks_run
-            self.num_blocks_naive += sum(num_blocks - len(one) for one in order)
+            self.num_blocks_run += whole.shared.num_blocks_run - before
+            self.num_blocks_naive += sum(num_blocks - len(one) for one in order) + (0 if known else num_blocks)
+            if self.holds_all:
+                whole.shared.rewind()
+                self._held[index] = whole
         dense = rows[frozenset()]
         return [_damage(frozenset(one), rows[frozenset(one)], dense) for one in sets]
+
+    def _run_whole(self, index: int) -> "_Whole":
+        token_ids, keep = self._batches[index]
+        shared = SharedPrefix(self._loaded, token_ids, keep, share=self._share)
+        answers = _Answers(self._loaded, shared.dense, token_ids, keep)
+        row = answers.distance(shared.dense), answers.loss(shared.dense)
+        return _Whole(shared, answers, row)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Whole:
+    """The whole model on one batch: its states, its answers, and its own row."""
+
+    shared: SharedPrefix
+    answers: "_Answers"
+    row: _Row
+
+
+def bytes_to_hold(loaded: Loaded, batches: Batches) -> int:
+    """Memory that a `Judge` which holds all batches needs, roughly: hidden states twice, and the answers thrice."""
+    width, words = cast(Tensor, loaded.model.get_input_embeddings().weight).shape[1], loaded.vocabulary
+    is_by_word = loaded.head in ("causal", "masked", "seq2seq")
+    return batches.facts.num_tokens * 4 * (2 * (len(loaded.stack) + 1) * width + (3 * words if is_by_word else 0))
 
 
 def leave_one_out(judge: Judge, num_blocks: int, *, on_step: OnStep = lambda done, total: None) -> list[Damage]:

@@ -1,18 +1,77 @@
 """What one run is: every setting with its meaning and its range, from flags or from a TOML file. No torch here."""
 
 import difflib
+import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from avss.errors import ConfigError
+from avss.errors import ConfigError, unknown_name
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 TASK_KINDS = ("perplexity", "choice", "classification", "similarity", "speed")
 TaskKind = Literal["perplexity", "choice", "classification", "similarity", "speed"]
+
+
+CompensationMethod = Literal["auto", "scale", "linear", "cosine", "refit", "sweep", "steer", "none"]
+COMPENSATION_METHODS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
+"""Ways to repair a cut without training, `auto` first; see `avss.compensation`."""
+
+
+def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMethod:
+    """The method of that name.
+
+    Args:
+        method: As the user wrote it.
+        in_memory: Whether the model will be in memory, which every method but `none` needs.
+
+    Raises:
+        ConfigError: There is no such method, or the model is not in memory.
+    """
+    if method not in COMPENSATION_METHODS:
+        raise ConfigError(unknown_name("--compensate", method, COMPENSATION_METHODS))
+    found = cast(CompensationMethod, method)
+    if found != "none" and not in_memory:
+        raise ConfigError(
+            f"`--compensate {method}` runs the model, and a cut from file to file does not have it in memory. Leave it "
+            "out, or cut in memory: without `--format gguf`, with `--in-memory`."
+        )
+    return found
+
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+_SIZES = {
+    **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+}
+_TIMES = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def _number(value: Any, units: Mapping[str, int]) -> Any:
+    """A number with a unit as a plain one, rounded down; anything else as it is."""
+    match = re.fullmatch(r"\s*([\d_.]+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if match[2].lower() not in units:
+        raise ValueError(f"the unit `{match[2]}` is not one of {', '.join(filter(None, units))}")
+    return int(float(match[1].replace("_", "")) * units[match[2].lower()])
+
+
+def _seconds(value: Any) -> Any:
+    """`90`, `90s`, `10m` or `1h30m` in seconds; anything else as it is."""
+    parts = re.findall(r"([\d.]+)\s*([a-zA-Z]*)", value) if isinstance(value, str) else []
+    if not parts or re.sub(r"([\d.]+)\s*([a-zA-Z]*)\s*", "", value).strip():
+        return value
+    milliseconds = {name: 1000 * size for name, size in _TIMES.items()}
+    return sum(_number(number + unit, milliseconds) for number, unit in parts) / 1000
+
+
+TARGETS = ("fraction", "count", "blocks", "max_params", "max_bytes", "speedup")
+"""Settings of which one says how many blocks go."""
 
 
 class Settings(BaseModel):
@@ -69,10 +128,37 @@ class PlanConfig(Settings):
     blocks: str | None = None
     """The blocks themselves, e.g. `3,12-15`."""
     contiguous: bool = False
-    """Whether the blocks must be neighbours: the run with the lowest sum of scores."""
+    """Whether the blocks must be neighbours: the run with the lowest sum of scores, or with the smallest measured
+    distance across it where the criterion measures runs (`angular`)."""
+    rule: Literal["count", "mass"] = "count"
+    """What `fraction` is a share of: the number of blocks, or the sum of all scores (the lowest go while their sum
+    stays within it, the published threshold)."""
     protect: str = "auto"
     """Blocks that stay, e.g. `0,1,-1`; `none`; or `auto`: the first and the last, unless the criterion reproduces a
     published selection or is a baseline."""
+    select: Literal["scores", "window", "greedy", "evolution"] = "scores"
+    """Who chooses: the criterion's scores, or a search by measured damage."""
+    max_params: Annotated[int | None, BeforeValidator(lambda value: _number(value, _COUNTS))] = Field(
+        default=None, ge=1
+    )
+    """Instead of a count: the most parameters that may be left, e.g. `100M`."""
+    max_bytes: Annotated[int | None, BeforeValidator(lambda value: _number(value, _SIZES))] = Field(default=None, ge=1)
+    """Instead of a count: the largest checkpoint, e.g. `200MB`."""
+    speedup: float | None = Field(default=None, gt=1)
+    """Instead of a count: how many times faster a forward pass must be, estimated from measured latency."""
+    min_retention: float | None = Field(default=None, gt=0, le=1)
+    """The most blocks that keep this share of a task's result; a count or a fraction beside it is the most that go."""
+    retention_task: "TaskConfig | None" = None
+    """The task that `min_retention` speaks of."""
+    score_rounds: int = Field(default=1, ge=1)
+    """For `scores`: rounds of removing, each scored anew on what is left."""
+    from_search: str | None = None
+    """A folder or record with a search, to take the blocks from instead of choosing anew."""
+
+    def sized(self, count: int) -> Self:
+        """The same with a count as the only target."""
+        targets = dict.fromkeys((*TARGETS, "min_retention"))
+        return self.model_copy(update={**targets, "count": count, "rule": "count"})
 
 
 class TaskConfig(Settings):
@@ -120,6 +206,174 @@ class TaskConfig(Settings):
         return build(cls, {"kind": kind.strip(), **({"data": data} if data else {}), **settings})
 
 
+class Budget(Settings):
+    """How long healing may take: a time, a number of tokens, or both; then whichever ends first.
+
+    Example:
+        >>> Budget.parse("1h30m,2M")
+        Budget(seconds=5400.0, tokens=2000000)
+        >>> str(Budget.parse("500k tokens"))
+        '500,000 tokens'
+    """
+
+    seconds: float | None = Field(default=None, gt=0)
+    """Wall time, validation included."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens trained on, padding not counted."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`30m`, `1h30m`, `90s` are times; `500k`, `2M`, `1B`, `250000 tokens` are tokens; a comma joins the two.
+
+        `m` is minutes and `M` is million: the one place where a capital matters, so both are printed in full.
+
+        Raises:
+            ConfigError: It is neither, or says the same thing twice.
+        """
+        found: dict[str, Any] = {}
+        for part in text.split(","):
+            kind, value = _budget_part(part.strip(), text)
+            if kind in found:
+                raise ConfigError(
+                    f"The budget `{text}` has two {kind}. Give a time, a number of tokens, or one of each."
+                )
+            found[kind] = value
+        return build(cls, found)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.seconds is None and self.tokens is None:
+            raise ValueError("a budget needs a time or a number of tokens")
+        return self
+
+    def __str__(self) -> str:
+        """In words, e.g. `30 minutes` or `2,000,000 tokens`."""
+        time = [] if self.seconds is None else [_time_in_words(self.seconds)]
+        tokens = [] if self.tokens is None else [f"{self.tokens:,} token{'s' if self.tokens != 1 else ''}"]
+        return " or ".join(time + tokens)
+
+
+_TIME = re.compile(
+    r"(?:(?P<h>\d+(?:\.\d+)?)\s*(?:h|hours?))?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*(?:m|min|minutes?))?\s*"
+    r"(?:(?P<s>\d+(?:\.\d+)?)\s*(?:s|sec|seconds?))?"
+)
+_TOKENS = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<unit>[kKMB])(?:\s*tokens?)?|tokens?)")
+_THOUSANDS = re.compile(r"(?<=\d)_(?=\d)")
+
+
+def _budget_part(part: str, whole: str) -> tuple[str, float | int]:
+    plain = _THOUSANDS.sub("", part)
+    tokens, time = _TOKENS.fullmatch(plain), _TIME.fullmatch(plain)
+    if tokens is not None:
+        unit = {None: 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[tokens["unit"]]
+        return "tokens", round(float(tokens["number"]) * unit)
+    if time is not None and any(time.groups()):
+        return "seconds", sum(float(time[unit] or 0) * seconds for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)))
+    hint = " `m` is minutes; millions are `M`." if re.fullmatch(r"[\d.]+\s*m\s*tokens?", plain) else ""
+    raise ConfigError(
+        f"The budget `{whole}` is neither a time nor a number of tokens.{hint} Write a time such as `30m` or `1h30m`, "
+        "tokens such as `500k` or `2M`, or both: `30m,2M`."
+    )
+
+
+def _time_in_words(seconds: float) -> str:
+    parts = []
+    for name, size in (("hour", 3600), ("minute", 60)):
+        count = int(seconds // size)
+        seconds -= count * size
+        if count:
+            parts.append(f"{count} {name}{'s' if count != 1 else ''}")
+    if seconds or not parts:
+        parts.append(f"{seconds:g} second{'s' if seconds != 1 else ''}")
+    return " ".join(parts)
+
+
+def _as_budget(value: Any) -> Any:
+    return Budget.parse(value) if isinstance(value, str) else value
+
+
+class HealConfig(Settings):
+    """Repair by training: distillation from the dense model."""
+
+    source: str = "builtin"
+    """Text to train on: file, folder, hub data set or `builtin`."""
+    budget: Annotated[Budget, BeforeValidator(_as_budget)] = Budget(seconds=1800.0)
+    """When to stop, e.g. `30m`, `2M` tokens; see `Budget.parse`."""
+    weights: Literal["auto", "all", "blocks", "after", "lora"] = "auto"
+    """What is trained. `all`: every weight. `blocks`: all blocks and the last norm, not the embeddings and the head.
+    `after`: of these, the blocks from the one before the first cut on; those before it are the dense model's still and
+    are computed once for both. `lora`: adapters of low rank on the matrices of the blocks, merged at the end (needs
+    peft). `auto`: `after`."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak; by default 3e-4, for `lora` 1e-3."""
+    batch_size: int = Field(default=2, ge=1)
+    """Sequences in a step of the optimiser, over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences in memory at once, by default the whole batch; without effect on the result."""
+    seq_len: int = Field(default=512, ge=2)
+    """Tokens in a sequence at most."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the budget in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW, on matrices."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a step's gradient."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both models' predictions."""
+    label_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss on the text's own next tokens, or on a classifier's labels; the rest is the dense model's
+    prediction."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the distance between the hidden states after the same original block, in both models."""
+    rank: int = Field(default=32, ge=1)
+    """Of the adapters."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products in training; `auto`: bfloat16 where the machine computes it in hardware. Weights are trained in
+    float32 always."""
+    recompute: bool = False
+    """Whether the insides of the blocks are computed again in the backward pass: less memory, a third more time."""
+    validations: int = Field(default=8, ge=1)
+    """How often the held-out text is measured, evenly over the budget."""
+    held_out: int = Field(default=16, ge=1)
+    """Sequences held out for that."""
+    patience: int = Field(default=4, ge=1)
+    """Validations without a new best after which healing stops."""
+    seed: int = Field(default=0, ge=0)
+    """Of the order of the text, and of masks."""
+
+
+class SearchConfig(Settings):
+    """How hard a search by measured damage looks."""
+
+    objective: Literal["kl", "loss", "accuracy"] = "kl"
+    """What must stay small: the KL divergence from the dense model (one minus the cosine for encoders), the next-token
+    loss, or the wrong answers of a task."""
+    task: TaskConfig | None = None
+    """For `accuracy`: the task, choice or classification."""
+    max_passes: float | None = Field(default=None, gt=0)
+    """Most passes of the whole model over the text."""
+    seconds: Annotated[float | None, BeforeValidator(_seconds)] = Field(default=None, gt=0)
+    """Most seconds of measuring; `10m` and `1h30m` are understood."""
+    screen: str = "damage"
+    """What says which blocks to try first: a criterion, or `damage`: each block alone is measured on one batch."""
+    width: int = Field(default=6, ge=1)
+    """Blocks tried in a step before it is asked whether that was enough."""
+    beam: int = Field(default=1, ge=1)
+    """Sets of each size that the next size is built from."""
+    windows: int = Field(default=2, ge=0)
+    """Runs of neighbours of each size that compete."""
+    exchanges: int = Field(default=2, ge=0)
+    """Rounds of exchanging single blocks at the end."""
+    error: float = Field(default=0.1, gt=0, lt=1)
+    """Bound on the probability that a race drops its true best."""
+    seed: int = Field(default=0, ge=0)
+    """Of the evolution's draws."""
+    resume: bool = True
+    """Whether measurements are kept, so that a killed search goes on where it was."""
+    cache: str | None = None
+    """Folder for them, if not the user's cache."""
+
+
 class RunConfig(Settings):
     """A whole run: score, choose, cut, verify, evaluate, report."""
 
@@ -130,6 +384,8 @@ class RunConfig(Settings):
     first_token: bool = True
     """Whether the first token of each sequence counts in the scores."""
     plan: PlanConfig = PlanConfig(fraction=0.25)
+    search: SearchConfig = SearchConfig()
+    """How hard to look, where `plan.select` names a search."""
     compare: tuple[str, ...] = ()
     """Criteria whose cut of the same size is evaluated beside the plan's, in memory."""
     tasks: tuple[TaskConfig, ...] = ()

@@ -67,8 +67,7 @@ def remap(state: Mapping[str, Tensor], path: str, plan: Plan, family: Family | N
         path: Of the stack.
         plan: The blocks removed.
         family: Facts about the architecture: what the first block holds for all goes to the new first block, and
-            tensors
-            that hold one slice per block lose the slices of the removed ones.
+            tensors that hold one slice per block lose the slices of the removed ones.
 
     Example:
         >>> plan = Plan(num_blocks=3, removed=(1,), method="explicit", rule="by hand")

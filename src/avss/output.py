@@ -43,8 +43,8 @@ def check_free(path: Path, *, force: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder may be deleted: empty, or with the record that every output of avss holds."""
-    return not any(path.iterdir()) or (path / "record.json").is_file()
+    """Whether a folder may be deleted: empty, or with the record (or the table) that every output of avss holds."""
+    return not any(path.iterdir()) or any((path / name).is_file() for name in ("record.json", "avss.json"))
 
 
 @contextlib.contextmanager

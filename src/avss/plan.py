@@ -1,9 +1,11 @@
 """Scores -> Plan: which blocks go. No torch, no model: a plan is arithmetic on one list of numbers."""
 
+import itertools
 import math
 import re
+from collections.abc import Sequence
 
-from avss.config import PlanConfig
+from avss.config import TARGETS, PlanConfig, SearchConfig
 from avss.errors import ConfigError, InvalidPlanError
 from avss.record import BlockScores, Plan
 
@@ -81,18 +83,17 @@ def explicit_plan(config: PlanConfig, num_blocks: int) -> Plan:
     return Plan(num_blocks=num_blocks, removed=removed, method="explicit", rule=rule)
 
 
-def make_plan(
-    scores: BlockScores, config: PlanConfig, *, protects_ends: bool = True, pinned: tuple[int, ...] = ()
-) -> Plan:
+def make_plan(scores: BlockScores, config: PlanConfig, *, protects_ends: bool = True) -> Plan:
     """The plan that a criterion's scores and the settings give.
 
-    The lowest scores go; ties go by index. `contiguous` takes the run of neighbours with the lowest sum instead.
+    The lowest scores go; ties go by index. `contiguous` takes a run of neighbours instead: the one across which the
+    measured distance is smallest where the criterion measured runs (`scores.windows`), else the one with the lowest
+    sum. Under the rule `mass` the fraction is a share of the sum of scores, not of the number of blocks.
 
     Args:
         scores: One score per block, higher = keep.
         config: How many, and which may not go.
         protects_ends: The criterion's habit under `protect = auto`.
-        pinned: Blocks that the architecture cannot lose, whatever `protect` says.
 
     Raises:
         ConfigError: None or several of fraction, count and blocks are given.
@@ -102,15 +103,15 @@ def make_plan(
     num_blocks = scores.num_blocks
     if config.blocks is not None:
         return explicit_plan(config, num_blocks)
-    count = config.count or count_of_fraction(config.fraction or 0, num_blocks)
-    asked = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
-    protected = tuple(sorted({*asked, *pinned}))
+    protected = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
     free = [block for block in range(num_blocks) if block not in protected]
+    if config.rule == "mass":
+        return _plan_by_mass(scores, config, free, protected)
+    count = config.count or count_of_fraction(config.fraction or 0, num_blocks)
     if count > len(free) or count >= num_blocks:
         raise InvalidPlanError(
             f"{count} blocks cannot be removed: {len(free)} of {num_blocks} may go"
             + (f", {len(protected)} are protected" if protected else " and one must stay")
-            + (f", {', '.join(map(str, pinned))} of them by the architecture" if pinned else "")
             + ". Remove fewer, or protect fewer (`--protect none`)."
         )
     bad = [block for block in free if not math.isfinite(scores.values[block])]
@@ -121,27 +122,109 @@ def make_plan(
         )
     removed = _lowest_run(scores, free, count) if config.contiguous else _lowest(scores, free, count)
     share = f"{count} of {num_blocks} blocks ({count / num_blocks:.1%})"
-    how = "the run of neighbours with the lowest sum" if config.contiguous else "the lowest scores"
+    measured = "the smallest distance across it by" if scores.windows else "the lowest sum of"
+    how = f"the run of neighbours with {measured}" if config.contiguous else "the lowest scores of"
     guard = f"; protected: {', '.join(map(str, protected))}" if protected else ""
     return Plan(
         num_blocks=num_blocks,
         removed=removed,
         method=scores.criterion,
-        rule=f"{share}, {how} of {scores.criterion}{guard}",
+        rule=f"{share}, {how} {scores.criterion}{guard}",
         protected=protected,
     )
 
 
 def check_one_target(config: PlanConfig) -> None:
-    """Exactly one of fraction, count and blocks must be given.
+    """Exactly one way of saying how many blocks go must be given; a retention needs none, and allows one as its limit.
 
     Raises:
-        ConfigError: None or several are.
+        ConfigError: None or several are, or they do not go with the way of choosing.
     """
-    given = [name for name in ("fraction", "count", "blocks") if getattr(config, name) is not None]
-    if len(given) != 1:
-        named = " and ".join(f"`--{name}`" for name in given) or "nothing"
-        raise ConfigError(f"Say how many blocks go by exactly one of `--fraction`, `--count`, `--blocks`; got {named}.")
+    given = [name for name in TARGETS if getattr(config, name) is not None]
+    allowed = given in ([], ["fraction"], ["count"]) if config.min_retention is not None else len(given) == 1
+    if not allowed:
+        retention = [] if config.min_retention is None else ["min_retention"]
+        named = " and ".join(f"`--{name.replace('_', '-')}`" for name in [*given, *retention]) or "nothing"
+        raise ConfigError(
+            "Say how many blocks go by exactly one of `--fraction`, `--count`, `--blocks`, `--max-params`, "
+            "`--max-bytes`, `--speedup`, or by `--min-retention` alone or with a `--fraction` or `--count` as its "
+            f"limit; got {named}."
+        )
+    if config.select != "scores" or config.from_search is not None:
+        searching = f"`--select {config.select}`" if config.from_search is None else "`--from-search`"
+        for flag, is_given in (("--blocks", config.blocks), ("--contiguous", config.contiguous)):
+            if is_given:
+                raise ConfigError(
+                    f"`{flag}` does not go with {searching}, which chooses itself. Leave one of them out."
+                )
+    if config.rule == "mass" and (
+        given != ["fraction"]
+        or config.contiguous
+        or config.select != "scores"
+        or config.from_search is not None
+        or config.min_retention is not None
+        or config.score_rounds > 1
+    ):
+        raise ConfigError(
+            "`--rule mass` takes the lowest scores up to a share of their sum. Give that share as `--fraction`, "
+            "without `--contiguous` or another way of choosing."
+        )
+    if config.score_rounds > 1 and (config.select != "scores" or config.min_retention or config.blocks):
+        raise ConfigError(
+            "`--score-rounds` rescores between removals, so it goes with `--select scores` and a number of blocks "
+            "only. Leave it out."
+        )
+
+
+def check_search(search: SearchConfig) -> None:
+    """What a search is told must fit together.
+
+    Raises:
+        ConfigError: The objective lacks its task, has one too many, or the screening criterion is unknown.
+    """
+    if search.objective == "accuracy" and (search.task is None or search.task.kind not in ("choice", "classification")):
+        raise ConfigError(
+            "`--objective accuracy` counts right answers of a task: name one, choice or classification, e.g. "
+            "`--objective-task choice=questions.jsonl`."
+        )
+    if search.objective != "accuracy" and search.task is not None:
+        raise ConfigError(
+            f"`--objective-task` goes with `--objective accuracy`, not with `{search.objective}`. Leave one out."
+        )
+
+
+def check_plain(config: PlanConfig) -> None:
+    """A cut from file to file has no model to measure, so it takes scores, or the blocks themselves, only.
+
+    Raises:
+        ConfigError: Something else is asked for.
+    """
+    measuring = {
+        f"--select {config.select}": config.select != "scores",
+        "--from-search": config.from_search is not None,
+        "--score-rounds": config.score_rounds > 1,
+        **{
+            f"--{name.replace('_', '-')}": getattr(config, name) is not None
+            for name in ("max_params", "max_bytes", "speedup", "min_retention")
+        },
+    }
+    asked = [flag for flag, is_asked in measuring.items() if is_asked]
+    if asked:
+        raise ConfigError(
+            f"`{asked[0]}` needs the model in memory, and this cut goes from file to file. Say how many by "
+            "`--fraction` or `--count`, or name the blocks that a search found by `--blocks`."
+        )
+
+
+def in_rounds(count: int, num_rounds: int) -> list[int]:
+    """Blocks to remove in each round: as equal as can be, the larger rounds first, none empty.
+
+    Example:
+        >>> in_rounds(8, 3), in_rounds(2, 5)
+        ([3, 3, 2], [1, 1])
+    """
+    each, rest = divmod(count, num_rounds)
+    return [part for part in (each + (place < rest) for place in range(num_rounds)) if part]
 
 
 def _lowest(scores: BlockScores, free: list[int], count: int) -> tuple[int, ...]:
@@ -156,4 +239,78 @@ def _lowest_run(scores: BlockScores, free: list[int], count: int) -> tuple[int, 
         raise InvalidPlanError(
             f"No {count} neighbouring blocks are free of protected ones. Remove fewer, or protect fewer."
         )
-    return tuple(min(runs, key=lambda run: (sum(scores.values[block] for block in run), run.start)))
+    if scores.windows is None:
+        return tuple(min(runs, key=lambda run: (sum(scores.values[block] for block in run), run.start)))
+    across = scores.windows[count - 1]
+    bad = [run.start for run in runs if not math.isfinite(across[run.start])]
+    if bad:
+        raise InvalidPlanError(
+            f"`{scores.criterion}` gave the {count} blocks from {bad[0]} on the distance {across[bad[0]]}, which ranks "
+            "nowhere. Use another criterion or more text."
+        )
+    return tuple(min(runs, key=lambda run: (across[run.start], run.start)))
+
+
+def lowest_by_mass(values: Sequence[float], share: float, allowed: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The lowest scores whose sum stays within a share of the sum of all: ascending first, then cumulated.
+
+    Args:
+        values: One score per block, none negative.
+        share: Of the sum of all scores, 0 to 1.
+        allowed: Blocks that may go; all of them if None. Those that may not still count in the sum of all.
+
+    Returns:
+        Positions, ascending; ties go by position. Possibly none.
+
+    Example:
+        >>> lowest_by_mass((4.0, 1.0, 3.0, 2.0), 0.3)
+        (1, 3)
+    """
+    total = math.fsum(values)
+    order = sorted(range(len(values)) if allowed is None else allowed, key=lambda place: (values[place], place))
+    sums = itertools.accumulate(values[place] for place in order)
+    most = share * total * (1 + 1e-12)  # 1 + 2 of 10 is 0.3, whatever the last bit says
+    return tuple(sorted(place for place, reached in zip(order, sums, strict=True) if reached <= most))
+
+
+def published_by_mass(values: Sequence[float], share: float) -> tuple[int, ...]:
+    """What the published script flags: cumulated in block order, sorted only afterwards.
+
+    The running sum belongs to the block order, so the rule takes the first blocks until their sum passes the share,
+    whatever their scores. Kept for reproduction.
+
+    Example:
+        >>> published_by_mass((4.0, 1.0, 3.0, 2.0), 0.5)
+        (0, 1)
+    """
+    total = math.fsum(values)
+    sums = itertools.accumulate(value / total for value in values)
+    return tuple(place for place, reached in enumerate(sums) if reached <= share)
+
+
+def _plan_by_mass(scores: BlockScores, config: PlanConfig, free: list[int], protected: tuple[int, ...]) -> Plan:
+    share = config.fraction or 0
+    bad = [block for block, value in enumerate(scores.values) if not math.isfinite(value) or value < 0]
+    if bad or not any(scores.values):
+        found = f"block {bad[0]} has {scores.values[bad[0]]}" if bad else "all are 0"
+        raise InvalidPlanError(
+            f"The scores of `{scores.criterion}` have no sum to take a share of: {found}. They must be finite, none "
+            "negative and one positive; use another criterion or `--rule count`."
+        )
+    removed = lowest_by_mass(scores.values, share, free)
+    if not removed:
+        least = min(scores.values[block] for block in free) / math.fsum(scores.values) if free else math.nan
+        raise InvalidPlanError(
+            f"No block fits into {share:.3g} of the sum of `{scores.criterion}`: the smallest that may go "
+            f"holds {least:.3g} of it. Use a larger `--fraction` or `--rule count`."
+        )
+    guard = f"; protected: {', '.join(map(str, protected))}" if protected else ""
+    num = scores.num_blocks
+    return Plan(
+        num_blocks=num,
+        removed=removed,
+        method=scores.criterion,
+        rule=f"{len(removed)} of {num} blocks ({len(removed) / num:.1%}), the lowest scores that hold together at most "
+        f"{share:.3g} of the sum of {scores.criterion}{guard}",
+        protected=protected,
+    )

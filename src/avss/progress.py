@@ -2,12 +2,17 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Advance = Callable[[int, int | None], None]
-"""Called with (done, total); a total of None means: unknown."""
+
+class Advance(Protocol):
+    """Called with (done, total); a total of None means: unknown. A note says in a few words how it goes."""
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """Reports how far the stage is."""
+        ...
 
 
 class Stages(Protocol):
@@ -22,7 +27,7 @@ class Stages(Protocol):
 def silent(name: str) -> Iterator[Advance]:
     """Draws nothing."""
     del name
-    yield lambda done, total: None
+    yield lambda done, total, note="": None
 
 
 class Timed:
@@ -65,15 +70,16 @@ def bars() -> Iterator[Stages]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
         @contextlib.contextmanager
         def stage(name: str) -> Iterator[Advance]:
-            task = progress.add_task(name, total=None)
+            task = progress.add_task(name, total=None, note="")
 
-            def advance(done: int, total: int | None) -> None:
-                progress.update(task, completed=done, total=total)
+            def advance(done: int, total: int | None, note: str = "") -> None:
+                progress.update(task, completed=done, total=total, note=note)
 
             yield advance
             total = progress.tasks[task].total

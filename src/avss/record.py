@@ -115,6 +115,9 @@ class BlockScores(FrozenValue):
             None where the criterion reads no text, or there are fewer than three sequences.
         upper: Its upper end.
         factors: The parts the score is made of, one list per factor, e.g. variance and near-zero share.
+        windows: Distances across runs of neighbours, where the criterion measures them: `windows[n - 1][l]` is that
+            between the input of block l and the input of block l + n (the output of the last block at the end), so
+            what the run of blocks l to l + n - 1 changes. Row n - 1 has one entry per run.
         paper: Citation of the method.
         reference_url: Where it was published, if it was.
         note: What the reader must know to trust the numbers, in a sentence.
@@ -131,6 +134,7 @@ class BlockScores(FrozenValue):
     lower: tuple[JsonFloat, ...] | None = None
     upper: tuple[JsonFloat, ...] | None = None
     factors: dict[str, tuple[JsonFloat, ...]] = Field(default_factory=dict)
+    windows: tuple[tuple[JsonFloat, ...], ...] | None = None
     paper: str | None = None
     reference_url: str | None = None
     note: str | None = None
@@ -321,6 +325,43 @@ class ScoreTable(FrozenValue):
         from avss.reporting.notebook import scores_html
 
         return scores_html(self)
+
+
+class PublishedMetrics(FrozenValue):
+    """What the published AVSS script measures of every block, in block order.
+
+    Attributes:
+        variance: `Average_Variance`: variance over hidden units of the mean over positions, padding included.
+        l1_norm: `Average_L1Norm`: sum of absolute gradients of the named matrices.
+        l2_norm: `Average_L2Norm`: L2 norms of the gradients of the named matrices, added up.
+        frobenius_norm: `Average_FrobeniusNorm`: Frobenius norms of the named matrices, added up.
+        sparsity: `Average_Sparsity`: share of activations below 1e-5, padding included.
+        weights: Which matrices are named: `ffn`, `attention` or `all`.
+        matrices: Their paths inside a block.
+        model: What was measured.
+        data: The text it was measured on.
+        notes: How it was measured, one sentence each.
+    """
+
+    variance: tuple[float, ...] = Field(min_length=1)
+    l1_norm: tuple[float, ...]
+    l2_norm: tuple[float, ...]
+    frobenius_norm: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    weights: str
+    matrices: tuple[str, ...] = ()
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[dict[str, float]]:
+        """One row per layer, under the column names of the published table."""
+        names = ("Average_Variance", "Average_L1Norm", "Average_L2Norm", "Average_FrobeniusNorm", "Average_Sparsity")
+        columns = (self.variance, self.l1_norm, self.l2_norm, self.frobenius_norm, self.sparsity)
+        return [
+            {"Layer": layer, **dict(zip(names, values, strict=True))}
+            for layer, values in enumerate(zip(*columns, strict=True))
+        ]
 
 
 class Plan(FrozenValue):
@@ -561,6 +602,122 @@ class Comparison(FrozenValue):
         return comparison_html(self)
 
 
+class CurvePoint(SetDamage):
+    """The best set of one size that a search found.
+
+    Attributes:
+        how: The step that found it: `greedy`, `window`, `exchange`, `evolution`, `put back`, or `prior`: the budget
+            ended before, and the likeliest blocks were added.
+        cost: What the search made small, see `SearchResult.objective`; mean over sequences or items.
+        cost_stderr: Its standard error.
+        num_sequences: Sequences it was measured on; 0 for none.
+    """
+
+    how: str
+    cost: JsonFloat
+    cost_stderr: JsonFloat | None = None
+    num_sequences: int = 0
+
+
+class SearchResult(FrozenValue):
+    """What a search by measured damage found: the best set of every size, and what that took.
+
+    Attributes:
+        schema_version: See `SCHEMA_VERSION`.
+        created: UTC, ISO 8601.
+        command: The exact command, or the Python call.
+        method: `greedy`, `window` or `evolution`.
+        objective: What was made small: `kl` (the distance in `measure`), `loss` (change of the next-token loss, nats)
+            or `accuracy` (share of wrong answers).
+        task: For `accuracy`: the task.
+        measure: What the distances are.
+        num_blocks: Blocks of the original model.
+        protected: Blocks that could not be chosen.
+        points: One entry per size, 1 first.
+        dense_loss: Next-token loss of the dense model on the same text, nats a token.
+        num_blocks_run: Blocks computed, in units of one block on one batch.
+        passes: The same in passes of the whole model over the whole text.
+        passes_of_all: Passes that trying every block in every step takes, each model from its first block.
+        num_sets: Different sets measured.
+        seconds: Time spent measuring.
+        is_complete: Whether the budget lasted to the end.
+        settings: As given.
+        model: What was measured.
+        data: The text it was measured on.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    command: str = ""
+    method: str
+    objective: Literal["kl", "loss", "accuracy"]
+    task: str | None = None
+    measure: DamageMeasure
+    num_blocks: int = Field(ge=1)
+    protected: tuple[int, ...] = ()
+    points: tuple[CurvePoint, ...] = Field(min_length=1)
+    dense_loss: JsonFloat | None = None
+    num_blocks_run: int
+    passes: float
+    passes_of_all: float
+    num_sets: int
+    seconds: float
+    is_complete: bool
+    settings: dict[str, Any] = Field(default_factory=dict)
+    model: ModelFacts | None = None
+    data: DataFacts | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = [len(point.removed) for point in self.points]
+        if sizes != list(range(1, len(sizes) + 1)):
+            raise InvalidPlanError(f"A curve has one set of every size from 1 on; this one has the sizes {sizes}.")
+        return self
+
+    def plan(self, count: int) -> Plan:
+        """The plan that removes `count` blocks.
+
+        Raises:
+            InvalidPlanError: The search did not go that far.
+        """
+        if not 1 <= count <= len(self.points):
+            raise InvalidPlanError(
+                f"The search knows sets of 1 to {len(self.points)} blocks, not of `{count}`. Choose one of these, or "
+                "search again with a larger `--count`."
+            )
+        point = self.points[count - 1]
+        share = f"{count} of {self.num_blocks} blocks ({count / self.num_blocks:.1%})"
+        guard = f"; protected: {', '.join(map(str, self.protected))}" if self.protected else ""
+        found = "not measured" if not point.num_sequences else f"{self.objective} {point.cost:.4g}"
+        return Plan(
+            num_blocks=self.num_blocks,
+            removed=point.removed,
+            method=self.method,
+            rule=f"{share}, found by search ({point.how}; {found}){guard}",
+            protected=self.protected,
+        )
+
+    def to_json(self) -> str:
+        """The result as indented JSON; nan and infinities become null."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per size: size, blocks, cost, distance and loss change with standard errors, perplexity, how."""
+        return [
+            {
+                "size": len(point.removed),
+                "blocks": " ".join(map(str, point.removed)),
+                **point.model_dump(exclude={"removed"}),
+            }
+            for point in self.points
+        ]
+
+    def _repr_html_(self) -> str:
+        from avss.reporting.notebook import search_html  # see ScoreTable._repr_html_
+
+        return search_html(self)
+
+
 class Measurement(FrozenValue):
     """One evaluation result with its standard error.
 
@@ -638,6 +795,7 @@ class Verification(FrozenValue):
         max_diff_memory: Largest difference of its outputs from those of the model in memory; nan where outputs were
             not compared.
         max_diff_bypass: Largest difference from the original model with the removed blocks bypassed; nan likewise.
+        of_raw_cut: Whether `max_diff_bypass` is that of the cut before its weights were changed, in memory.
         tolerance: What was allowed for both.
         cached_generation: Greedy tokens with cache equal those without; None for models that do not generate.
         num_generated: Tokens compared for that.
@@ -649,6 +807,7 @@ class Verification(FrozenValue):
     reload_strict: bool
     max_diff_memory: JsonFloat = math.nan
     max_diff_bypass: JsonFloat = math.nan
+    of_raw_cut: bool = False
     tolerance: float = 0.0
     cached_generation: bool | None = None
     num_generated: int = 0
@@ -704,6 +863,137 @@ class CheckReport(FrozenValue):
         return json.dumps({**self.model_dump(mode="json"), "passed": self.passed}, indent=2)
 
 
+class CutRepair(FrozenValue):
+    """What a repair did about one run of removed blocks.
+
+    Attributes:
+        start: First removed block of the run.
+        stop: The block after its last.
+        method: What was solved for: `refit`, `linear`, `cosine` or `scale`; empty where nothing was tried.
+        ridge: Relative ridge chosen on held-out text; None where there is none (`scale`).
+        factor: The number of `scale`; None elsewhere.
+        error_before: Mean squared distance of the stream after the run from the dense model's, over the variance of
+            the latter, on text that nothing was fitted to: 0 is equal, 1 as bad as a constant.
+        error_after: The same with the repair.
+        divergence_before: Divergence of the whole model's answers before this repair, on the choosing text.
+        divergence_after: The same with the repair.
+        applied: Whether the repair was kept: only where the divergence fell.
+        note: Why nothing was tried, or why it was thrown away.
+    """
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    method: str = ""
+    ridge: JsonFloat | None = None
+    factor: JsonFloat | None = None
+    error_before: JsonFloat | None = None
+    error_after: JsonFloat | None = None
+    divergence_before: JsonFloat | None = None
+    divergence_after: JsonFloat | None = None
+    applied: bool = False
+    note: str = ""
+
+
+class Compensation(FrozenValue):
+    """What repair without training did to a cut, and what it brought.
+
+    Attributes:
+        method: As asked for, e.g. `auto`.
+        measure: What `before` and `after` are: `kl` (nats a token, to the dense model) or `cosine` (distance of the
+            last hidden states).
+        before: Divergence of the raw cut from the dense model, on text used for nothing else.
+        after: The same after the repair.
+        fit_tokens: Tokens it was fitted to.
+        choose_tokens: Tokens that ridges, step sizes and methods were chosen by.
+        judge_tokens: Tokens that `before` and `after` were measured on.
+        cuts: One entry per run of removed blocks, in order.
+        num_swept: Blocks from the first cut on that were fitted to the dense stream, one after the other.
+        steps: Step size of each round towards the dense model's predictions; empty where there was none.
+        weights: Names of the smaller model's weights that changed.
+        note: Why nothing was done or kept; else empty.
+    """
+
+    method: str
+    measure: Literal["kl", "cosine"] = "kl"
+    before: JsonFloat = math.nan
+    after: JsonFloat = math.nan
+    fit_tokens: int = 0
+    choose_tokens: int = 0
+    judge_tokens: int = 0
+    cuts: tuple[CutRepair, ...] = ()
+    num_swept: int = 0
+    steps: tuple[float, ...] = ()
+    weights: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def applied(self) -> bool:
+        """Whether any weight changed."""
+        return bool(self.weights)
+
+
+class HealingStep(FrozenValue):
+    """How far healing was, and how good the model was then.
+
+    Attributes:
+        step: Steps of the optimiser done.
+        num_tokens: Tokens trained on until then.
+        seconds: Wall time until then.
+        loss: The objective, in its own unit (nats for a KL).
+        text_loss: Mean negative log-likelihood of the text's own tokens in nats, for language models on held-out text.
+    """
+
+    step: int
+    num_tokens: int
+    seconds: float
+    loss: JsonFloat
+    text_loss: JsonFloat | None = None
+
+
+class Healing(FrozenValue):
+    """What healing by training did.
+
+    Attributes:
+        objective: What was made small, in words.
+        weights: What was trained, in words.
+        num_trained: Parameters trained.
+        num_steps: Steps of the optimiser.
+        num_tokens: Tokens trained on, padding not counted; a token read in two epochs counts twice.
+        seconds: Wall time, validation included; that before an interruption counts too.
+        losses: The objective on the training text, as means over stretches of steps.
+        validation: The objective on held-out text; the first entry is the model before healing.
+        best_step: The step whose weights were kept, by the held-out text; 0 if training only did harm.
+        stopped: Why it ended: `budget`, or `no improvement` on held-out text.
+        data: The training text.
+        held_out: The held-out text.
+        settings: As given, with what `auto` became.
+    """
+
+    objective: str
+    weights: str
+    num_trained: int
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    losses: tuple[HealingStep, ...] = ()
+    validation: tuple[HealingStep, ...] = Field(min_length=1)
+    best_step: int
+    stopped: Literal["budget", "no improvement"]
+    data: DataFacts
+    held_out: DataFacts
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def before(self) -> HealingStep:
+        """The held-out text before healing."""
+        return self.validation[0]
+
+    @property
+    def after(self) -> HealingStep:
+        """The held-out text with the weights that were kept."""
+        return next(point for point in self.validation if point.step == self.best_step)
+
+
 class Cut(FrozenValue):
     """One smaller model and what became of it.
 
@@ -711,28 +1001,32 @@ class Cut(FrozenValue):
         plan: The blocks removed.
         model: Facts of the smaller model.
         changes: Config fields the cut changed.
+        compensation: The repair without training; None where none was asked for.
         path: Where it was saved, relative to the record; None where it was only measured.
         file_format: What it was saved as: `safetensors` or `gguf`.
         verification: Proof for the saved model; None where it was not saved.
         measurements: What it scored.
         retention: The same against the dense model.
         samples: What it writes, beside `RunRecord.samples`.
+        healing: How it was trained after the cut; None where it was not.
     """
 
     plan: Plan
     model: ModelFacts
     changes: tuple[FieldChange, ...] = ()
+    compensation: Compensation | None = None
     path: str | None = None
     file_format: Literal["safetensors", "gguf"] = "safetensors"
     verification: Verification | None = None
     measurements: tuple[Measurement, ...] = ()
     retention: tuple[Retention, ...] = ()
     samples: tuple[str, ...] = ()
+    healing: Healing | None = None
 
     @property
     def name(self) -> str:
-        """How tables call it: the method that chose its blocks."""
-        return self.plan.method
+        """How tables call it: the method that chose its blocks, and whether it was healed."""
+        return f"{self.plan.method}, healed" if self.healing else self.plan.method
 
 
 class RunRecord(FrozenValue):
@@ -746,11 +1040,13 @@ class RunRecord(FrozenValue):
         model: The dense model.
         data: The calibration text.
         scores: One entry per criterion.
+        search: The search that chose the blocks; None where none did.
         warnings: What the reader should know, one sentence each.
         stability: Whether the text suffices to choose, one entry per criterion that reads text.
         study: How the choice depends on seed, amount and kind of text, where that was asked for.
         damage: What leaving out each block costs, where it was measured.
         comparison: Every criterion against that damage, where it was asked for.
+        published: What the published script measures, where it was reproduced.
         dense: Measurements of the dense model.
         cuts: The smaller models; the first one is the one that was asked for, the others are for comparison.
         prompts: What both models were asked to continue.
@@ -766,11 +1062,13 @@ class RunRecord(FrozenValue):
     model: ModelFacts
     data: DataFacts | None = None
     scores: tuple[BlockScores, ...] = ()
+    search: SearchResult | None = None
     warnings: tuple[str, ...] = ()
     stability: tuple[Stability, ...] = ()
     study: StabilityStudy | None = None
     damage: DamageTable | None = None
     comparison: Comparison | None = None
+    published: PublishedMetrics | None = None
     dense: tuple[Measurement, ...] = ()
     cuts: tuple[Cut, ...] = ()
     prompts: tuple[str, ...] = ()

@@ -41,14 +41,15 @@ def score_blocks(
 def _score_one(collected: Collected, criterion: AbstractCriterion, *, first_token: bool, seed: int) -> BlockScores:
     scored = _apply(collected, criterion, first_token=first_token, seed=seed)
     without = None
-    # A published average has no part without the first token; baselines read no token at all.
-    if criterion.needs and not any(statistic.counts_padding for statistic in criterion.needs):
+    # Published averages, gradients and weights have no part without the first token; baselines read no token at all.
+    if criterion.needs and all(statistic.has_first_token for statistic in criterion.needs):
         without = _apply(collected, criterion, first_token=False, seed=seed).values
     return BlockScores(
         criterion=criterion.name,
         title=criterion.title,
         values=_floats(scored.values),
         without_first_token=None if without is None else _floats(without),
+        windows=None if scored.windows is None else tuple(_floats(row) for row in scored.windows),
         factors={name: _floats(values) for name, values in scored.factors.items()},
         paper=criterion.paper,
         reference_url=criterion.reference_url,
@@ -78,11 +79,12 @@ def with_certainty(
         seed: Of the resampling, and for criteria that draw lots.
 
     Returns:
-        The scores unchanged and None where the criterion reads no text, where there are fewer than three sequences, or
-        where parts of the text are too small for the criterion to be defined.
+        The scores unchanged and None where the criterion reads no text, where there are fewer than three sequences or
+        two free blocks, or where parts of the text are too small for the criterion to be defined.
     """
     rows = {collected.rows[need][0].num_sequences for need in criterion.needs}
-    if len(rows) != 1:
+    # With a single block free to go there is no choice to be sure of.
+    if len(rows) != 1 or scores.num_blocks - len(protected) < 2:
         return scores, None
     (num,) = rows
 
@@ -97,7 +99,10 @@ def with_certainty(
     except DegenerateStatisticError:
         return scores, None
     lower, upper = knife.interval()
-    return scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)}), stability
+    # Gradients come a row a batch: their spread is known, but not in sequences.
+    in_sequences = all(need.row_is == "sequence" for need in criterion.needs)
+    known = scores.model_copy(update={"lower": _floats(lower), "upper": _floats(upper)})
+    return known, stability if in_sequences else None
 
 
 def _apply(

@@ -46,6 +46,8 @@ def refused(answer, *parts: str) -> None:
         (("--count", 1, "--criterion", "avs"), ("`avs`", "Did you mean")),
         (("--count", 1, "--protect", "77"), ("`77`",)),
         (("--count", 2, "--contiguous", "--protect", "1,3"), ("neighbouring",)),
+        (("--count", 1, "--compensate", "refti"), ("`refti`", "Did you mean", "refit")),
+        (("--count", 1, "--compensate", "refit", "--on-disk"), ("`--compensate refit`", "--in-memory")),
         (("--count", 1, "--data", "missing.txt"), ("missing.txt",)),
         (("--count", 1, "--data", "builtin:nothing"), ("nothing", "Allowed")),
         (("--count", 1, "--samples", 0), ("samples",)),

@@ -1,12 +1,13 @@
 """A plan removes exactly what its rule says."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from avss.config import PlanConfig
 from avss.errors import ConfigError, InvalidPlanError
-from avss.plan import count_of_fraction, make_plan, parse_blocks, protected_blocks
+from avss.plan import count_of_fraction, lowest_by_mass, make_plan, parse_blocks, protected_blocks, published_by_mass
 from avss.record import BlockScores
 
 scores_lists = st.lists(st.integers(-5, 5).map(float), min_size=3, max_size=24)
@@ -79,3 +80,65 @@ def test_one_target_is_needed():
 def test_scores_that_are_not_numbers_rank_nowhere():
     with pytest.raises(InvalidPlanError, match="ranks nowhere"):
         make_plan(toy([1, float("nan"), 3]), PlanConfig(count=1))
+
+
+# --- by mass ---
+
+positive_lists = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20)
+
+
+@given(positive_lists, st.floats(0.01, 0.99))
+def test_mass_is_cumulated_along_the_sorted_scores(values, share):
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(np.array(values)[order]) / np.sum(values)
+    found = lowest_by_mass(values, share)
+    sure = {int(block) for block, sum_ in zip(order, reached, strict=True) if sum_ < share - 1e-9}
+    assert sure <= set(found) <= {int(b) for b, sum_ in zip(order, reached, strict=True) if sum_ <= share + 1e-9}
+
+
+@given(positive_lists, st.floats(0.01, 0.99))
+def test_the_published_mass_is_a_run_of_first_blocks(values, share):
+    found = published_by_mass(values, share)
+    assert found == tuple(range(len(found)))
+    assert sum(values[: len(found)]) <= share * sum(values) * (1 + 1e-9)
+    assert len(found) == len(values) or sum(values[: len(found) + 1]) >= share * sum(values) * (1 - 1e-9)
+
+
+def test_a_plan_by_mass_takes_what_fits_and_counts_the_protected_in_the_sum():
+    plan = make_plan(toy([1, 2, 3, 4, 10]), PlanConfig(fraction=0.31, rule="mass"), protects_ends=False)
+    assert plan.removed == (0, 1, 2)
+    assert "at most 0.31 of the sum of toy" in plan.rule
+    guarded = make_plan(toy([1, 2, 3, 4, 10]), PlanConfig(fraction=0.31, rule="mass", protect="0"))
+    assert guarded.removed == (1, 2)
+    assert guarded.protected == (0,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "error", "match"),
+    [
+        ({"count": 1}, [1, 2, 3], ConfigError, "as `--fraction`"),
+        ({"fraction": 0.5, "contiguous": True}, [1, 2, 3], ConfigError, "without `--contiguous`"),
+        ({"fraction": 0.1}, [1, 2, 3], InvalidPlanError, "holds 0.167 of it"),
+        ({"fraction": 0.5}, [1, -2, 3], InvalidPlanError, "block 1 has -2"),
+        ({"fraction": 0.5}, [0, 0, 0], InvalidPlanError, "all are 0"),
+        ({"fraction": 0.5}, [1, float("nan"), 3], InvalidPlanError, "block 1 has nan"),
+    ],
+)
+def test_mass_that_cannot_be_shared_is_refused(settings, values, error, match):
+    with pytest.raises(error, match=match):
+        make_plan(toy(values), PlanConfig(rule="mass", **settings), protects_ends=False)
+
+
+# --- by measured runs ---
+
+
+def test_a_contiguous_plan_follows_the_measured_runs_where_there_are_any():
+    windows = ((0.1, 0.2, 0.3, 0.4), (0.9, 0.1, 0.8), (0.9, 0.5), (1.0,))
+    scores = toy([0.1, 0.2, 0.3, 0.4]).model_copy(update={"windows": windows})
+    plan = make_plan(scores, PlanConfig(count=2, contiguous=True), protects_ends=False)
+    assert plan.removed == (1, 2)  # the sum of scores would take 0 and 1
+    assert "smallest distance across it by toy" in plan.rule
+    assert make_plan(scores, PlanConfig(count=2), protects_ends=False).removed == (0, 1)
+    broken = scores.model_copy(update={"windows": (windows[0], (0.9, float("nan"), 0.8), *windows[2:])})
+    with pytest.raises(InvalidPlanError, match="from 1 on"):
+        make_plan(broken, PlanConfig(count=2, contiguous=True), protects_ends=False)

@@ -20,6 +20,8 @@ def workplace(tmp_path, monkeypatch, llama_folder, text_file, choice_file, revie
     """A folder with the files that the README names."""
     for name, file in {"text.txt": text_file, "questions.jsonl": choice_file, "reviews.csv": review_file}.items():
         (tmp_path / name).write_bytes(file.read_bytes())
+    for name in ("variance", "sparsity"):
+        (tmp_path / f"{name}.csv").write_text(f"Layer,{name}\n0,0.5\n1,0.25\n2,0.75\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -31,7 +33,7 @@ def commands() -> list[list[str]]:
 
 def test_the_readme_shows_every_verb():
     shown = {line[0] for line in commands()}
-    assert {"run", "score", "prune", "verify", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
+    assert {"run", "score", "prune", "heal", "verify", "evaluate", "report", "inspect", "demo"} <= shown | {"demo"}
     assert len(commands()) >= 6
 
 
@@ -39,6 +41,7 @@ def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder)
     small = {"score": ("--samples", "4", "--seq-len", "16"), "prune": ("--samples", "4", "--seq-len", "16")}
     small["compare"] = ("--samples", "4", "--damage-samples", "3", "--seq-len", "16")
     small["run"] = ("--samples", "4", "--seq-len", "16", "--limit", "4")
+    small["heal"] = ("--budget", "200 tokens", "--seq-len", "16", "--validations", "1")
     small["evaluate"] = ("--seq-len", "16", "--limit", "4")
     for line in commands():
         if line[0] == "demo":  # minutes on the real model: `make demo`

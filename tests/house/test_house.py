@@ -31,10 +31,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "plan",
         "progress",
         "reporting",
+        "reproduction",
         "scoring",
         "search",
     ),
-    ("composer",),
+    ("composer", "layer_table"),
     ("cli", "__main__"),
 )
 """From the ground up. A room may import from lower levels only; rooms of one level do not know each other."""
@@ -48,7 +49,18 @@ NOTEBOOK = ("record", "reporting.notebook")
 TRANSFORMERS_ROOMS = frozenset({"models", "healing", "evaluation"})
 """Rooms that may import transformers."""
 
-LIGHT_ROOMS = ("errors", "record", "config", "plan", "criteria", "scoring", "reporting", "progress")
+LIGHT_ROOMS = (
+    "errors",
+    "record",
+    "config",
+    "plan",
+    "layer_table",
+    "criteria",
+    "scoring",
+    "search",
+    "reporting",
+    "progress",
+)
 """Rooms that open without torch and transformers, with everything in them."""
 
 Import = tuple[str, str, bool]

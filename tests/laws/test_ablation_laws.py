@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from avss.ablation import Judge, leave_one_out, summarise, table_of
+from avss.ablation import Judge, bytes_to_hold, leave_one_out, summarise, table_of
 from avss.data.batches import Batches, content_hash
 from avss.errors import NoObservationsError, UnsupportedArchitectureError
 from avss.models.forward import run_outputs
@@ -185,6 +185,38 @@ def test_some_batches_of_all_and_any_order_of_sets():
     # Nothing removed: no distance, to the bit.
     assert list(everything[2].distance) == [0.0] * 6
     assert list(everything[2].loss) == list(everything[2].dense_loss)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_judge_that_holds_all_runs_the_whole_model_once_a_batch(name):
+    loaded = adopt(stored(name))
+    data = batches(*token_batch(num_sequences=6), batch_size=2)
+    fresh, holding = Judge(loaded, data), Judge(loaded, data, holds_all=True)
+    calls = [([(1,), (2,)], [0, 1, 2]), ([(0, 2), (1, 2)], [2, 0]), ([(3,), ()], [1])]
+    num = len(loaded.stack)
+    for sets, chosen in calls:
+        one, other = (judge.judge(sets, batches=chosen) for judge in (fresh, holding))
+        for first, second in zip(one, other, strict=True):
+            assert list(first.distance) == list(second.distance)
+            assert (first.loss is None) == (second.loss is None)
+            assert first.loss is None or list(first.loss) == list(second.loss)
+    # The second and the third call ran the whole model again on three batches in all.
+    assert fresh.num_blocks_run - holding.num_blocks_run == 3 * num
+    assert fresh.num_blocks_naive - holding.num_blocks_naive == 3 * num
+    assert bytes_to_hold(loaded, data) > data.facts.num_tokens * num
+
+
+@every_architecture
+def test_rewinding_forgets_what_ran_before(name):
+    loaded = adopt(stored(name))
+    shared = SharedPrefix(loaded, *token_batch())
+    first = shared.without((1,))
+    ran = shared.num_blocks_run
+    shared.without((0,))
+    shared.rewind()
+    before = shared.num_blocks_run
+    assert torch.equal(shared.without((1,)), first)
+    assert shared.num_blocks_run - before == ran - len(loaded.stack)
 
 
 def test_the_summary_is_of_paired_differences():

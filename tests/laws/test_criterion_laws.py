@@ -22,12 +22,17 @@ from avss.scoring import score_blocks
 from avss.statistics import (
     AbstractStatistic,
     CosineSimilarity,
+    GradientNorms,
     Moments,
     NearZero,
     PublishedAverages,
     RelativeUpdate,
+    Rows,
+    WeightNorms,
+    WindowAngles,
 )
 from avss.statistics.collected import Collected
+from avss.statistics.observation import Passage
 from tests.support.architectures import VOCAB, stored
 from tests.support.fakes import adding
 from tests.support.observations import Batch, observe, oracle, random_batch
@@ -36,7 +41,8 @@ POSITIONAL = ("first", "last", "random")
 """Baselines: they score places, not blocks."""
 
 READING = tuple(name for name in CRITERIA if name not in POSITIONAL)
-MASKED = tuple(name for name in READING if not any(need.counts_padding for need in CRITERIA[name].needs))
+MASKED = tuple(name for name in READING if all(need.has_first_token for need in CRITERIA[name].needs))
+"""Those that read the states of real tokens."""
 
 every_criterion = pytest.mark.parametrize("name", CRITERIA)
 every_reading_criterion = pytest.mark.parametrize("name", READING)
@@ -44,10 +50,13 @@ every_reading_criterion = pytest.mark.parametrize("name", READING)
 NUM_BLOCKS = 6
 FIELDS: dict[type[AbstractStatistic], tuple[str, ...]] = {
     CosineSimilarity: ("cosine",),
+    GradientNorms: ("l1", "l2", "taylor"),
     Moments: ("count", "mean", "variance"),
     NearZero: ("below", "count", "share", "smoothed_share"),
     PublishedAverages: ("variance", "sparsity", "below", "count"),
     RelativeUpdate: ("ratio",),
+    WeightNorms: ("l1", "l2"),
+    WindowAngles: tuple(f"window_{length}" for length in range(1, NUM_BLOCKS + 1)),
 }
 
 
@@ -84,6 +93,8 @@ class Watched(Mapping[Any, Any]):
 
 
 FORMULAS: dict[str, Callable[[Mapping[Any, Mapping[str, Any]]], Any]] = {
+    "angular": lambda s: s[WindowAngles("last")]["window_1"],
+    "angular-all": lambda s: s[WindowAngles("all")]["window_1"],
     "avss": lambda s: s[Moments("output")]["variance"] / s[NearZero("output", 0.01)]["smoothed_share"],
     "avss-product": lambda s: (
         s[Moments("output")]["variance"]
@@ -97,7 +108,12 @@ FORMULAS: dict[str, Callable[[Mapping[Any, Mapping[str, Any]]], Any]] = {
         / s[NearZero("update", 0.01)]["smoothed_share"]
     ),
     "block-influence": lambda s: 1 - s[CosineSimilarity()]["cosine"],
+    "gradient-l1": lambda s: s[GradientNorms()]["l1"],
+    "gradient-l2": lambda s: s[GradientNorms()]["l2"],
+    "magnitude": lambda s: s[WeightNorms()]["l1"],
+    "magnitude-l2": lambda s: s[WeightNorms()]["l2"],
     "sparsity": lambda s: 1 - s[NearZero("output", 0.01)]["share"],
+    "taylor": lambda s: s[GradientNorms()]["taylor"],
     "update-norm": lambda s: s[RelativeUpdate()]["ratio"],
     "variance": lambda s: s[Moments("output")]["variance"],
 }
@@ -236,6 +252,15 @@ def test_find_criteria_takes_names_lists_and_all():
 # --- on collected rows ---
 
 
+def passed_by(need: WindowAngles, batches: list[Batch]) -> tuple[Rows, ...]:
+    """The angles across all runs of a chain of blocks."""
+    passage = Passage(batches[0].keep, len(batches), need.token)
+    for index, batch in enumerate(batches):
+        passage.record(index, batch.before, batch.after)
+    seen = [need.observe(passage.windows_from(index)) for index in range(len(batches))]
+    return tuple(Rows({name: column.numpy() for name, column in columns.items()}) for columns in seen)
+
+
 def chain(updates: list[Tensor], keep: Tensor, start: Tensor) -> tuple[Collected, list[Batch]]:
     """Blocks that add known updates, one after the other, seen by every statistic of every masked criterion."""
     batches, hidden = [], start
@@ -243,7 +268,12 @@ def chain(updates: list[Tensor], keep: Tensor, start: Tensor) -> tuple[Collected
         batches.append(Batch(hidden, hidden + update, keep))
         hidden = hidden + update
     needs = {need for name in READING for need in CRITERIA[name].needs}
-    rows = {need: tuple(observe(need, [batch]) for batch in batches) for need in needs}
+    rows = {need: tuple(observe(need, [batch]) for batch in batches) for need in needs if need.probe == "block"}
+    rows |= {need: passed_by(need, batches) for need in needs if isinstance(need, WindowAngles)}
+    draw = np.random.default_rng(0)
+    for need in needs - rows.keys():  # gradients and weights: any number will do
+        names = ("targets", *FIELDS[type(need)])
+        rows[need] = tuple(Rows({name: draw.uniform(1, 2, 3) for name in names}) for _ in batches)
     return Collected(num_blocks=len(updates), rows=rows), batches
 
 
@@ -256,14 +286,15 @@ def collected() -> Collected:
 
 
 @pytest.mark.parametrize("idle", range(NUM_BLOCKS))
-@pytest.mark.parametrize("name", ["block-influence", "update-norm", "avss-update"])
+@pytest.mark.parametrize("name", ["block-influence", "update-norm", "avss-update", "angular", "angular-all"])
 def test_a_block_that_does_nothing_is_least_important(name, idle):
     start = random_batch((6, 4, 5), width=16)
     updates = [random_batch((6, 4, 5), width=16, seed=10 + block).before * 0.01 for block in range(NUM_BLOCKS)]
     updates[idle] = torch.zeros_like(updates[idle])
     (scores,) = score_blocks(chain(updates, start.keep, start.before)[0], (CRITERIA[name],))
     assert scores.ranking()[0] == idle
-    assert scores.values[idle] == pytest.approx(0, abs=1e-9)
+    # The inverse cosine of the last bit is an angle of 1e-8.
+    assert scores.values[idle] == pytest.approx(0, abs=1e-7 if name.startswith("angular") else 1e-9)
     assert sorted(scores.values)[1] > 1e-6
 
 
@@ -275,7 +306,8 @@ def test_scores_come_with_and_without_the_first_token(name, collected):
     summaries = {need: collected.summarise(need, first_token=False) for need in criterion.needs}
     expected = criterion.score(evidence(summaries)).values
     assert with_it.without_first_token == without.values == without.without_first_token == tuple(expected)
-    assert with_it.values != without.values
+    if name != "angular":  # it reads the last token
+        assert with_it.values != without.values
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name not in MASKED])
@@ -353,7 +385,7 @@ def test_published_averages_do_depend_on_padding():
     assert not np.allclose(one["variance"], other["variance"], rtol=1e-3)
 
 
-EVERYTHING = tuple({need: None for name in READING for need in CRITERIA[name].needs})
+EVERYTHING = tuple({need: None for name in READING for need in CRITERIA[name].needs if need.probe == "block"})
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

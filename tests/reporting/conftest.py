@@ -8,6 +8,7 @@ import pytest
 
 from avss.record import (
     BlockScores,
+    CurvePoint,
     Cut,
     DataFacts,
     FieldChange,
@@ -17,6 +18,7 @@ from avss.record import (
     Retention,
     RunRecord,
     ScoreTable,
+    SearchResult,
     Verification,
 )
 from avss.reporting import charts, page
@@ -211,6 +213,47 @@ def make_record(**changes):
         "settings": {"criteria": ["block-influence", "avss"], "fraction": 0.25, "seed": 0},
     }
     return RunRecord(**facts | changes)
+
+
+def search_result(**changes):
+    """A search that ended early: eight sizes, the last of them never measured."""
+    order = (17, 16, 18, 14, 15, 13, 12, 5)
+    sizes = range(1, len(order) + 1)
+    points = [
+        CurvePoint(
+            removed=tuple(sorted(order[:size])),
+            how="greedy" if size < 7 else "window",
+            cost=0.11 * size,
+            cost_stderr=0.01 * size,
+            distance=0.11 * size,
+            stderr=0.01 * size,
+            loss_change=0.12 * size,
+            loss_change_stderr=0.02 * size,
+            perplexity=36.1 * 1.15**size,
+            num_sequences=24,
+        )
+        for size in sizes
+    ]
+    points[-1] = CurvePoint(removed=tuple(sorted(order)), how="prior", cost=math.nan, distance=math.nan)
+    facts = {
+        "created": "2026-11-24T06:00:00+00:00",
+        "method": "greedy",
+        "objective": "kl",
+        "measure": "kl",
+        "num_blocks": 30,
+        "protected": (0, 29),
+        "points": tuple(points),
+        "dense_loss": math.log(36.1),
+        "num_blocks_run": 6000,
+        "passes": 33.3,
+        "passes_of_all": 168.0,
+        "num_sets": 120,
+        "seconds": 321.0,
+        "is_complete": False,
+        "model": model_facts(),
+        "data": data_facts(),
+    }
+    return SearchResult(**facts | changes)
 
 
 def without_cuts():

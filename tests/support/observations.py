@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +20,9 @@ from avss.statistics import (
     RelativeUpdate,
     Rows,
     Site,
+    WindowAngles,
 )
-from avss.statistics.observation import Hidden, Observation
+from avss.statistics.observation import Hidden, Observation, Passage
 
 Array = NDArray[np.float64]
 
@@ -67,9 +70,32 @@ def observe(statistic: AbstractStatistic, batches: Sequence[Batch]) -> Rows:
     """What the statistic sees of these batches, as `collect` would put it together."""
     parts = []
     for batch in batches:
-        seen = statistic.observe(Observation(Hidden(batch.before), Hidden(batch.after), batch.keep))
+        seen = statistic.observe(shown(statistic, batch))
         parts.append(Rows({name: column.numpy() for name, column in seen.items()}))
     return Rows.merge(parts)
+
+
+def shown(statistic: AbstractStatistic, batch: Batch) -> Any:
+    """What the statistic is given of a batch at a stack of one block."""
+    if isinstance(statistic, WindowAngles):
+        passage = Passage(batch.keep, 1, statistic.token)
+        passage.record(0, batch.before, batch.after)
+        return passage.windows_from(0)
+    return Observation(Hidden(batch.before), Hidden(batch.after), batch.keep)
+
+
+def angle(one: Array, other: Array) -> float:
+    """Angle between two vectors in units of pi, by way of their difference: no cancellation near 0."""
+    if not one.any() or not other.any():
+        return 0.5 * (one.any() != other.any())
+    one, other = one / np.linalg.norm(one), other / np.linalg.norm(other)
+    return 2 * math.atan2(np.linalg.norm(one - other), np.linalg.norm(one + other)) / math.pi
+
+
+def _last_kept(batch: Batch, first_token: bool) -> list[tuple[Array, Array]]:
+    """(input, output) of the last real token of each sequence that has one."""
+    rows = [batch.part(row, row + 1) for row in range(len(batch.keep))]
+    return [kept[-1] for row in rows if (kept := _kept(row, first_token))]
 
 
 def _kept(batch: Batch, first_token: bool) -> list[tuple[Array, Array]]:
@@ -109,6 +135,10 @@ def oracle(statistic: AbstractStatistic, batches: Sequence[Batch], *, first_toke
     if isinstance(statistic, RelativeUpdate):
         ratios = [np.linalg.norm(after - before) / np.linalg.norm(before) for before, after in tokens if before.any()]
         return {"ratio": float(np.mean(ratios))}
+    if isinstance(statistic, WindowAngles):
+        if statistic.token == "last":
+            tokens = [pair for batch in batches for pair in _last_kept(batch, first_token)]
+        return {"window_1": float(np.mean([angle(before, after) for before, after in tokens]))}
     if isinstance(statistic, PublishedAverages):
         return _published([batch.after for batch in batches])
     raise NotImplementedError(f"write the slow way to get {type(statistic).__name__}")

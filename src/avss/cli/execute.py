@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from avss.cli import options as opt
-from avss.config import RunConfig, TaskConfig, build, read_toml
+from avss.config import TARGETS, RunConfig, TaskConfig, build, read_toml
 from avss.errors import ConfigError
 from avss.record import RunRecord
 
@@ -23,11 +23,11 @@ def merge_flags(
     for key, value in flags.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     plan = raw["plan"]
-    for name in ("fraction", "count", "blocks"):
-        if name in flags["plan"]:  # the flag replaces the file's way of saying how many
-            for other in {"fraction", "count", "blocks"} - {name} - flags["plan"].keys():
-                plan.pop(other, None)
-    if not {"fraction", "count", "blocks"} & plan.keys():
+    ways = {*TARGETS, "min_retention"}
+    if ways & flags["plan"].keys():  # the flag replaces the file's way of saying how many
+        for other in ways - flags["plan"].keys():
+            plan.pop(other, None)
+    if not ways & plan.keys():
         plan["fraction"] = 0.25
     if tasks:
         raw["tasks"] = [TaskConfig.parse(task, **task_settings).model_dump() for task in tasks]

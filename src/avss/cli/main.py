@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from avss import __version__
-from avss.cli import compare, damage, demo, evaluate, inspect, prune, report, run, score, stability, verify
+from avss.cli import (
+    compare,
+    damage,
+    demo,
+    evaluate,
+    from_csv,
+    heal,
+    inspect,
+    prune,
+    report,
+    run,
+    score,
+    stability,
+    verify,
+)
 from avss.errors import AvssError, UserError
 
 app = typer.Typer(
@@ -37,8 +51,8 @@ def _options(
     del version
 
 
-for verb in (run, score, damage, compare, stability, prune, verify, evaluate, report, inspect, demo):
-    app.command(name=verb.__name__.rsplit(".", 1)[-1])(verb.command)
+for verb in (run, score, damage, compare, stability, prune, heal, verify, evaluate, report, inspect, from_csv, demo):
+    app.command(name=verb.__name__.rsplit(".", 1)[-1].replace("_", "-"))(verb.command)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,12 +48,30 @@ _TEXT = "Calibration text"
 Data = Annotated[
     str,
     typer.Option(
-        help="txt, csv, json, jsonl or parquet file, folder, hub data set (name:config@split#column), or builtin.",
+        help="txt, csv, json, jsonl or parquet file, folder, hub data set (name:config@split#column), or builtin; "
+        "several with commas between are mixed.",
         rich_help_panel=_TEXT,
+    ),
+]
+TrainingData = Annotated[
+    str,
+    typer.Option(
+        help="Text to train on: txt, csv, json, jsonl or parquet file, folder, hub data set, or builtin; a part of it "
+        "is held out.",
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Sequences.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
+AnySamples = Annotated[
+    int | None, typer.Option(help="Sequences.", rich_help_panel=_TEXT, show_default="64; all with --reference")
+]
+AnySeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT, show_default="512; 128 with --reference"),
+]
+AnySeed = Annotated[
+    int | None, typer.Option(help="Of every draw.", rich_help_panel=_TEXT, show_default="0; 42 with --reference")
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a forward pass.", rich_help_panel=_TEXT)]
 Seed = Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=_TEXT)]
 FirstToken = Annotated[
@@ -69,7 +87,14 @@ Blocks = Annotated[
     str | None, typer.Option(help="The blocks themselves, e.g. 3,12-15 (both ends count).", rich_help_panel=_CHOICE)
 ]
 Contiguous = Annotated[
-    bool, typer.Option("--contiguous", help="Neighbours only: the run with the lowest sum.", rich_help_panel=_CHOICE)
+    bool,
+    typer.Option(
+        "--contiguous", help="Neighbours only: the run with the lowest sum, or distance.", rich_help_panel=_CHOICE
+    ),
+]
+Rule = Annotated[
+    str,
+    typer.Option(help="count, or mass: --fraction is then a share of the sum of scores.", rich_help_panel=_CHOICE),
 ]
 Protect = Annotated[
     str,
@@ -111,6 +136,83 @@ MaxMemory = Annotated[
         rich_help_panel=_FILES,
     ),
 ]
+Select = Annotated[
+    str,
+    typer.Option(
+        help="Who chooses: scores (of the criterion), or a search by measured damage: greedy, window, evolution.",
+        rich_help_panel=_CHOICE,
+    ),
+]
+MaxParams = Annotated[
+    str | None, typer.Option(help="Remove until at most so many parameters are left: 100M.", rich_help_panel=_CHOICE)
+]
+MaxBytes = Annotated[
+    str | None, typer.Option(help="Remove until the checkpoint is at most so large: 200MB.", rich_help_panel=_CHOICE)
+]
+Speedup = Annotated[
+    float | None,
+    typer.Option(help="Remove until a forward pass is so many times faster (estimated).", rich_help_panel=_CHOICE),
+]
+MinRetention = Annotated[
+    float | None,
+    typer.Option(help="Remove as many as keep this share of a task's result: 0.95.", rich_help_panel=_CHOICE),
+]
+RetentionTask = Annotated[
+    str | None, typer.Option(help="That task: choice=FILE, perplexity=FILE, ...", rich_help_panel=_CHOICE)
+]
+ScoreRounds = Annotated[
+    int | None, typer.Option(help="Remove in so many rounds, scored anew before each.", rich_help_panel=_CHOICE)
+]
+FromSearch = Annotated[
+    Path | None,
+    typer.Option(help="Take the blocks from the search in this output of avss.", rich_help_panel=_CHOICE),
+]
+
+_SEARCH = "How hard a search looks"
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="What must stay small: kl (to the dense model), loss, or accuracy (of --objective-task).",
+        show_default="kl",
+        rich_help_panel=_SEARCH,
+    ),
+]
+ObjectiveTask = Annotated[str | None, typer.Option(help="choice=FILE or classification=FILE.", rich_help_panel=_SEARCH)]
+SearchTime = Annotated[
+    str | None, typer.Option("--search-time", help="Most time of measuring: 10m.", rich_help_panel=_SEARCH)
+]
+MaxPasses = Annotated[
+    float | None, typer.Option(help="Most passes of the whole model over the text.", rich_help_panel=_SEARCH)
+]
+Screen = Annotated[
+    str | None,
+    typer.Option(
+        help="Which blocks to try first: by a criterion, or damage (each alone, on one batch).",
+        show_default="damage",
+        rich_help_panel=_SEARCH,
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(help="Blocks tried in a step before more are.", show_default="6", rich_help_panel=_SEARCH),
+]
+Beam = Annotated[
+    int | None,
+    typer.Option(help="Sets of each size to build the next on.", show_default="1", rich_help_panel=_SEARCH),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", help="Go on where a killed search of the same was.", rich_help_panel=_SEARCH),
+]
+
+Compensate = Annotated[
+    str,
+    typer.Option(
+        help="Repair without training, kept only where it helps on held-out text: none, auto, or one of refit, linear, "
+        "cosine, scale, sweep, steer.",
+        rich_help_panel="Repair",
+    ),
+]
 
 Task = Annotated[
     list[str] | None,
@@ -134,6 +236,73 @@ def first_token(value: str) -> bool:
     if value not in ("keep", "drop"):
         raise ConfigError(unknown_name("--first-token", value, ["keep", "drop"]))
     return value == "keep"
+
+
+def mass_rule(value: str) -> "Literal['count', 'mass']":
+    """`count` or `mass`.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    from avss.errors import ConfigError, unknown_name
+
+    if value not in ("count", "mass"):
+        raise ConfigError(unknown_name("--rule", value, ["count", "mass"]))
+    return "mass" if value == "mass" else "count"
+
+
+def plan_settings(
+    *,
+    select: str | None,
+    max_params: str | None,
+    max_bytes: str | None,
+    speedup: float | None,
+    min_retention: float | None,
+    retention_task: str | None,
+    score_rounds: int | None,
+    from_search: Path | None,
+) -> dict[str, Any]:
+    """The flags about which blocks go as settings of `avss.config.PlanConfig`, those given only."""
+    return given(
+        select=select,
+        max_params=max_params,
+        max_bytes=max_bytes,
+        speedup=speedup,
+        min_retention=min_retention,
+        retention_task=_task(retention_task),
+        score_rounds=score_rounds,
+        from_search=str(from_search) if from_search else None,
+    )
+
+
+def search_settings(
+    *,
+    objective: str | None,
+    objective_task: str | None,
+    search_time: str | None,
+    max_passes: float | None,
+    screen: str | None,
+    width: int | None,
+    beam: int | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """The flags about a search as settings of `avss.config.SearchConfig`, those given only."""
+    return given(
+        objective=objective,
+        task=_task(objective_task),
+        seconds=search_time,
+        max_passes=max_passes,
+        screen=screen,
+        width=width,
+        beam=beam,
+        resume=None if resume else False,
+    )
+
+
+def _task(text: str | None) -> dict[str, Any] | None:
+    from avss.config import TaskConfig
+
+    return None if text is None else TaskConfig.parse(text).model_dump()
 
 
 def given(**settings: Any) -> dict[str, Any]:

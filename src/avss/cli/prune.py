@@ -18,8 +18,26 @@ def command(
     count: opt.Count = None,
     blocks: opt.Blocks = None,
     contiguous: opt.Contiguous = False,
+    rule: opt.Rule = "count",
     protect: opt.Protect = "auto",
+    select: opt.Select = "scores",
+    max_params: opt.MaxParams = None,
+    max_bytes: opt.MaxBytes = None,
+    speedup: opt.Speedup = None,
+    min_retention: opt.MinRetention = None,
+    retention_task: opt.RetentionTask = None,
+    score_rounds: opt.ScoreRounds = None,
+    from_search: opt.FromSearch = None,
+    objective: opt.Objective = None,
+    objective_task: opt.ObjectiveTask = None,
+    search_time: opt.SearchTime = None,
+    max_passes: opt.MaxPasses = None,
+    screen: opt.Screen = None,
+    width: opt.Width = None,
+    beam: opt.Beam = None,
+    resume: opt.Resume = True,
     scores: opt.Scores = None,
+    compensate: opt.Compensate = "none",
     data: opt.Data = "builtin",
     samples: opt.Samples = 64,
     seq_len: opt.SeqLen = 512,
@@ -40,16 +58,40 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
-    from avss.config import PlanConfig, build
+    from avss.config import PlanConfig, SearchConfig, build, check_compensation
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
-    from avss.plan import check_one_target
+    from avss.plan import check_one_target, check_plain, check_search
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
-    plan = build(PlanConfig, {"criterion": criterion, "contiguous": contiguous, "protect": protect, **choice})
+    targets = opt.plan_settings(
+        select=select,
+        max_params=max_params,
+        max_bytes=max_bytes,
+        speedup=speedup,
+        min_retention=min_retention,
+        retention_task=retention_task,
+        score_rounds=score_rounds,
+        from_search=from_search,
+    )
+    search = opt.search_settings(
+        objective=objective,
+        objective_task=objective_task,
+        search_time=search_time,
+        max_passes=max_passes,
+        screen=screen,
+        width=width,
+        beam=beam,
+        resume=resume,
+    )
+    # Refused before the model is loaded.
+    chosen_by = {"criterion": criterion, "contiguous": contiguous, "rule": opt.mass_rule(rule), "protect": protect}
+    plan = build(PlanConfig, chosen_by | choice | targets)
     check_one_target(plan)
+    check_search(build(SearchConfig, search))
     find_criteria([criterion])
+    check_compensation(compensate)
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":
@@ -66,11 +108,13 @@ def command(
             "`--stack` works in memory only: from file to file the stack that avss takes by itself is cut. Leave out "
             "`--stack`, or cut in memory (`--in-memory`)."
         )
+    check_compensation(compensate, in_memory=not (on_disk or reason or file_format == "gguf"))
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:
+            check_plain(plan)
             loading["trust_remote_code"] = trust_remote_code
             record = disk.prune_on_disk(
                 model, plan, seed=seed, max_memory=allowed, note=reason, stages=stages, **common, **loading
@@ -78,6 +122,7 @@ def command(
         elif file_format == "gguf":
             from avss.composer.gguf_pruning import prune_gguf
 
+            check_plain(plan)
             record = prune_gguf(
                 model, plan, data=data, device=device, max_memory=allowed, stages=stages, **common, **loading, **text
             )
@@ -93,7 +138,11 @@ def command(
                 criterion=criterion,
                 **choice,
                 contiguous=contiguous,
+                rule=plan.rule,
                 protect=protect,
+                compensate=compensate,
+                plan=targets,
+                search=search,
                 data=data,
                 stages=stages,
                 **common,
@@ -106,11 +155,22 @@ def command(
 
 
 def _show(record: "RunRecord", out: opt.Path) -> None:
-    from avss.cli.show import show_path, show_plan, show_verification, show_warnings
+    from avss.cli.show import (
+        show_compensation,
+        show_path,
+        show_plan,
+        show_search,
+        show_verification,
+        show_warnings,
+    )
 
     cut = record.cuts[0]
     show_warnings(record.warnings)
+    if record.search is not None:
+        show_search(record.search)
     show_plan(cut.plan)
+    if cut.compensation is not None:
+        show_compensation(cut.compensation)
     if cut.verification is not None:
         show_verification(cut.verification)
     show_path("Smaller model", out)

@@ -1,5 +1,6 @@
 """Prints values as tables. Everything shown is read from a record; nothing is computed here."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -7,11 +8,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avss.record import CheckReport, Plan, RunRecord, ScoreTable, Verification
-from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels
+from avss.record import (
+    CheckReport,
+    Compensation,
+    Healing,
+    Plan,
+    PublishedMetrics,
+    RunRecord,
+    ScoreTable,
+    SearchResult,
+    Verification,
+)
+from avss.reporting.repair import compensation_rows, compensation_sentences
+from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels, search_effort, search_texts
 
 if TYPE_CHECKING:
     from avss.composer import Inspection
+    from avss.layer_table import LayerTable
 
 _MAX_BLOCKS_ON_SCREEN = 200
 
@@ -51,11 +64,88 @@ def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
     console.print(grid)
 
 
+def show_published(metrics: PublishedMetrics) -> None:
+    """The table of the published script, and how it was made."""
+    rows = metrics.rows()
+    grid = _table("As the published script measures (blocks are layers)")
+    for name in rows[0]:
+        grid.add_column(name, justify="right")
+    for row in rows[:_MAX_BLOCKS_ON_SCREEN]:
+        grid.add_row(*(str(value) if name == "Layer" else f"{value:.6g}" for name, value in row.items()))
+    console = _console()
+    console.print(grid)
+    for note in metrics.notes:
+        console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def show_layer_table(table: "LayerTable", *, note: str | None) -> None:
+    """Layers by ascending AVSS, those that go in red, and the list of these."""
+    grid = _table("AVSS by layer, lowest first" + (" (cumulated in layer order)" if table.reference else ""))
+    for column in ("layer", "variance", "sparsity", "AVSS", "normalised", "cumulative", "removed"):
+        grid.add_column(column, justify="right")
+    for row in table.rows:
+        values = (row.variance, row.sparsity, row.avss, row.normalized, row.cumulative)
+        cells = [f"{value:.4g}" for value in values]
+        grid.add_row(str(row.layer), *cells, "[red]x[/red]" if row.removed else "")
+    console = _console()
+    console.print(grid)
+    if note is not None:
+        console.print(f"[yellow]![/yellow] {escape(note)}")
+    console.print(
+        f"[bold]Removed[/bold]: {', '.join(map(str, table.removed)) or 'none'}  [dim]({escape(table.rule)})[/dim]"
+    )
+
+
+def show_search(search: SearchResult) -> None:
+    """The best set of every size, what it costs, and what finding it took."""
+    header, rows = search_texts(search)
+    grid = _table(f"Search ({search.method}): the best set of every size (± standard error)")
+    for title in header:
+        grid.add_column(title, justify="left" if title in ("blocks", "found by") else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    _console().print(grid)
+    _console().print(f"[dim]{escape(search_effort(search))}[/dim]")
+
+
 def show_plan(plan: Plan) -> None:
     """The rule, the blocks that go, and where the others land."""
     console = _console()
     console.print(f"[bold]Removed[/bold]: blocks {plan.describe()}  [dim]({escape(plan.rule)})[/dim]")
     console.print(f"[bold]Original -> new[/bold]: {', '.join(f'{old}->{new}' for old, new in plan.index_map.items())}")
+
+
+def show_compensation(repair: Compensation) -> None:
+    """What a repair brought, at each cut and in all."""
+    console = _console()
+    for sentence in compensation_sentences(repair):
+        console.print(f"[bold]Repair[/bold]: {escape(sentence)}")
+    if not repair.cuts:
+        return
+    grid = _table("Repair at each cut (error: share of the variance of the dense stream after it)")
+    for column in ("cut", "method", "ridge", "error", "divergence", "kept"):
+        grid.add_column(column, justify="left" if column in ("cut", "method") else "right", no_wrap=True)
+    for row in compensation_rows(repair):
+        grid.add_row(*map(escape, row))
+    console.print(grid)
+
+
+def show_healing(healing: Healing) -> None:
+    """What was trained on how much, and what it brought on held-out text."""
+    console = _console()
+    before, after = healing.before, healing.after
+    console.print(
+        f"[bold]Healed[/bold]: {healing.objective}: {before.loss:.4g} -> {after.loss:.4g} on held-out text"
+        + (
+            f" (perplexity {math.exp(before.text_loss):,.1f} -> {math.exp(after.text_loss):,.1f})"
+            if before.text_loss is not None and after.text_loss is not None and before.text_loss < 700
+            else ""
+        )
+    )
+    console.print(
+        f"[dim]{healing.num_tokens:,} tokens in {healing.num_steps} steps, {healing.seconds:,.0f} s; trained: "
+        f"{escape(healing.weights)}; best at step {healing.best_step}; stopped by: {healing.stopped}[/dim]"
+    )
 
 
 def show_verification(proof: Verification) -> None:
@@ -69,7 +159,8 @@ def show_verification(proof: Verification) -> None:
     generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}
     _console().print(
         "[green]Verified[/green]: strict reload, outputs differ by "
-        f"{proof.max_diff_memory:.2g} from memory and {proof.max_diff_bypass:.2g} from the bypassed original"
+        f"{proof.max_diff_memory:.2g} from memory and {'the raw cut by ' if proof.of_raw_cut else ''}"
+        f"{proof.max_diff_bypass:.2g} from the bypassed original"
         f"{generation[proof.cached_generation]}."
     )
 

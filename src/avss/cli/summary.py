@@ -1,6 +1,6 @@
 """The readable end of a run."""
 
-from avss.cli.show import show_plan, show_results, show_scores, show_verification, show_warnings
+from avss.cli.show import show_plan, show_results, show_scores, show_search, show_verification, show_warnings
 from avss.record import RunRecord, ScoreTable
 
 
@@ -9,6 +9,8 @@ def show_record(record: RunRecord) -> None:
     plans = tuple(cut.plan for cut in record.cuts if cut.plan.removed)
     if record.scores:
         show_scores(ScoreTable(scores=record.scores), plans=plans)
+    if record.search is not None:
+        show_search(record.search)
     for cut in record.cuts:
         if cut.plan.removed:
             show_plan(cut.plan)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from avss.composer.comparison import compare, write_comparison
     from avss.composer.damages import damage, write_damage
     from avss.composer.evaluating import evaluate
+    from avss.composer.healing import heal
     from avss.composer.inputs import AnyModel, calibration, load
     from avss.composer.inspection import Inspection, inspect
     from avss.composer.pruning import Pruned, prune
     from avss.composer.records import report, write_record
+    from avss.composer.reproducing import reproduce, write_reproduction
     from avss.composer.scores import score, write_scores
     from avss.composer.stabilities import stability, write_stability
     from avss.composer.whole import run
@@ -30,10 +32,12 @@ _PLACES = {
     "compare": "comparison",
     "damage": "damages",
     "evaluate": "evaluating",
+    "heal": "healing",
     "inspect": "inspection",
     "load": "inputs",
     "prune": "pruning",
     "report": "records",
+    "reproduce": "reproducing",
     "run": "whole",
     "score": "scores",
     "stability": "stabilities",
@@ -41,6 +45,7 @@ _PLACES = {
     "write_comparison": "comparison",
     "write_damage": "damages",
     "write_record": "records",
+    "write_reproduction": "reproducing",
     "write_scores": "scores",
     "write_stability": "stabilities",
 }
@@ -54,10 +59,12 @@ __all__ = [
     "compare",
     "damage",
     "evaluate",
+    "heal",
     "inspect",
     "load",
     "prune",
     "report",
+    "reproduce",
     "run",
     "score",
     "stability",
@@ -65,6 +72,7 @@ __all__ = [
     "write_comparison",
     "write_damage",
     "write_record",
+    "write_reproduction",
     "write_scores",
     "write_stability",
 ]

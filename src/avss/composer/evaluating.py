@@ -14,7 +14,7 @@ from avss.evaluation import TaskResult, evaluate_task, retention
 from avss.models.forward import can_generate, generate
 from avss.models.load import Loaded
 from avss.progress import Stages, Timed, silent
-from avss.record import Cut, Plan, RunRecord
+from avss.record import Cut, Healing, Plan, RunRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,8 @@ def evaluate(
     cuts: tuple[Cut, ...] = ()
     if baseline is not None:
         plan = _plan_of(model, loaded, dense)
-        cuts = with_measurements((describe_cut(dense, loaded, plan),), results)
+        one = describe_cut(dense, loaded, plan).model_copy(update={"healing": _healing_of(model, plan)})
+        cuts = with_measurements((one,), results)
     record = begin_record(dense, command or f"avss.evaluate({loaded.source!r}, ...)", timed, None)
     return record.model_copy(
         update={
@@ -136,6 +137,13 @@ def continuations(loaded: Loaded, prompts: tuple[str, ...]) -> tuple[str, ...]:
         new = generate(loaded.model, token_ids, num_tokens=_CONTINUATION_TOKENS)
         texts.append(str(loaded.tokenizer.decode(new)))
     return tuple(texts)
+
+
+def _healing_of(model: AnyModel, plan: Plan) -> Healing | None:
+    """How the model was trained, as noted in its folder, if it is the model of that plan."""
+    if plan.removed and isinstance(model, str | Path) and (Path(model) / "record.json").is_file():
+        return RunRecord.read(Path(model)).cuts[0].healing
+    return None
 
 
 def _plan_of(model: AnyModel, loaded: Loaded, dense: Loaded) -> Plan:

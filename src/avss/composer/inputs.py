@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avss.config import DataConfig, ModelConfig, build
-from avss.data.batches import Batches, Layout, make_batches, need_tokenizer
+from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
 from avss.data.sources import read_texts
 from avss.errors import DataError, UnsupportedArchitectureError
 from avss.models.load import Loaded, adopt, load_model
@@ -59,7 +59,8 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
 
     Args:
         loaded: The model.
-        data: A source (`avss.data.sources`), a list of texts, or a whole `DataConfig`.
+        data: A source (`avss.data.sources`), several separated by commas, a list of texts, or a whole `DataConfig`.
+            Several sources give equal shares, and their sequences take turns.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
 
     Raises:
@@ -71,6 +72,17 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         is_name = isinstance(data, str | Path)
         config = build(DataConfig, {**({"source": str(data)} if is_name else {}), **settings})
         source = config.source if is_name else data
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        parts = [part.strip() for part in source.split(",") if part.strip()]
+        return interleave(
+            [
+                calibration(
+                    loaded, config.model_copy(update={"source": part, "samples": _share(config.samples, place, parts)})
+                )
+                for place, part in enumerate(parts)
+                if _share(config.samples, place, parts)
+            ]
+        )
     layout: Layout = config.layout if config.layout != "auto" else "packed" if loaded.head == "causal" else "padded"
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     return make_batches(
@@ -83,6 +95,11 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         seed=config.seed,
         max_len=loaded.max_len,
     )
+
+
+def _share(samples: int, place: int, parts: list[str]) -> int:
+    each, rest = divmod(samples, len(parts))
+    return each + (place < rest)
 
 
 def model_settings(config: ModelConfig) -> dict[str, Any]:

@@ -2,27 +2,30 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from avss.compensation import compensate as compensate_cut
+from avss.composer.choosing import choose
 from avss.composer.disk import check_scores, fits_memory, parse_bytes, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
-from avss.config import DataConfig, PlanConfig, build
+from avss.config import DataConfig, PlanConfig, SearchConfig, build, check_compensation
 from avss.criteria import find_criteria
 from avss.cut import cut
+from avss.data.batches import Batches
 from avss.errors import ConfigError
 from avss.models.load import Loaded, save_model
-from avss.models.rewrite import config_changes, pinned_blocks
+from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.plan import check_one_target, check_plain, check_search
 from avss.progress import Stages, Timed, silent
-from avss.record import Cut, Plan, RunRecord, ScoreTable
+from avss.record import Compensation, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
 if TYPE_CHECKING:
@@ -34,8 +37,8 @@ class Pruned:
     """A smaller model and its story.
 
     Attributes:
-        model: The smaller model. It shares the kept weights with the model it was cut from. None where the cut went
-            from file to file (on disk, or GGUF): load it from `out`.
+        model: The smaller model. It shares the kept weights with the model it was cut from, but for repaired ones. None
+            where the cut went from file to file (on disk, or GGUF): load it from `out`.
         tokenizer: The tokenizer, if there is one.
         plan: The blocks removed.
         record: Everything known about it.
@@ -58,7 +61,12 @@ def prune(
     count: int | None = None,
     blocks: str | Iterable[int] | None = None,
     contiguous: bool = False,
+    rule: str = "count",
     protect: str = "auto",
+    select: str = "scores",
+    plan: Mapping[str, Any] | None = None,
+    search: SearchConfig | Mapping[str, Any] | None = None,
+    compensate: str = "none",
     data: DataConfig | str | Sequence[str] = "builtin",
     out: str | Path | None = None,
     force: bool = False,
@@ -81,8 +89,14 @@ def prune(
         count: their number; or
         blocks: the blocks themselves, `"3,12-15"` or indices.
         contiguous: Whether they must be neighbours.
+        rule: What `fraction` is a share of: the `count` of blocks, or the `mass`, the sum of all scores.
         protect: Blocks that stay: `auto`, `none`, or a list.
-        data: The calibration text.
+        select: Who chooses: `scores`, or a search by measured damage: `greedy`, `window`, `evolution`.
+        plan: More of `avss.config.PlanConfig`: `max_params`, `speedup`, `min_retention`, `from_search`, ...
+        search: How hard a search looks: a `avss.config.SearchConfig`, or settings of one.
+        compensate: Repair without training: `auto`, `refit`, `linear`, `cosine`, `scale`, `sweep`, `steer` or `none`
+            (see `avss.compensation`). What does not help on held-out text is thrown away.
+        data: The calibration text, to score on and to repair with.
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.
         scores: Record of an earlier `avss.score` to choose by, instead of scoring again.
@@ -109,17 +123,28 @@ def prune(
             "count": count,
             "blocks": named,
             "contiguous": contiguous,
+            "rule": rule,
             "protect": protect,
+            "select": select,
+            **(plan or {}),
         },
     )
+    hard = search if isinstance(search, SearchConfig) else build(SearchConfig, dict(search or {}))
     check_one_target(config)
+    check_search(hard)
+    check_compensation(compensate)
     (wanted,) = find_criteria([criterion])
+    if hard.screen != "damage":
+        find_criteria([hard.screen])
+    command = command or f"avss.prune({model if isinstance(model, str | Path) else 'model'!r}, ...)"
     if out is not None:
         check_free(Path(out), force=force)
     allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
     from_file = isinstance(model, str | Path)
     reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
     if on_disk or reason or file_format == "gguf":
+        check_plain(config)
+        check_compensation(compensate, in_memory=False)
         if not from_file or out is None:
             raise ConfigError("A cut from file to file needs the name of a model, not an object, and a folder `out`.")
         common: dict[str, Any] = {"out": Path(out), "force": force, "scores": scores, "max_memory": allowed}
@@ -133,31 +158,39 @@ def prune(
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
         loaded = load(model, tokenizer, stack=stack)
-        pinned = tuple(pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack))
         refuse_uncuttable(loaded)
-    table = None
-    if config.blocks is not None:
-        plan = explicit_plan(config, len(loaded.stack))
-    elif scores is not None:
+    table, batches = None, None
+    if compensate != "none" or (config.blocks is None and scores is None and config.from_search is None):
+        batches = calibration(loaded, data, **settings)
+    if scores is not None:
         found = scores_of(scores, criterion)
         check_scores(found, len(loaded.stack))
         table = ScoreTable(scores=(found,))
-        plan = make_plan(found, config, protects_ends=wanted.protects_ends)
-    else:
-        batches = calibration(loaded, data, **settings)
+    elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
         table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
-        plan = make_plan(table.scores[0], config, protects_ends=wanted.protects_ends, pinned=pinned)
-    smaller = cut(loaded, plan)
-    one = describe_cut(loaded, smaller, plan)
-    record = begin_record(loaded, command or f"avss.prune({loaded.source!r}, ...)", timed, table).model_copy(
-        update={"cuts": (one,), "settings": config.model_dump(mode="json")}
+    chosen = choose(loaded, config, hard, timed, batches=batches, table=table, command=command)
+    raw = cut(loaded, chosen.plan)
+    smaller, story = raw, None
+    if batches is not None and compensate != "none":
+        smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed)
+    one = describe_cut(loaded, smaller, chosen.plan).model_copy(update={"compensation": story})
+    record = begin_record(loaded, command, timed, table)
+    record = record.model_copy(
+        update={
+            "cuts": (one,),
+            **({"data": batches.facts} if batches is not None else {}),
+            "search": chosen.search,
+            "warnings": (*record.warnings, *chosen.warnings),
+            "settings": config.model_dump(mode="json")
+            | {"search": hard.model_dump(mode="json"), "compensate": compensate},
+        }
     )
     if out is not None:
         with fresh_folder(Path(out), force=force) as folder:
-            record = save_verified(folder, loaded, smaller, record, timed)
+            record = save_verified(folder, loaded, smaller, record, timed, raw=raw)
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
-    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=plan, record=record)
+    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record)
 
 
 def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
@@ -165,13 +198,45 @@ def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
     return Cut(plan=plan, model=smaller.facts(), changes=config_changes(original.model.config, smaller.model.config))
 
 
+def repair(
+    original: Loaded, raw: Loaded, plan: Plan, batches: Batches, method: str, timed: Timed
+) -> tuple[Loaded, Compensation]:
+    """Repairs a cut without training, and tells how it went. The raw cut is left as it was."""
+    with timed("Repairing the cut") as advance:
+        return compensate_cut(original, raw, plan, batches, method=method, on_step=advance)
+
+
 def save_verified(
-    folder: Path, original: Loaded, smaller: Loaded, record: RunRecord, timed: Timed, *, path: str = "."
+    folder: Path,
+    original: Loaded,
+    smaller: Loaded,
+    record: RunRecord,
+    timed: Timed,
+    *,
+    path: str = ".",
+    raw: Loaded | None = None,
 ) -> RunRecord:
-    """Saves the first cut and proves it; the record then carries the proof."""
+    """Saves the first cut and proves it; the record then carries the proof.
+
+    Args:
+        folder: Where to.
+        original: The dense model.
+        smaller: The model to save.
+        record: Its first cut is the model's.
+        timed: Where progress goes.
+        path: The folder as the record names it.
+        raw: The cut before its weights were changed, if they were: it is what must equal the bypassed original.
+    """
     with timed("Saving the smaller model"):
         save_model(smaller, folder)
     with timed("Verifying it"):
-        proof = verify(str(folder), smaller, original, record.cuts[0].plan, probe_batch(smaller))
+        proof = verify(
+            str(folder),
+            smaller,
+            original,
+            record.cuts[0].plan,
+            probe_batch(smaller),
+            raw=None if raw is smaller else raw,
+        )
     first = record.cuts[0].model_copy(update={"path": path, "verification": proof})
     return record.model_copy(update={"cuts": (first, *record.cuts[1:]), "seconds": timed.seconds})

@@ -10,7 +10,7 @@ from avss.progress import Timed
 from avss.record import RunRecord, ScoreTable
 from avss.reporting.charts import save_figures
 from avss.reporting.page import render_page
-from avss.reporting.tables import damage_csv, scores_csv
+from avss.reporting.tables import damage_csv, published_csv, scores_csv, search_csv
 
 
 def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable | None) -> RunRecord:
@@ -29,13 +29,17 @@ def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable |
 
 
 def write_record(record: RunRecord, folder: Path) -> None:
-    """Writes `record.json` and all that can be made from it: `scores.csv`, `damage.csv`, `report.html`, `figures/`."""
+    """Writes `record.json` and all that can be made from it: the tables as CSV, `report.html`, `figures/`."""
     (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     if record.scores:
         table = ScoreTable(scores=record.scores, model=record.model, data=record.data)
         (folder / "scores.csv").write_text(scores_csv(table), encoding="utf-8")
     if record.damage:
         (folder / "damage.csv").write_text(damage_csv(record.damage), encoding="utf-8")
+    if record.published:
+        (folder / "published.csv").write_text(published_csv(record.published), encoding="utf-8")
+    if record.search is not None:
+        (folder / "search.csv").write_text(search_csv(record.search), encoding="utf-8")
     (folder / "report.html").write_text(render_page(record), encoding="utf-8")
     (folder / "figures").mkdir(exist_ok=True)
     save_figures(record, folder / "figures")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avss.collect import collect
+from avss.collect import collect, num_passes
 from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.provenance import now, versions
 from avss.composer.records import write_record
@@ -73,14 +73,15 @@ def score_loaded(
     """Scores a loaded model; also returns what was collected, for whoever wants to score again or save it."""
     with stages("Scoring blocks") as advance:
         done = 0
+        needs = [need for criterion in criteria for need in criterion.needs]
+        total = len(batches) * num_passes(needs)
 
         def on_batch() -> None:
             nonlocal done
             done += 1
-            advance(done, len(batches))
+            advance(done, total)
 
-        advance(0, len(batches))
-        needs = [need for criterion in criteria for need in criterion.needs]
+        advance(0, total)
         collected = collect(loaded, batches, needs, on_batch=on_batch)
     scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
     count = max(1, round(fraction * len(loaded.stack)))

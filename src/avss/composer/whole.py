@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from avss.composer.choosing import choose, with_pinned
 from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
@@ -13,9 +14,9 @@ from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.errors import DegenerateStatisticError
 from avss.models.forward import can_generate
-from avss.models.rewrite import pinned_blocks
+from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.plan import check_one_target, check_search, make_plan
 from avss.progress import Stages, Timed, silent
 from avss.record import Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
@@ -37,7 +38,9 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     """
     out = Path(config.out)
     check_one_target(config.plan)
-    names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare))
+    check_search(config.search)
+    screens = (config.search.screen,) if config.search.screen != "damage" else ()
+    names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
     criteria = find_criteria([name for name in names if name != "explicit"])
     check_free(out, force=config.force)
     timed = Timed(stages)
@@ -48,13 +51,24 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     batches = calibration(loaded, config.data)
     fraction = config.plan.fraction or (config.plan.count or 1) / len(loaded.stack)
     table, collected = score_loaded(loaded, batches, criteria, config.first_token, fraction, timed)
-    pinned = tuple(pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack))
-    plans = _plans(config, table, len(loaded.stack), pinned)
+    chosen = choose(
+        loaded,
+        config.plan,
+        config.search,
+        timed,
+        batches=batches,
+        table=table,
+        task=next((task for task in tasks if task.kind != "speed"), None),
+        command=command or "avss.run(...)",
+    )
+    same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
+    others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
+    plans = [chosen.plan, *others]
     smaller = [cut(loaded, plan) for plan in plans]
     cuts = tuple(describe_cut(loaded, model, plan) for model, plan in zip(smaller, plans, strict=True))
     with fresh_folder(out, force=config.force) as folder:
         record = begin_record(loaded, command or "avss.run(...)", timed, table).model_copy(
-            update={"cuts": cuts, "settings": config.model_dump(mode="json")}
+            update={"cuts": cuts, "search": chosen.search, "settings": config.model_dump(mode="json")}
         )
         (folder / "model").mkdir()
         record = save_verified(folder / "model", loaded, smaller[0], record, timed, path="model")
@@ -70,7 +84,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
             update={
                 "dense": tuple(m for result in results for m in result[0].measurements),
                 "cuts": cuts,
-                "warnings": (*table.warnings, *wreck_warnings(cuts)),
+                "warnings": (*table.warnings, *chosen.warnings, *wreck_warnings(cuts)),
                 "prompts": prompts if samples[0] else (),
                 "samples": samples[0],
                 "seconds": timed.seconds,
@@ -84,19 +98,12 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     return record
 
 
-def _plans(config: RunConfig, table: ScoreTable, num_blocks: int, pinned: tuple[int, ...]) -> list[Plan]:
-    if config.plan.blocks is not None:
-        plans = [explicit_plan(config.plan, num_blocks)]
-    else:
-        plans = [_plan_by(config.plan.criterion, config.plan, table, pinned)]
-    same_size = config.plan.model_copy(update={"fraction": None, "blocks": None, "count": len(plans[0].removed)})
-    return plans + [_plan_by(name, same_size, table, pinned) for name in config.compare if name != plans[0].method]
-
-
-def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, pinned: tuple[int, ...]) -> Plan:
+def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, loaded: Loaded) -> Plan:
     try:
         scores = table[criterion]
     except KeyError as error:
         problem = next((text for text in table.warnings if f"`{criterion}`" in text), f"`{criterion}` was not scored.")
         raise DegenerateStatisticError(problem.removeprefix("Left out: ")) from error
-    return make_plan(scores, config, protects_ends=CRITERIA[criterion].protects_ends, pinned=pinned)
+    protects_ends = CRITERIA[criterion].protects_ends
+    guarded = with_pinned(config, loaded, protects_ends=protects_ends)
+    return make_plan(scores, guarded, protects_ends=protects_ends)

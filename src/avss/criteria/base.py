@@ -22,10 +22,12 @@ class Scored:
     Attributes:
         values: One score per block.
         factors: The parts it is made of, by name, one value per block.
+        windows: Distances across runs of neighbours, `windows[n - 1][l]` for the run [l, l + n), if it measures them.
     """
 
     values: FloatArray
     factors: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
+    windows: tuple[FloatArray, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

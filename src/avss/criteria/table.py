@@ -1,10 +1,13 @@
 """The explicit list of criteria. A new one is added here and nowhere else; the law tests pick it up."""
 
+from avss.criteria.angles import Angular, AngularAll
 from avss.criteria.avss import Avss, AvssProduct, AvssReference, AvssUpdate
 from avss.criteria.base import AbstractCriterion
 from avss.criteria.baselines import First, Last, Random
 from avss.criteria.change import BlockInfluence, UpdateNorm
 from avss.criteria.factors import Sparsity, Variance
+from avss.criteria.gradients import GradientL1, GradientL2, Taylor
+from avss.criteria.magnitude import Magnitude, MagnitudeL2
 from avss.errors import ConfigError, unknown_name
 
 CRITERIA: dict[str, AbstractCriterion] = {
@@ -18,6 +21,13 @@ CRITERIA: dict[str, AbstractCriterion] = {
         Sparsity(),
         BlockInfluence(),
         UpdateNorm(),
+        Angular(),
+        AngularAll(),
+        Taylor(),
+        GradientL1(),
+        GradientL2(),
+        Magnitude(),
+        MagnitudeL2(),
         First(),
         Last(),
         Random(),

@@ -6,6 +6,7 @@ else reads one text a row, padded within its batch.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -199,6 +200,31 @@ def make_batches(
             content_hash=content_hash(sequences),
         ),
     )
+
+
+def interleave(parts: Sequence[Batches]) -> Batches:
+    """Several texts as one, their sequences taking turns: any part of it is a mixture.
+
+    Args:
+        parts: At least one; made for the same tokenizer, with the same batch size.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rounds = itertools.zip_longest(*(part.sequences for part in parts))
+    sequences = tuple(sequence for one in rounds for sequence in one if sequence is not None)
+    first = parts[0].facts
+    columns = list(dict.fromkeys(part.facts.column for part in parts if part.facts.column))
+    facts = first.model_copy(
+        update={
+            "source": ", ".join(part.facts.source for part in parts),
+            "column": ", ".join(columns) or None,
+            "num_sequences": len(sequences),
+            "seq_len": max(len(sequence) for sequence in sequences),
+            "num_tokens": sum(len(sequence) for sequence in sequences),
+            "content_hash": content_hash(sequences),
+        }
+    )
+    return dataclasses.replace(parts[0], sequences=sequences, facts=facts)
 
 
 def _packed(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:

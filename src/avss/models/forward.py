@@ -14,9 +14,21 @@ from transformers import PreTrainedModel
 from avss.models.load import Head, Loaded
 
 
-def _inputs(
-    loaded: Loaded, model: PreTrainedModel, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None
+def model_inputs(
+    loaded: Loaded,
+    batch: Tensor | Mapping[str, Tensor],
+    keep: Tensor | None,
+    *,
+    part: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
+    """The arguments of a forward pass, on the model's device; no cache for a model that continues text.
+
+    Args:
+        loaded: The model.
+        batch: Token ids `[B, T]`, or the model's own keyword arguments.
+        keep: `[B, T]`, True for real tokens; None if all are.
+        part: The part of the model that is run; by default the whole.
+    """
     if isinstance(batch, Mapping):
         inputs: dict[str, Any] = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
     else:
@@ -27,7 +39,7 @@ def _inputs(
         if loaded.head == "seq2seq":
             # Both sides read the same text; the decoder sees each token before it predicts it.
             inputs["decoder_input_ids"] = inputs["input_ids"]
-    if loaded.head in ("causal", "seq2seq") and takes(model, "use_cache"):
+    if loaded.head in ("causal", "seq2seq") and takes(part or loaded.model, "use_cache"):
         inputs["use_cache"] = False
     return inputs
 
@@ -47,13 +59,13 @@ def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor 
         keep: `[B, T]`, True for real tokens; None if all are.
     """
     body = cast(PreTrainedModel, loaded.model.base_model)
-    return body(**_inputs(loaded, body, batch, keep))[0]
+    return body(**model_inputs(loaded, batch, keep, part=body))[0]
 
 
 @torch.inference_mode()
 def run_outputs(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
     """What the model answers: logits `[B, T, V]` or `[B, classes]`, or the last hidden state of a bare body."""
-    outputs = loaded.model(**_inputs(loaded, loaded.model, batch, keep))
+    outputs = loaded.model(**model_inputs(loaded, batch, keep))
     for name in ("logits", "logits_per_text", "prediction_logits", "last_hidden_state"):
         if outputs.get(name) is not None:
             return outputs[name]

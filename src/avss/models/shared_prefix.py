@@ -92,6 +92,11 @@ class SharedPrefix:
             )
         self._templates = list(self._results)
 
+    def rewind(self) -> None:
+        """Goes back to the whole model's states: what the next run shares is then the same whatever ran before."""
+        self._results, self._removed = list(self._templates), frozenset()
+        self._num_valid = len(self._templates)
+
     def without(self, removed: Iterable[int]) -> Tensor:
         """What the model answers without these blocks.
 

@@ -22,8 +22,19 @@ Batch = tuple[Tensor, Tensor] | Mapping[str, Tensor]
 """Token ids `[B, T]` with their keep mask, or a model's own keyword arguments."""
 
 
-def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: Batch) -> Verification:
+def verify(
+    folder: str,
+    smaller: Loaded,
+    original: Loaded,
+    plan: Plan,
+    batch: Batch,
+    *,
+    raw: Loaded | None = None,
+) -> Verification:
     """Checks a saved model against the one in memory and against the original with the removed blocks bypassed.
+
+    A model whose weights were changed after the cut equals no bypassed original. Then the proof has two halves: the raw
+    cut equals the bypassed original, and the saved model equals the changed one in memory.
 
     Args:
         folder: Where it was saved.
@@ -31,6 +42,7 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: Ba
         original: The model it was cut from.
         plan: The blocks removed.
         batch: Token ids `[B, T]` and keep mask `[B, T]`, or the model's own keyword arguments (images, sound).
+        raw: The cut before its weights were changed, in memory; None where they were not.
 
     Raises:
         VerificationError: A check failed; the message says which, and by how much.
@@ -53,12 +65,14 @@ def verify(folder: str, smaller: Loaded, original: Loaded, plan: Plan, batch: Ba
     with bypassed(original.stack, plan.removed):
         reference = _outputs(original.tower(), batch)
     actual = _outputs(fresh.tower(), batch)
+    unchanged = actual if raw is None else _outputs(raw.tower(), batch)
     tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
     generation = None if towers else _cached_equals_uncached(fresh, original, batch)
     result = Verification(
         reload_strict=not problems,
         max_diff_memory=_max_diff(actual, expected),
-        max_diff_bypass=_max_diff(actual, reference),
+        max_diff_bypass=_max_diff(unchanged, reference),
+        of_raw_cut=raw is not None,
         tolerance=tolerance,
         cached_generation=generation,
         num_generated=0 if generation is None else NUM_GENERATED,

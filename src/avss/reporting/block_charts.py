@@ -81,6 +81,58 @@ def ranks_chart(scores: Sequence[BlockScores], cuts: Sequence[Cut] = ()) -> alt.
     return theme.finished(chart, "Rank of each block under each criterion", words, {"ranks": rows})
 
 
+def windows_chart(scores: BlockScores) -> alt.Chart:
+    """Where a run begins by how long it is: the lighter, the less the run changes what passes through it.
+
+    A dot marks the run of each length that changes least, which a contiguous plan of that length takes if no block in
+    it is protected.
+
+    Args:
+        scores: Of a criterion that measured runs (`scores.windows`).
+    """
+    windows = scores.windows or ()
+    best = [
+        min(range(len(row)), key=lambda start, row=row: (not math.isfinite(row[start]), row[start])) for row in windows
+    ]
+    rows = [
+        {
+            "start": start,
+            "length": length,
+            "blocks": str(start) if length == 1 else f"{start}-{start + length - 1}",
+            "distance": distance if math.isfinite(distance) else None,
+            "text": numbers.number(distance),
+            "best": start == best[length - 1],
+        }
+        for length, row in enumerate(windows, start=1)
+        for start, distance in enumerate(row)
+    ]
+    num_blocks = scores.num_blocks
+    step = _step(num_blocks, room=160)
+    axis = theme.block_axis(num_blocks, step * num_blocks, title="first block of the run (original index)")
+    lengths = theme.block_axis(num_blocks + 1, step * (num_blocks + 1), title="blocks in the run")
+    base = alt.Chart().encode(
+        x=alt.X("start:O", axis=axis),
+        y=alt.Y("length:O", sort="descending", axis=lengths),
+        tooltip=[
+            alt.Tooltip("blocks:N", title="blocks"),
+            alt.Tooltip("length:Q", title="how many"),
+            alt.Tooltip("text:N", title="distance"),
+        ],
+    )
+    color = alt.Color(
+        "distance:Q",
+        title="distance across the run",
+        scale=alt.Scale(range=list(reversed(theme.RANKS))),
+        legend=alt.Legend(orient="bottom", direction="horizontal", gradientLength=180),
+    )
+    dots = base.transform_filter("datum.best").mark_circle(size=22 if step > 12 else 9, color=theme.REMOVED, opacity=1)
+    chart = alt.layer(base.mark_rect().encode(color=color), dots, data=alt.NamedData("windows")).properties(
+        width=alt.Step(step), height=alt.Step(max(4.5, min(step, 14)))
+    )
+    words = "Light: the run changes little. Dot: the least of each length."
+    return theme.finished(chart, f"{scores.title} across runs of neighbours", words, {"windows": rows})
+
+
 def cuts_chart(cuts: Sequence[Cut]) -> alt.Chart:
     """Cuts by blocks: which blocks each cut removes."""
     num_blocks = cuts[0].plan.num_blocks

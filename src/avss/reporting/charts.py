@@ -6,8 +6,10 @@ import altair as alt
 
 from avss.record import RunRecord
 from avss.reporting import theme
-from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart
-from avss.reporting.damage_charts import damage_chart, verdicts_chart
+from avss.reporting.block_charts import cuts_chart, ranks_chart, scores_chart, windows_chart
+from avss.reporting.damage_charts import damage_chart, search_chart, verdicts_chart
+from avss.reporting.healing_chart import healing_chart
+from avss.reporting.published_chart import published_chart
 from avss.reporting.result_charts import cost_chart, language_chart, retention_chart
 
 CAPTIONS = {
@@ -23,19 +25,24 @@ CAPTIONS = {
 def figures(record: RunRecord) -> dict[str, alt.Chart]:
     """The charts that the record has data for, by name, in reading order.
 
-    Names: `language` (perplexity and losses), `retention`, `scores`, `ranks`, `cuts`, `verdicts` and `damage` (what
-    leaving out blocks costs), `cost` (size and speed).
+    Names: `language` (perplexity and losses), `retention`, `search` (damage by size), `healing`, `scores`, `ranks`,
+    `cuts`, `verdicts` and `damage` (what leaving out blocks costs), `cost` (size and speed), `published` (what the
+    published script measures), `windows-CRITERION` (distances across runs of neighbours).
     """
     drawn: dict[str, alt.Chart | None] = {
         "language": language_chart(record) if record.cuts else None,
         "retention": retention_chart(record),
+        "search": search_chart(record.search) if record.search is not None else None,
+        "healing": healing_chart(record.cuts[0].healing) if record.cuts else None,
         "scores": scores_chart(record.scores, record.cuts) if record.scores else None,
         "ranks": ranks_chart(record.scores, record.cuts) if len(record.scores) > 1 else None,
         "cuts": cuts_chart(record.cuts) if record.cuts else None,
         "verdicts": verdicts_chart(record.comparison) if record.comparison else None,
         "damage": damage_chart(record.damage) if record.damage else None,
         "cost": cost_chart(record),
+        "published": published_chart(record.published) if record.published else None,
     }
+    drawn |= {f"windows-{one.criterion}": windows_chart(one) for one in record.scores if one.windows}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 

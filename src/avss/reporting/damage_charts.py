@@ -1,11 +1,11 @@
-"""Charts of measured damage: what each block's absence costs, and how well each criterion guessed it."""
+"""Charts of measured damage: what each block's absence costs, and what the best set of each size does."""
 
 import math
 from typing import Any
 
 import altair as alt
 
-from avss.record import Comparison, DamageTable, describe_blocks
+from avss.record import Comparison, CurvePoint, DamageTable, SearchResult, describe_blocks
 from avss.reporting import numbers, theme
 
 UNITS = {"kl": "KL divergence from the dense model, nats", "cosine": "1 - cosine with the dense model's embedding"}
@@ -102,3 +102,47 @@ def _rows(table: DamageTable, low: float) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def search_chart(search: SearchResult) -> alt.Chart:
+    """The curve of a search: what the best set of each size costs, with a bar of two standard errors each way."""
+    by_task = search.objective == "accuracy"
+    title = "share of wrong answers" if by_task else UNITS[search.measure]
+    width = max(240, min(len(search.points) * 48, theme.PAGE_WIDTH - 70))
+    rows = [_search_row(point, by_task=by_task) for point in search.points]
+    base = (
+        alt.Chart()
+        .transform_filter("isValid(datum.value)")
+        .encode(
+            x=alt.X("size:Q", title="blocks removed", axis=alt.Axis(tickMinStep=1, format="d")),
+            tooltip=["size:Q", "blocks:N", alt.Tooltip("text:N", title="damage"), "perplexity:N", "how:N"],
+        )
+    )
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
+    line = base.mark_line(strokeWidth=1.5, color=theme.KEPT).encode(y=y)
+    errors = base.transform_filter("isValid(datum.lower)").mark_rule(strokeWidth=3, color=theme.DENSE, opacity=0.5)
+    dots = base.mark_circle(size=50, opacity=1, color=theme.ASKED).encode(y=y)
+    chart = alt.layer(line, errors.encode(y="lower:Q", y2="upper:Q"), dots)
+    chart = chart.properties(width=width, height=190, data=alt.NamedData("search"))
+    return theme.finished(
+        chart,
+        f"Damage of the best set of each size, found by {search.method} search",
+        "No repair. Grey: two standard errors each way. Another size needs no new search.",
+        {"search": rows},
+    )
+
+
+def _search_row(point: CurvePoint, *, by_task: bool) -> dict[str, Any]:
+    value, stderr = (point.cost, point.cost_stderr) if by_task else (point.distance, point.stderr)
+    known = math.isfinite(value)
+    spread = 2 * stderr if known and stderr is not None and math.isfinite(stderr) else None
+    return {
+        "size": len(point.removed),
+        "blocks": describe_blocks(point.removed),
+        "how": point.how,
+        "value": value if known else None,
+        "lower": None if spread is None else value - spread,
+        "upper": None if spread is None else value + spread,
+        "text": numbers.with_error(value, stderr),
+        "perplexity": numbers.number(point.perplexity),
+    }

@@ -3,10 +3,10 @@
 import html
 from collections.abc import Iterable, Sequence
 
-from avss.record import Comparison, DamageTable, RunRecord, ScoreTable, StabilityStudy
+from avss.record import Comparison, DamageTable, RunRecord, ScoreTable, SearchResult, StabilityStudy
 from avss.reporting import numbers, tables, theme, verdict
 from avss.reporting.block_charts import scores_chart
-from avss.reporting.damage_charts import damage_chart, verdicts_chart
+from avss.reporting.damage_charts import damage_chart, search_chart, verdicts_chart
 from avss.reporting.result_charts import language_chart, retention_chart
 from avss.reporting.rows import ScoreCell
 
@@ -54,6 +54,16 @@ def study_html(study: StabilityStudy) -> str:
     return _fragment(head, (), [], _table(header, rows))
 
 
+def search_html(search: SearchResult) -> str:
+    """A search as an HTML fragment: the curve, then one row per size."""
+    header, rows = tables.search_texts(search)
+    head = f"<strong>The best sets of 1 to {len(search.points)} of {search.num_blocks} blocks</strong>"
+    if search.model:
+        head += f" of {html.escape(search.model.source)}"
+    head += f"<br>{html.escape(tables.search_effort(search))}"
+    return _fragment(head, (), [theme.inline_svg(search_chart(search).to_dict())], _table(header, rows))
+
+
 def record_html(record: RunRecord) -> str:
     """A run as an HTML fragment: what was found, what was measured, and the charts that show it.
 
@@ -63,6 +73,8 @@ def record_html(record: RunRecord) -> str:
     head += "".join(f"<br>{html.escape(sentence)}" for sentence in verdict.sentences(record))
     results = [language_chart(record), retention_chart(record)] if record.cuts else []
     charts = [chart for chart in results if chart is not None]
+    if record.search is not None:
+        charts.append(search_chart(record.search))
     if record.scores:
         charts.append(scores_chart(record.scores, record.cuts))
     header, rows = tables.comparison_texts(record)

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import jinja2
 from markupsafe import Markup
 
-from avss.record import Cut, Plan, RunRecord, ScoreTable
-from avss.reporting import charts, numbers, tables, theme, verdict
+from avss.record import Cut, Healing, Plan, RunRecord, ScoreTable
+from avss.reporting import charts, numbers, repair, tables, theme, verdict
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
@@ -57,6 +57,13 @@ def render_page(record: RunRecord) -> str:
 def _findings(record: RunRecord) -> list[tuple[str, str, str, list[str], list[list[str]]]]:
     """Tables that a record may hold, as (anchor, title, how to read it, column titles, rows)."""
     found: list[tuple[str, str, str, tuple[list[str], list[list[str]]]]] = []
+    if record.search is not None:
+        words = (
+            "The best set found of every size, measured without any repair, ± one standard error. "
+            f"{tables.search_effort(record.search)} `avss prune --from-search` cuts another of these sizes without "
+            "a new search."
+        )
+        found.append(("search", "Search", words, tables.search_texts(record.search)))
     if record.comparison:
         words = (
             "What each criterion is worth on this model: the measured damage of the blocks it would remove, together "
@@ -190,11 +197,28 @@ def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
             ("batch size, seed", f"{data.batch_size}, {data.seed}"),
             ("content hash", data.content_hash),
         ]))  # fmt: skip
+    if record.cuts and record.cuts[0].healing:
+        groups.append(("Healing", _healing_facts(record.cuts[0].healing)))
     groups.append(("Versions", [*record.versions.items(), ("recorded", record.created)]))
     if record.seconds:
         spent = [(stage, numbers.duration(seconds)) for stage, seconds in record.seconds.items()]
         groups.append(("Time", [*spent, ("total", numbers.duration(sum(record.seconds.values())))]))
     return groups
+
+
+def _healing_facts(healing: Healing) -> list[tuple[str, str]]:
+    data, held_out = healing.data, healing.held_out
+    return [
+        ("objective", healing.objective),
+        ("trained", f"{healing.weights}; {healing.num_trained:,} parameters"),
+        ("text", f"{data.source}, {data.num_sequences:,} sequences of up to {data.seq_len:,} tokens"),
+        ("held out", f"{held_out.num_sequences:,} sequences, {held_out.num_tokens:,} tokens"),
+        ("done", f"{healing.num_tokens:,} tokens in {healing.num_steps:,} steps, {numbers.duration(healing.seconds)}"),
+        ("stopped by", healing.stopped),
+        ("held-out objective", f"{numbers.number(healing.before.loss)} → {numbers.number(healing.after.loss)}, "
+                               f"kept: step {healing.best_step:,}"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in sorted(healing.settings.items()))),
+    ]  # fmt: skip
 
 
 def inline_code(text: str) -> Markup:
@@ -239,6 +263,8 @@ _TEMPLATES.filters |= {
     "index_runs": index_runs,
     "checks": verdict.verification_rows,
     "verification": verdict.verification_sentence,
+    "repair_sentences": repair.compensation_sentences,
+    "repair_rows": repair.compensation_rows,
     "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
 }
 _TEMPLATES.tests |= {"failed": _failed}

@@ -16,8 +16,10 @@ from avss.record import (
     Cut,
     DamageTable,
     Measurement,
+    PublishedMetrics,
     RunRecord,
     ScoreTable,
+    SearchResult,
     Stability,
     StabilityStudy,
     describe_blocks,
@@ -79,6 +81,11 @@ def scores_csv(table: ScoreTable) -> str:
     return _csv([
         row | {name: column[block] for name, column in places.items()} for block, row in enumerate(table.rows())
     ])  # fmt: skip
+
+
+def published_csv(metrics: PublishedMetrics) -> str:
+    """What the published script measures, under its column names; floats read back exactly."""
+    return _csv(metrics.rows())
 
 
 def comparison_rows(record: RunRecord) -> list[ComparisonRow]:
@@ -212,6 +219,34 @@ def damage_csv(table: DamageTable) -> str:
     return _csv(table.rows())
 
 
+def search_texts(search: SearchResult) -> tuple[list[str], list[list[str]]]:
+    """A search's curve as plain text: column titles, then one row per size."""
+    has_loss = search.dense_loss is not None
+    measure = "KL, nats" if search.measure == "kl" else "1 - cosine"
+    by_task = search.objective == "accuracy"
+    header = ["size", "blocks", "wrong answers" if by_task else measure]
+    header += [*(["perplexity"] if has_loss else []), "found by"]
+    body = []
+    for point in search.points:
+        value = (point.cost, point.cost_stderr) if by_task else (point.distance, point.stderr)
+        texts = [str(len(point.removed)), describe_blocks(point.removed), numbers.with_error(*value)]
+        body.append([*texts, *([numbers.number(point.perplexity)] if has_loss else []), point.how])
+    return header, body
+
+
+def search_effort(search: SearchResult) -> str:
+    """What a search took, in a sentence."""
+    share = f"{search.passes:.1f} passes of the whole model over the text in {numbers.duration(search.seconds)}"
+    all_of_it = f"trying every block in every step takes {search.passes_of_all:.0f}"
+    ended = "" if search.is_complete else " The budget ended it early."
+    return f"{search.num_sets} sets measured, {share}; {all_of_it}.{ended}"
+
+
+def search_csv(search: SearchResult) -> str:
+    """A search's curve as CSV, one row per size; floats read back exactly, nan is an empty field."""
+    return _csv(search.rows())
+
+
 def _cell_text(cell: ComparisonCell | None) -> str:
     if cell is None:
         return numbers.MISSING
@@ -231,7 +266,9 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _csv_field(value: float | int | None) -> str:
+def _csv_field(value: float | int | str | None) -> str:
+    if isinstance(value, str):
+        return value
     return "" if value is None or value != value else repr(value)
 
 

@@ -5,6 +5,7 @@ import math
 
 from avss.record import Cut, Measurement, RunRecord, Verification
 from avss.reporting import numbers, tables
+from avss.reporting.repair import compensation_sentences
 
 PROMISE = 0.9
 """Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
@@ -77,6 +78,8 @@ def sentences(record: RunRecord, cut: Cut | None = None) -> list[str]:
     cut = cut or record.cuts[0]
     return [
         _removal_sentence(record, cut),
+        *(compensation_sentences(cut.compensation) if cut.compensation else ()),
+        *_healing_sentences(cut),
         *_language_sentences(record, cut),
         *_retention_sentences(record, cut),
         verification_sentence(cut),
@@ -111,7 +114,8 @@ def verification_rows(proof: Verification) -> list[tuple[str, bool, str]]:
             f"largest difference {numbers.number(proof.max_diff_memory)}, {allowed}",
         ),
         (
-            "Outputs equal the original model's with the removed blocks bypassed",
+            "Outputs equal the original model's with the removed blocks bypassed"
+            + (", before the weights were changed" if proof.of_raw_cut else ""),
             proof.max_diff_bypass <= proof.tolerance,
             f"largest difference {numbers.number(proof.max_diff_bypass)}, {allowed}",
         ),
@@ -132,6 +136,19 @@ def _removal_sentence(record: RunRecord, cut: Cut) -> str:
         f"{numbers.count(dense.num_parameters)} parameters became {numbers.count(model.num_parameters)} "
         f"({numbers.change(dense.num_parameters, model.num_parameters)})."
     )
+
+
+def _healing_sentences(cut: Cut) -> list[str]:
+    healing = cut.healing
+    if healing is None:
+        return []
+    tokens, time = numbers.count(healing.num_tokens), numbers.duration(healing.seconds)
+    spent = f"on {tokens} tokens of {healing.data.source} in {time}"
+    if healing.best_step == 0:
+        return [f"Healing {spent} made held-out text no better; the weights are as they were before it."]
+    before, after = healing.before, healing.after
+    found = f"{numbers.number(before.loss)} -> {numbers.number(after.loss)} on held-out text"
+    return [f"It was healed by training {healing.weights}, {spent}: {healing.objective}, {found}."]
 
 
 def _language_sentences(record: RunRecord, cut: Cut) -> list[str]:

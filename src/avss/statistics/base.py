@@ -15,7 +15,7 @@ No module of this room but `observation` imports torch: a criterion can name its
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,12 @@ from avss.errors import NoObservationsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from avss.statistics.observation import Observation
-
 Site = Literal["input", "output", "update"]
 """Where a block is observed: the residual stream before it, after it, or what it adds (output minus input)."""
+
+Probe = Literal["block", "stack", "backward", "weights"]
+"""What feeds a statistic: each block's states in the forward pass, the states of all blocks of a batch together, the
+backward pass of a batch, or the weights alone."""
 
 FloatArray = NDArray[np.float64]
 
@@ -37,9 +39,12 @@ FloatArray = NDArray[np.float64]
 class Rows:
     """What one statistic has seen of one block: float64 columns with one row per sequence.
 
+    A backward pass gives one row per batch, since it has one loss; weights give a single row.
+
     Attributes:
-        columns: Name -> array of shape `[S]` or `[S, 2]` (S sequences). Where there are two parts, part 0 is the
-            first real token of each sequence and part 1 the rest, so that scores come with and without it.
+        columns: Name -> array of shape `[S]` or `[S, 2]` (S sequences), possibly with more axes behind. Where there are
+            two parts, part 0 is the first real token of each sequence and part 1 the rest, so that scores come with
+            and without it.
     """
 
     columns: Mapping[str, FloatArray]
@@ -74,20 +79,31 @@ class AbstractStatistic(abc.ABC):
     """One thing that can be observed of a block. Subclasses are frozen dataclasses; their fields are their settings.
 
     Attributes:
+        probe: What feeds it, and so what `observe` is given.
         counts_padding: Whether padding enters the numbers, as it does in the published script; False elsewhere.
+        has_first_token: Whether its rows tell the first token of each sequence from the rest.
+        row_is: What a row stands for. Resampling sequences means something for rows of sequences only.
     """
 
+    probe: ClassVar[Probe] = "block"
     counts_padding: ClassVar[bool] = False
+    has_first_token: ClassVar[bool] = True
+    row_is: ClassVar[Literal["sequence", "batch", "model"]] = "sequence"
 
     @abc.abstractmethod
-    def observe(self, seen: "Observation") -> "dict[str, Tensor]":
-        """The rows of one batch, as float64 tensors on the batch's device.
+    def observe(self, seen: Any) -> "dict[str, Tensor]":
+        """The rows of one batch at one block, as float64 tensors on the batch's device.
 
-        Called inside a forward hook: nothing here may wait for the device (`.item()`, boolean indexing, `.cpu()`).
+        Called inside a hook: nothing here may wait for the device (`.item()`, boolean indexing, `.cpu()`).
         Tokens outside `seen.keep` must not matter, whatever they hold, nan included.
 
+        Args:
+            seen: By probe, from `avss.statistics.observation`: an `Observation`, a `Passage`, `GradientNumbers` or
+                `WeightNumbers`.
+
         Returns:
-            Column name -> tensor of shape `[B]` or `[B, 2]` (B sequences of the batch; parts as in `Rows`).
+            Column name -> tensor of shape `[B]` or `[B, 2]` (B sequences of the batch; parts as in `Rows`), possibly
+            with more axes behind; `[1]` for a backward pass and for weights.
         """
 
     @abc.abstractmethod

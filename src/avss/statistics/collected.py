@@ -15,7 +15,7 @@ from avss.errors import DataError
 from avss.statistics.base import AbstractStatistic, FloatArray, Rows
 
 Summary = Mapping[str, FloatArray]
-"""A statistic's named values, each with one entry per block."""
+"""A statistic's named values, each with one entry per block; nan where a block has no such value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Collected:
         if resample is not None:
             per_block = tuple(rows.resample(resample) for rows in per_block)
         summaries = [statistic.summarise(rows, first_token=first_token) for rows in per_block]
-        return {name: np.array([summary[name] for summary in summaries]) for name in summaries[0]}
+        # A run of blocks that would reach past the end of the stack has no value.
+        return {name: np.array([summary.get(name, np.nan) for summary in summaries]) for name in summaries[0]}
 
     def save(self, path: Path) -> None:
         """Writes everything to one safetensors file; `load` gives it back bit for bit."""

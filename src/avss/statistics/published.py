@@ -1,14 +1,14 @@
-"""The two activation numbers of the published AVSS script, its quirks included."""
+"""The averages of the published AVSS script, its quirks included."""
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
-from avss.statistics.base import AbstractStatistic, Rows, require
+from avss.statistics.base import AbstractStatistic, Probe, Rows, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from avss.statistics.observation import Observation
+    from avss.statistics.observation import GradientNumbers, Observation
 
 PUBLISHED_THRESHOLD = 1e-5
 
@@ -34,6 +34,7 @@ class PublishedAverages(AbstractStatistic):
     """
 
     counts_padding: ClassVar[bool] = True
+    has_first_token: ClassVar[bool] = False
 
     def observe(self, seen: "Observation") -> "dict[str, Tensor]":
         hidden = seen.output
@@ -58,3 +59,31 @@ class PublishedAverages(AbstractStatistic):
             "below": float(rows.columns["below"].sum()),
             "count": float(rows.columns["count"].sum()),
         }
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class PublishedGradients(AbstractStatistic):
+    r"""`Average_L1Norm` and `Average_L2Norm` as the published script computes them.
+
+    For the gradient $g_m$ of a batch's loss with respect to each named matrix $m$ of a block,
+
+    $$\text{l1} = \sum_m \sum_{ij} |g_{mij}|, \qquad \text{l2} = \sum_m \Big(\sum_{ij} g_{mij}^2\Big)^{1/2}$$
+
+    averaged over batches with equal weight. The second is a sum of norms, not the norm of all matrices together; use
+    `GradientNorms` for that.
+
+    References:
+        The script in the repository of Song et al. (2024), AVSS, arXiv 2411.02117.
+    """
+
+    probe: ClassVar[Probe] = "backward"
+    has_first_token: ClassVar[bool] = False
+    row_is: ClassVar[Literal["sequence", "batch", "model"]] = "batch"
+
+    def observe(self, seen: "GradientNumbers") -> "dict[str, Tensor]":
+        return {"l1": seen.l1.sum().reshape(1), "l2": seen.l2.sum().reshape(1)}
+
+    def summarise(self, rows: Rows, *, first_token: bool) -> dict[str, float]:
+        require(rows.num_sequences, "published average of gradients")
+        return {name: float(rows.columns[name].mean()) for name in ("l1", "l2")}

@@ -1,0 +1,218 @@
+"""Repair without training: weights of the kept blocks are solved for, and the checkpoint stays a stock one.
+
+    original + plan + text --cut--> raw cut --solve at each cut--> --rounds towards the predictions--> repaired model
+
+The calibration text is dealt out in three: most of it is fitted, an eighth chooses ridges and steps, an eighth judges.
+Nothing is kept that does not bring the predictions nearer to the dense model's on text it was not fitted to.
+"""
+
+from collections.abc import Callable
+
+from avss.compensation.divergence import kind_of, mean_divergence
+from avss.compensation.least_squares import Run, linear, refit, residual_error
+from avss.compensation.magnitude import scale
+from avss.compensation.rounds import steer
+from avss.compensation.streams import num_tokens, split
+from avss.compensation.sweep import sweep as sweep_blocks
+from avss.compensation.workpiece import Workpiece
+from avss.config import COMPENSATION_METHODS, CompensationMethod, check_compensation
+from avss.data.batches import Batches
+from avss.models.load import Loaded
+from avss.models.projections import PROJECTIONS, find_projections
+from avss.record import Compensation, CutRepair, Plan, runs_of
+
+METHODS = COMPENSATION_METHODS
+"""What `compensate` knows, `auto` first."""
+
+ROUNDS = 6
+"""Rounds towards the dense model's predictions, at most."""
+
+Solve = Callable[[Workpiece, Run, Batches, Batches], CutRepair]
+
+
+def compensate(
+    original: Loaded,
+    smaller: Loaded,
+    plan: Plan,
+    batches: Batches,
+    *,
+    method: str = "auto",
+    rounds: int = ROUNDS,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Loaded, Compensation]:
+    """Repairs a cut by one of these methods.
+
+    - `refit`: output projections of the block before each cut, by least squares to the dense stream after it.
+    - `linear`: a linear map folded into the MLP's projection there (ReplaceMe); `cosine`: the same by angle.
+    - `scale`: one number a cut (Prune&Comp).
+    - `sweep`: the MLP's output projection of every kept block from the first cut on, each to the dense stream.
+    - `steer`: a few rounds that bring the predictions nearer, over all output projections from the first cut on.
+    - `auto`: at each cut the better of `refit` and `linear`, or neither; then `steer`. Not `sweep`:
+      it lowers every error of the stream and, as measured, brings the answers no nearer (docs/log.md).
+
+    Args:
+        original: The dense model.
+        smaller: Its cut by `plan`. Left as it was: changed weights are new tensors of the returned model.
+        plan: The blocks removed.
+        batches: Calibration text, dealt out in three.
+        method: One of `METHODS`.
+        rounds: Rounds of `steer`, at most.
+        on_step: Called with steps done and steps in all, for progress.
+
+    Returns:
+        The repaired model, or `smaller` itself where nothing helped; and what was done.
+
+    Raises:
+        ConfigError: An unknown method, or no sequence of text.
+    """
+    wanted = check_compensation(method)
+    facts = find_projections(smaller)
+    reason = _reason_against(wanted, smaller, plan)
+    if reason or facts is None:
+        return smaller, Compensation(method=method, note=reason)
+    work = Workpiece.begin(original, smaller, plan, facts)
+    fit, choose, judge = split(batches)
+    before = mean_divergence(original, smaller, judge)
+    runs = runs_of(plan.removed)
+    num_rounds = rounds if wanted in ("auto", "steer") else 0
+    sweeps = wanted == "sweep"
+    total = len(runs) + sweeps + num_rounds
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    repairs: list[CutRepair] = []
+    if wanted in _CANDIDATES:
+        for run in runs:
+            repairs.append(_repair_cut(work, run, wanted, fit, choose, judge))
+            advance()
+    num_swept = 0
+    if sweeps:
+        num_swept = _swept(work, fit, choose)
+        advance()
+    steps = [step.step for step in steer(work, fit, choose, rounds=num_rounds, on_step=advance)] if num_rounds else []
+    on_step(total, total)
+    story = Compensation(
+        method=method,
+        measure=kind_of(original),
+        before=before,
+        after=before,
+        fit_tokens=num_tokens(fit),
+        choose_tokens=num_tokens(choose),
+        judge_tokens=num_tokens(judge),
+        cuts=tuple(repairs),
+        num_swept=num_swept,
+        steps=tuple(steps),
+    )
+    if not work.changed:
+        return smaller, story.model_copy(update={"note": "No repair brought the predictions nearer; the cut is raw."})
+    after = mean_divergence(original, work.smaller, judge)
+    if not after < before:
+        note = f"The repair was thrown away: on held-out text it took the divergence from {before:.4g} to {after:.4g}."
+        kept_out = tuple(repair.model_copy(update={"applied": False}) for repair in repairs)
+        return smaller, story.model_copy(update={"note": note, "cuts": kept_out})
+    return work.smaller, story.model_copy(update={"after": after, "weights": tuple(work.changed)})
+
+
+def _swept(work: Workpiece, fit: Batches, choose: Batches) -> int:
+    """Sweeps, and undoes it where the answers are no nearer afterwards; returns how many blocks it changed."""
+    before, begin = mean_divergence(work.original, work.smaller, choose), work.snapshot()
+    changed = sweep_blocks(work, fit, choose)
+    if changed and mean_divergence(work.original, work.smaller, choose) < before:
+        return changed
+    work.restore(begin)
+    return 0
+
+
+def _reason_against(method: CompensationMethod, smaller: Loaded, plan: Plan) -> str:
+    """Why nothing can be done; empty where something can."""
+    if method == "none":
+        return "No repair was asked for."
+    if not plan.removed:
+        return "No block was removed, so there is nothing to repair."
+    model_type = smaller.model.config.model_type
+    facts = find_projections(smaller)
+    if facts is None:
+        return (
+            f"Where the blocks of `{model_type}` write to the residual stream is not known, and a trial found no "
+            f"linear map that does, so the cut was left raw. Known: {', '.join(sorted(PROJECTIONS))}."
+        )
+    if facts.attention is None and method == "scale":
+        return f"`scale` must know everything that the blocks of `{model_type}` write, and does not. `refit` can."
+    if facts.obstacle and method not in ("auto", "steer"):
+        return f"`{method}` cannot repair `{model_type}`: {facts.obstacle}. `steer` can."
+    if facts.closing_norm and method == "sweep":
+        return f"`sweep` does not repair the post-norm blocks of `{model_type}`. `refit` and `steer` do."
+    if facts.closing_norm and method == "scale":
+        return f"`scale` cannot repair `{model_type}`: the norm at the end of each block undoes any scale. `refit` can."
+    return ""
+
+
+def _repair_cut(
+    work: Workpiece, run: Run, method: CompensationMethod, fit: Batches, choose: Batches, judge: Batches
+) -> CutRepair:
+    """Repairs one cut by the best of the method's candidates, or not at all."""
+    start, stop = run
+    if start == 0:
+        return CutRepair(start=start, stop=stop, note="There is no block before the cut that could make up for it.")
+    assert work.facts is not None
+    if work.facts.obstacle:
+        return CutRepair(start=start, stop=stop, note=f"Nothing to solve for here: {work.facts.obstacle}.")
+    raw = mean_divergence(work.original, work.smaller, choose)
+    untouched = CutRepair(
+        start=start,
+        stop=stop,
+        error_before=residual_error(work, run, judge),
+        divergence_before=raw,
+        note="Thrown away: it did not bring the predictions nearer on held-out text.",
+    )
+    best, best_value, raw_state = untouched, raw, work.snapshot()
+    best_state = raw_state
+    for solve in _CANDIDATES[method]:
+        work.restore(raw_state)
+        solved = solve(work, run, fit, choose)
+        value = mean_divergence(work.original, work.smaller, choose)
+        tried = untouched.model_copy(
+            update={
+                **solved.model_dump(include={"method", "ridge", "factor"}),
+                "error_after": residual_error(work, run, judge),
+                "divergence_after": value,
+            }
+        )
+        if value < best_value:
+            best, best_value = tried.model_copy(update={"applied": True, "note": ""}), value
+            best_state = work.snapshot()
+        elif not best.applied:
+            best = tried
+    work.restore(best_state)
+    return best
+
+
+def _refit(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="refit", ridge=refit(work, run, fit, choose))
+
+
+def _linear(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="linear", ridge=linear(work, run, fit, choose))
+
+
+def _cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="cosine", ridge=linear(work, run, fit, choose, cosine=True))
+
+
+def _scale(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="scale", factor=scale(work, run, fit))
+
+
+_CANDIDATES: dict[CompensationMethod, tuple[Solve, ...]] = {
+    "scale": (_scale,),
+    "linear": (_linear,),
+    "cosine": (_cosine,),
+    "refit": (_refit,),
+    "auto": (_refit, _linear),
+}
+
+__all__ = ["METHODS", "ROUNDS", "compensate"]

@@ -1,0 +1,116 @@
+"""What a repair reads while text passes: a block's inputs to its output projections, and the sum they write to."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from avss.data.batches import Batches
+from avss.models.forward import run_body
+from avss.models.load import Loaded
+from avss.models.projections import Projections
+from avss.models.stack import hidden_from_output
+
+MASSIVE = 10.0
+"""How many times the median norm a token's hidden state may have: beyond, it is a massive activation (2402.17762)."""
+
+
+class _Seen(Exception):
+    """Everything wanted has been computed; the rest of the forward pass is not needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What one block read and wrote, for one batch.
+
+    Attributes:
+        features: For each projection, its inputs `[B, T, F]`.
+        state: What the projections' outputs are added to: the block's output, or its closing norm's input,
+            `[B, T, D]`.
+    """
+
+    features: tuple[Tensor, ...]
+    state: Tensor
+
+
+def read_block(
+    loaded: Loaded, index: int, facts: Projections, paths: Sequence[str], token_ids: Tensor, keep: Tensor
+) -> Written:
+    """Runs a model up to the end of one block, and no further.
+
+    Args:
+        loaded: The model.
+        index: Place of the block in this model's own stack.
+        facts: Where its blocks write.
+        paths: Projections whose inputs are wanted.
+        token_ids: `[B, T]`.
+        keep: `[B, T]`.
+    """
+    block = loaded.stack.blocks[index]
+    features: dict[str, Tensor] = {}
+    states: list[Tensor] = []
+
+    def finish(_: nn.Module, __: Any, output: Any) -> None:
+        if not facts.closing_norm:
+            states.append(hidden_from_output(output))
+        raise _Seen
+
+    def before_norm(_: nn.Module, args: tuple[Any, ...]) -> None:
+        states.append(args[0])
+
+    def reader(path: str) -> Any:
+        def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+            features[path] = args[0]
+
+        return read
+
+    handles = [block.register_forward_hook(finish)]
+    if facts.closing_norm:
+        handles.append(block.get_submodule(facts.closing_norm).register_forward_pre_hook(before_norm))
+    handles += [block.get_submodule(path).register_forward_pre_hook(reader(path)) for path in paths]
+    try:
+        with contextlib.suppress(_Seen):
+            run_body(loaded, token_ids, keep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Written(features=tuple(features[path] for path in paths), state=states[0])
+
+
+def ordinary(state: Tensor, keep: Tensor) -> Tensor:
+    """`[B, T]`: True for tokens whose error counts.
+
+    Not padding, not the first token of a sequence (the attention sink), and no massive activation: a handful of tokens
+    a thousand times larger than the rest would decide everything. Where nothing else is left, all real tokens.
+    """
+    norms = state.float().norm(dim=-1)
+    usual = keep.to(state.device).clone()
+    usual[:, 0] = False
+    if bool(usual.any()):
+        usual &= norms <= MASSIVE * norms[usual].median()
+        return usual
+    return keep.to(state.device)
+
+
+def split(batches: Batches, *, share: float = 0.125) -> tuple[Batches, Batches, Batches]:
+    """Calibration text in three: to fit, to choose a ridge or a step by, and to judge by.
+
+    The last two are `share` of the sequences each, at least one. With fewer than three sequences there is nothing to
+    hold out, and all three are the same.
+    """
+    total = len(batches.sequences)
+    if total < 3:
+        return batches, batches, batches
+    held = max(1, round(share * total))
+    cuts = (0, total - 2 * held, total - held, total)
+    parts = [batches.sequences[start:stop] for start, stop in itertools.pairwise(cuts)]
+    fit, choose, judge = (dataclasses.replace(batches, sequences=part) for part in parts)
+    return fit, choose, judge
+
+
+def num_tokens(batches: Batches) -> int:
+    """Real tokens."""
+    return sum(len(sequence) for sequence in batches.sequences)

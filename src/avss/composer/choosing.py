@@ -1,0 +1,370 @@
+"""Which blocks go: the target as a number of blocks, and the plan by scores or by search."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from avss.composer.scores import score_loaded
+from avss.composer.searching import search_loaded
+from avss.config import PlanConfig, SearchConfig, TaskConfig
+from avss.criteria import AbstractCriterion, find_criteria
+from avss.cut import cut
+from avss.data.batches import Batches
+from avss.errors import ConfigError, DataError, DegenerateStatisticError, InvalidPlanError, TaskError
+from avss.evaluation import evaluate_task, retention
+from avss.models.load import Loaded
+from avss.models.rewrite import pinned_blocks
+from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks
+from avss.progress import Timed
+from avss.record import BlockScores, Plan, RunRecord, ScoreTable, SearchResult
+
+MOST = 0.5
+"""Share of the blocks up to which a retention is kept, where no other is named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What was chosen, and what it rests on.
+
+    Attributes:
+        plan: The blocks that go.
+        search: The search, where there was one.
+        warnings: What the reader should know, one sentence each.
+    """
+
+    plan: Plan
+    search: SearchResult | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def choose(
+    loaded: Loaded,
+    config: PlanConfig,
+    search: SearchConfig,
+    timed: Timed,
+    *,
+    batches: Batches | None,
+    table: ScoreTable | None = None,
+    task: TaskConfig | None = None,
+    command: str = "",
+) -> Chosen:
+    """The plan that the settings ask for.
+
+    Args:
+        loaded: The model; left as it was.
+        config: Who chooses, and how many.
+        search: How hard a search looks.
+        timed: Where progress goes.
+        batches: The text; None only where nothing is to be measured: named blocks, an earlier search, or given scores.
+        table: The scores, where there are some already; else the criterion's are made if needed.
+        task: What `min_retention` speaks of, if the settings name none.
+        command: The command to note in a search.
+
+    Raises:
+        ConfigError: The settings do not fit together.
+        InvalidPlanError: No plan does what is asked.
+    """
+    num_blocks = len(loaded.stack)
+    if config.blocks is not None:
+        return Chosen(explicit_plan(config, num_blocks))
+    if config.from_search is not None:
+        earlier = read_search(Path(config.from_search), loaded)
+        sized = _Sized(loaded, config, tuple(earlier.protected), timed, task)
+        return sized.chosen(earlier.plan, most=len(earlier.points), search=earlier)
+    criterion = find_criteria([config.criterion])[0]
+    protects_ends = criterion.protects_ends or config.select != "scores"
+    config = with_pinned(config, loaded, protects_ends=protects_ends)
+    protected = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
+    if config.rule == "mass":  # how many go is the scores' own answer
+        scores = _scores(criterion, loaded, batches, table, timed)
+        return Chosen(make_plan(scores, config, protects_ends=criterion.protects_ends))
+    sized = _Sized(loaded, config, protected, timed, task)
+    most = sized.most()
+    if config.select == "scores":
+        scores = _scores(criterion, loaded, batches, table, timed)
+        if config.score_rounds > 1:
+            batches = _need(batches)
+            return Chosen(_by_rounds(loaded, config, most, criterion, batches, scores, timed))
+
+        def by_scores(count: int) -> Plan:
+            return make_plan(scores, config.sized(count), protects_ends=criterion.protects_ends)
+
+        by_scores(most)  # refuses before anything is measured
+        return sized.chosen(by_scores, most=most)
+    batches, prior = _need(batches), None
+    if search.screen != "damage":
+        screen = find_criteria([search.screen])[0]
+        prior = _scores(screen, loaded, batches, table, timed).values
+    found = search_loaded(
+        loaded, batches, config, search, count=most, protected=protected, prior=prior, stages=timed, command=command
+    )
+    return sized.chosen(found.plan, most=most, search=found)
+
+
+def with_pinned(config: PlanConfig, loaded: Loaded, *, protects_ends: bool) -> PlanConfig:
+    """The settings with the blocks protected that the architecture cannot lose, whatever `protect` says."""
+    pinned = {pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)}
+    if not pinned:
+        return config
+    asked = protected_blocks(config.protect, len(loaded.stack), protects_ends=protects_ends)
+    return config.model_copy(update={"protect": ",".join(map(str, sorted({*asked, *pinned})))})
+
+
+def read_search(path: Path, loaded: Loaded) -> SearchResult:
+    """The search in a record.
+
+    Raises:
+        DataError: There is none.
+        InvalidPlanError: It was of another model.
+    """
+    found = RunRecord.read(path).search
+    if found is None:
+        raise DataError(f"`{path}` holds no search. Give the output of a run with `--select greedy` or another search.")
+    facts = loaded.facts()
+    if found.model is not None and found.model.fingerprint != facts.fingerprint:
+        raise InvalidPlanError(
+            f"The search in `{path}` was of another model (`{found.model.source}`, fingerprint "
+            f"`{found.model.fingerprint}`), so its blocks mean nothing here. Search this model."
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sized:
+    """A target, and how many blocks it takes."""
+
+    loaded: Loaded
+    config: PlanConfig
+    protected: tuple[int, ...]
+    timed: Timed
+    task: TaskConfig | None
+
+    def most(self) -> int:
+        """The most blocks that the target can take, whichever they are.
+
+        Raises:
+            InvalidPlanError: The target cannot be reached.
+        """
+        config, num_blocks = self.config, len(self.loaded.stack)
+        free = [block for block in range(num_blocks) if block not in self.protected]
+        if config.speedup is not None:
+            most = self._count_for_speedup(config.speedup, free)
+        elif self._most_parameters is not None:
+            most = self._count_for_parameters(self._most_parameters, free)
+        else:
+            most = config.count or count_of_fraction(config.fraction or MOST, num_blocks)
+        if most > len(free) or most >= num_blocks:
+            guarded = f", {len(self.protected)} are protected" if self.protected else " and one must stay"
+            raise InvalidPlanError(
+                f"{most} blocks cannot be removed: {len(free)} of {num_blocks} may go{guarded}. Remove fewer, or "
+                "protect fewer (`--protect none`)."
+            )
+        return most
+
+    def chosen(self, plan_of: Callable[[int], Plan], *, most: int, search: SearchResult | None = None) -> Chosen:
+        """The plan of the right size.
+
+        Args:
+            plan_of: The plan of each size from 1 to `most`.
+            most: The largest.
+            search: What the plans come from.
+        """
+        config = self.config
+        if config.min_retention is not None:
+            cap = config.count or (
+                count_of_fraction(config.fraction, len(self.loaded.stack)) if config.fraction else most
+            )
+            plan = self._largest_that_keeps(config.min_retention, plan_of, min(cap, most))
+        elif self._most_parameters is not None:
+            fitting = (plan for size in range(1, most + 1) if self._fits(plan := plan_of(size)))
+            plan = next(fitting, None)
+            if plan is None:
+                raise InvalidPlanError(
+                    f"None of the plans up to {most} blocks gets below {self._most_parameters:,} parameters. Search "
+                    "with a larger `--count`."
+                )
+            plan = _with_rule(plan, f"the fewest that leave at most {self._most_parameters:,} parameters")
+        else:
+            fixed = config.count or (
+                count_of_fraction(config.fraction, len(self.loaded.stack)) if config.fraction else most
+            )
+            plan = plan_of(fixed)
+            if config.speedup is not None:
+                plan = _with_rule(plan, f"for a speedup of {config.speedup:g}, estimated from measured latency")
+        return Chosen(plan, search, _search_warnings(search, plan) if search is not None else ())
+
+    @property
+    def _named_count(self) -> int | None:
+        config = self.config
+        if config.fraction is not None:
+            return count_of_fraction(config.fraction, len(self.loaded.stack))
+        return config.count
+
+    @property
+    def _most_parameters(self) -> int | None:
+        config, facts = self.config, self.loaded.facts()
+        if config.max_params is not None:
+            return config.max_params
+        if config.max_bytes is None:
+            return None
+        return int(config.max_bytes // (facts.checkpoint_bytes / facts.num_parameters))
+
+    def _block_parameters(self) -> list[int]:
+        return [sum(p.numel() for p in block.parameters()) for block in self.loaded.stack.blocks]
+
+    def _fits(self, plan: Plan) -> bool:
+        sizes = self._block_parameters()
+        left = self.loaded.facts().num_parameters - sum(sizes[block] for block in plan.removed)
+        return self._most_parameters is not None and left <= self._most_parameters
+
+    def _count_for_parameters(self, limit: int, free: list[int]) -> int:
+        total, sizes = self.loaded.facts().num_parameters, self._block_parameters()
+        if total <= limit:
+            raise InvalidPlanError(
+                f"The model has {total:,} parameters and so fits into {limit:,} already. Ask for fewer."
+            )
+        # The smallest blocks first: then as many of any others are enough too.
+        for count, block in enumerate(sorted(free, key=lambda block: sizes[block]), start=1):
+            total -= sizes[block]
+            if total <= limit and count < len(sizes):
+                return count
+        raise InvalidPlanError(
+            f"Without all {len(free)} blocks that may go, {total:,} parameters are left, more than {limit:,}. Allow "
+            "more, or protect fewer blocks (`--protect none`)."
+        )
+
+    def _count_for_speedup(self, wanted: float, free: list[int]) -> int:
+        half = Plan(
+            num_blocks=len(self.loaded.stack),
+            removed=tuple(sorted(free[: max(1, len(free) // 2)])),
+            method="speed",
+            rule="half of the blocks, to measure what one takes",
+        )
+        with self.timed("Timing blocks") as advance:
+            dense, shorter = evaluate_task(
+                [self.loaded, cut(self.loaded, half)], TaskConfig(kind="speed", batch_size=1), on_step=advance
+            )
+        whole, part = dense["latency_ms"].value, shorter["latency_ms"].value
+        by_block = (whole - part) / len(half.removed)
+        # Time falls in proportion to the blocks: whole / (whole - n by_block) >= wanted.
+        count = math.ceil(whole * (1 - 1 / wanted) / by_block) if by_block > 0 else len(free) + 1
+        if count > len(free) or count >= len(self.loaded.stack):
+            at_most = whole / max(whole - by_block * len(free), 1e-9) if by_block > 0 else 1.0
+            raise InvalidPlanError(
+                f"A speedup of {wanted:g} cannot be had from the {len(free)} blocks that may go: by the latency "
+                f"measured with {len(half.removed)} of them removed, all of them give {at_most:.3g}. Ask for less."
+            )
+        return max(1, count)
+
+    def _largest_that_keeps(self, wanted: float, plan_of: Callable[[int], Plan], most: int) -> Plan:
+        """The largest size whose cut keeps what is wanted, found by halving: retention is taken to fall with size."""
+        task = self.config.retention_task or self.task
+        if task is None:
+            raise ConfigError(
+                "`--min-retention` needs a task to speak of. Name one, e.g. `--retention-task choice=questions.jsonl`."
+            )
+        kept: dict[int, float] = {}
+        with self.timed(f"Measuring what is kept of {task.kind}") as advance:
+            dense = evaluate_task([self.loaded], task)[0]
+
+            def keeps(size: int) -> bool:
+                other = evaluate_task([cut(self.loaded, plan_of(size))], task)[0]
+                found = [entry.kept for entry in retention(dense, other) if entry.kept is not None]
+                if not found:
+                    raise TaskError(
+                        f"The task `{task.kind}` has no retention. Use choice, classification or perplexity."
+                    )
+                kept[size] = found[0]
+                advance(len(kept), None, f"{size} blocks: {found[0]:.1%}")
+                return found[0] >= wanted
+
+            low, high = 0, most + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if keeps(middle) else (low, middle)
+        if low == 0:
+            plan = plan_of(1)
+            raise InvalidPlanError(
+                f"No cut keeps {wanted:.1%} of `{task.kind}`: the best of one block (block {plan.describe()}) keeps "
+                f"{kept[1]:.1%}. Lower `--min-retention`, or cut it by `--blocks {plan.describe()}` and heal it."
+            )
+        return _with_rule(plan_of(low), f"the most that keep {wanted:.1%} of {task.kind}: {kept[low]:.1%} measured")
+
+
+def _scores(
+    criterion: AbstractCriterion, loaded: Loaded, batches: Batches | None, table: ScoreTable | None, timed: Timed
+) -> BlockScores:
+    if table is not None:
+        with contextlib.suppress(KeyError):
+            return table[criterion.name]
+        problem = next((text for text in table.warnings if f"`{criterion.name}`" in text), None)
+        if problem is not None:
+            raise DegenerateStatisticError(problem.removeprefix("Left out: "))
+    return score_loaded(loaded, _need(batches), (criterion,), True, 0.25, timed)[0].scores[0]
+
+
+def _need(batches: Batches | None) -> Batches:
+    if batches is None:
+        raise ConfigError(
+            "Scores of an earlier run hold no text to measure on. Leave out `--scores`, or choose by these scores "
+            "alone: `--select scores`, without `--score-rounds`."
+        )
+    return batches
+
+
+def _by_rounds(
+    loaded: Loaded,
+    config: PlanConfig,
+    count: int,
+    criterion: AbstractCriterion,
+    batches: Batches,
+    scores: BlockScores,
+    timed: Timed,
+) -> Plan:
+    """Removes in rounds, and scores what is left before each."""
+    protected = protected_blocks(config.protect, len(loaded.stack), protects_ends=criterion.protects_ends)
+    removed: tuple[int, ...] = ()
+    for more in in_rounds(count, config.score_rounds):
+        if removed:
+            smaller = cut(loaded, _partial(loaded, removed))
+            scores = score_loaded(smaller, batches, (criterion,), True, 0.25, timed)[0].scores[0]
+        kept = [block for block in range(len(loaded.stack)) if block not in removed]
+        guard = ",".join(str(kept.index(block)) for block in protected) or "none"
+        step = config.model_copy(update={"fraction": None, "count": more, "protect": guard})
+        plan = make_plan(scores, step, protects_ends=False)
+        removed = tuple(sorted([*removed, *(kept[place] for place in plan.removed)]))
+    num = len(loaded.stack)
+    return Plan(
+        num_blocks=num,
+        removed=removed,
+        method=criterion.name,
+        rule=f"{count} of {num} blocks ({count / num:.1%}), the lowest scores of {criterion.name}, scored again before "
+        f"each of {len(in_rounds(count, config.score_rounds))} rounds"
+        + (f"; protected: {', '.join(map(str, protected))}" if protected else ""),
+        protected=protected,
+    )
+
+
+def _partial(loaded: Loaded, removed: tuple[int, ...]) -> Plan:
+    return Plan(num_blocks=len(loaded.stack), removed=removed, method="explicit", rule="the rounds so far")
+
+
+def _with_rule(plan: Plan, why: str) -> Plan:
+    return plan.model_copy(update={"rule": f"{plan.rule}; {why}"})
+
+
+def _search_warnings(search: SearchResult, plan: Plan) -> tuple[str, ...]:
+    point = search.points[len(plan.removed) - 1]
+    if not point.num_sequences:
+        return (
+            f"The budget of the search ended before sets of {len(plan.removed)} blocks were measured; the likeliest "
+            "blocks were added. Give it more time or passes: it goes on where it ended.",
+        )
+    if search.data is not None and search.objective != "accuracy" and point.num_sequences < search.data.num_sequences:
+        return (
+            f"The budget of the search ended early: its set of {len(plan.removed)} blocks was measured on "
+            f"{point.num_sequences} of {search.data.num_sequences} sequences.",
+        )
+    return ()

@@ -1,0 +1,260 @@
+"""Search as the composer runs it: the judge, the budget and the file are wired together here."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from avss.ablation import Judge, bytes_to_hold, mean_and_error
+from avss.composer.records import now
+from avss.config import PlanConfig, SearchConfig, TaskConfig
+from avss.cut import cut
+from avss.data.batches import Batches
+from avss.errors import ConfigError, TaskError
+from avss.evaluation import evaluate_task
+from avss.models.load import Loaded
+from avss.progress import Stages
+from avss.record import CurvePoint, Plan, SearchResult
+from avss.search import Budget, Curve, Ledger, Measure, Rules, find_curve
+from avss.search.ledger import FloatArray, Removed
+
+_SHARE_OF_MEMORY = 0.25
+"""Of the free memory, that the whole model's states and answers may take."""
+
+
+def search_loaded(
+    loaded: Loaded,
+    batches: Batches,
+    plan: PlanConfig,
+    config: SearchConfig,
+    *,
+    count: int,
+    protected: Sequence[int],
+    prior: Sequence[float] | None,
+    stages: Stages,
+    command: str = "",
+) -> SearchResult:
+    """Searches a loaded model for the best set of every size from 1 to `count`.
+
+    Args:
+        loaded: The model; left as it was.
+        batches: The text that damage is measured on.
+        plan: `select` names the method.
+        config: How hard to look.
+        count: The largest number of blocks.
+        protected: Blocks that stay.
+        prior: Importance of each block by a criterion, to try the likeliest first; None: each block alone is measured.
+        stages: Where progress goes.
+        command: The command to note in the result.
+
+    Raises:
+        ConfigError: The objective does not suit the model.
+    """
+    num_blocks = len(loaded.stack)
+    judge = Judge(loaded, batches, holds_all=bytes_to_hold(loaded, batches) <= _free_bytes(loaded) * _SHARE_OF_MEMORY)
+    by_task = config.objective == "accuracy"
+    measure = _by_accuracy(loaded, config) if by_task else _by_judge(judge, config)
+    rules = Rules(
+        count=count,
+        free=tuple(block for block in range(num_blocks) if block not in protected),
+        prior=None if prior is None else tuple(prior),
+        width=config.width,
+        beam=config.beam,
+        num_windows=config.windows,
+        rounds=config.exchanges,
+        error=config.error,
+        seed=config.seed,
+    )
+    key = _key(loaded, batches, plan.select, config, rules)
+    ledger = Ledger(
+        measure,
+        num_blocks=num_blocks,
+        num_batches=1 if by_task else len(judge),
+        budget=Budget(passes=config.max_passes or math.inf, seconds=config.seconds or math.inf),
+        path=state_folder(config) / f"{key}.jsonl" if config.resume else None,
+        key=key,
+        dense_each_time=not judge.holds_all and not by_task,
+        shares_prefixes=not by_task,
+    )
+    with stages(f"Searching {count} of {num_blocks} blocks") as advance:
+        note = ""
+
+        def on_call() -> None:
+            limited = config.max_passes is not None or config.seconds is not None
+            done, total = (
+                (round(1000 * min(1.0, ledger.share_spent)), 1000) if limited else (round(ledger.passes), None)
+            )
+            advance(done, total, note)
+
+        def on_best(size: int, removed: Removed, cost: float) -> None:
+            nonlocal note
+            blocks = Plan(num_blocks=num_blocks, removed=tuple(sorted(removed)), method="", rule="").describe()
+            note = f"{size}: {cost:.4g} without {blocks}"
+            on_call()
+
+        ledger.on_call = on_call
+        curve = find_curve(plan.select, ledger, rules, on_best=on_best)
+    return _result(curve, ledger, loaded, batches, plan, config, judge, protected, command)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """What the columns of the measure are; 0 is the cost."""
+
+    distance: int = 1
+    loss: int = 2
+    dense_loss: int = 3
+
+
+_COLUMNS = _Columns()
+
+
+def _by_judge(judge: Judge, config: SearchConfig) -> Measure:
+    def measure(sets: Sequence[Removed], batches: Sequence[int]) -> list[FloatArray]:
+        found = []
+        for one in judge.judge(sets, batches=batches):
+            nothing = np.full_like(one.distance, np.nan)
+            loss = nothing if one.loss is None else one.loss
+            dense = nothing if one.dense_loss is None else one.dense_loss
+            if config.objective == "loss" and one.loss is None:
+                raise ConfigError(
+                    "`--objective loss` needs a causal language model; this one predicts no next word. Use `kl`, or "
+                    "`accuracy` with a task."
+                )
+            cost = loss - dense if config.objective == "loss" else one.distance
+            found.append(np.stack([cost, one.distance, loss, dense], axis=1))
+        return found
+
+    return measure
+
+
+def _by_accuracy(loaded: Loaded, config: SearchConfig) -> Measure:
+    """One minus the accuracy on a task, item by item. The cut models share the weights; only forwards cost."""
+    if config.task is None:
+        raise ConfigError(
+            "`--objective accuracy` needs a task with right answers: name one, e.g. "
+            "`--objective-task choice=questions.jsonl`."
+        )
+    task: TaskConfig = config.task
+
+    def measure(sets: Sequence[Removed], batches: Sequence[int]) -> list[FloatArray]:
+        del batches  # there is one: all items
+        found = []
+        for one in sets:
+            plan = Plan(num_blocks=len(loaded.stack), removed=tuple(sorted(one)), method="search", rule="")
+            (result,) = evaluate_task([cut(loaded, plan)], task)
+            if "accuracy" not in result.samples:
+                raise TaskError(f"The task `{task.kind}` has no right answers to count. Use choice or classification.")
+            wrong = 1 - result.samples["accuracy"]
+            nothing = np.full_like(wrong, np.nan)
+            found.append(np.stack([wrong, nothing, nothing, nothing], axis=1))
+        return found
+
+    return measure
+
+
+def _result(
+    curve: Curve,
+    ledger: Ledger,
+    loaded: Loaded,
+    batches: Batches,
+    plan: PlanConfig,
+    config: SearchConfig,
+    judge: Judge,
+    protected: Sequence[int],
+    command: str,
+) -> SearchResult:
+    sizes = sorted(curve.best)
+    measured = [ledger.known(curve.best[size]) for size in sizes]
+    dense = [float(np.mean(rows[:, _COLUMNS.dense_loss])) for rows in measured if len(rows)]
+    return SearchResult(
+        created=now(),
+        command=command,
+        method=plan.select,
+        objective=config.objective,
+        task=None if config.task is None else f"{config.task.kind}={config.task.data}",
+        measure=judge.measure,
+        num_blocks=len(loaded.stack),
+        protected=tuple(protected),
+        points=tuple(
+            _point(curve.best[size], curve.how[size], rows) for size, rows in zip(sizes, measured, strict=True)
+        ),
+        dense_loss=dense[-1] if dense and math.isfinite(dense[-1]) else None,
+        num_blocks_run=ledger.num_blocks_run,
+        passes=ledger.passes,
+        passes_of_all=passes_of_all(len(loaded.stack), len(loaded.stack) - len(protected), max(sizes)),
+        num_sets=ledger.num_sets,
+        seconds=ledger.seconds,
+        is_complete=curve.is_complete,
+        settings=config.model_dump(mode="json"),
+        model=loaded.facts(),
+        data=batches.facts,
+    )
+
+
+def _point(removed: Removed, how: str, rows: FloatArray) -> CurvePoint:
+    blocks = tuple(sorted(removed))
+    if not len(rows):
+        return CurvePoint(removed=blocks, how=how, cost=math.nan, distance=math.nan, num_sequences=0)
+    cost, cost_error = mean_and_error(rows[:, 0])
+    distance, error = mean_and_error(rows[:, _COLUMNS.distance])
+    loss, dense = rows[:, _COLUMNS.loss], rows[:, _COLUMNS.dense_loss]
+    change = mean_and_error(loss - dense) if np.isfinite(loss).all() else (None, None)
+    return CurvePoint(
+        removed=blocks,
+        how=how,
+        cost=cost,
+        cost_stderr=cost_error,
+        distance=distance,
+        stderr=error if math.isfinite(distance) else None,
+        loss_change=change[0],
+        loss_change_stderr=change[1],
+        perplexity=None if change[0] is None else math.exp(min(float(loss.mean()), 700.0)),
+        num_sequences=len(rows),
+    )
+
+
+def passes_of_all(num_blocks: int, num_free: int, count: int) -> float:
+    """Passes of the whole model that it takes to try every remaining block in each step, each model from its start.
+
+    Example:
+        >>> passes_of_all(num_blocks=30, num_free=28, count=8)
+        168.0
+    """
+    return sum((num_free - step) * (num_blocks - step - 1) for step in range(count)) / num_blocks
+
+
+def state_folder(config: SearchConfig) -> Path:
+    """Where searches keep their measurements: the setting, `$AVSS_CACHE`, `$XDG_CACHE_HOME/avss` or `~/.cache/avss`."""
+    if config.cache is not None:
+        return Path(config.cache)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("AVSS_CACHE") or Path(home) / "avss") / "search"
+
+
+def _key(loaded: Loaded, batches: Batches, method: str, config: SearchConfig, rules: Rules) -> str:
+    """What the measurements depend on, but for the budget: a larger one goes on where a smaller one ended."""
+    facts = loaded.facts()
+    content = {
+        "model": facts.fingerprint,
+        "compute": [facts.compute_dtype, facts.device],
+        "head": loaded.head,
+        "data": [batches.facts.content_hash, batches.batch_size],
+        "method": method,
+        "objective": [config.objective, None if config.task is None else config.task.model_dump(mode="json")],
+        "rules": dataclasses.asdict(rules),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _free_bytes(loaded: Loaded) -> int:
+    if loaded.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(loaded.device)[0])
+    return psutil.virtual_memory().available if loaded.device.type == "cpu" else 0

@@ -1,0 +1,170 @@
+"""Healing: training a smaller model to answer as the dense one does, within a budget of time or tokens."""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from avss.config import HealConfig
+from avss.data.sources import Texts
+from avss.errors import InvalidPlanError, UnsupportedArchitectureError
+from avss.healing.loop import Loop, Report
+from avss.healing.objectives import find_objective
+from avss.healing.pace import Clock
+from avss.healing.pair import Pair
+from avss.healing.state import Checkpoint, run_key
+from avss.healing.team import Team
+from avss.healing.text import prepare_text
+from avss.healing.weights import Choice, choose_weights, merge
+from avss.models.load import Loaded, dtype_name, in_dtype
+from avss.record import Healing, Plan
+
+LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
+"""Peak learning rate by what is trained; the first three measured (docs/log.md), the last the usual factor above."""
+
+
+def heal(
+    dense: Loaded,
+    smaller: Loaded,
+    plan: Plan,
+    texts: Texts,
+    config: HealConfig,
+    *,
+    labels: Sequence[int] | None = None,
+    checkpoint_folder: Path | None = None,
+    report: Report = lambda done, total, note: None,
+    clock: Clock = time.monotonic,
+) -> tuple[Loaded, Healing, Checkpoint | None]:
+    """Trains a smaller model to answer as the dense one does.
+
+    Both given models are left as they were: the smaller one, which may share its weights with the dense one, is copied
+    first. The weights that come back are rounded to the dtype they will be stored in, so that what is measured is what
+    is saved.
+
+    Args:
+        dense: The model it was cut from: the teacher.
+        smaller: The smaller model.
+        plan: The blocks removed.
+        texts: Text to train on, a part of which is held out.
+        config: Budget, weights, learning rate ...
+        labels: For classifiers: one a text; `config.label_weight` says how much they count.
+        checkpoint_folder: Where the state of an unfinished run is kept, and looked for; None to keep none.
+        report: Called with seconds or tokens done, their total and a note.
+        clock: Seconds from any fixed moment on.
+
+    Returns:
+        The healed model, what was done, and the checkpoint, to be removed once the result is safe.
+
+    Raises:
+        InvalidPlanError: Plan and models do not belong together.
+        UnsupportedArchitectureError: The models' vocabularies or widths differ, or their head cannot be trained.
+        DataError: The text is too short, or cannot be read by this model.
+        ConfigError: Adapters are asked for, and peft is not installed.
+        NumericalError: The loss is no number.
+    """
+    _check_pair(dense, smaller, plan)
+    text = prepare_text(smaller, texts, config, labels=labels)
+    choice: Choice = "after" if config.weights == "auto" else config.weights
+    rate = config.learning_rate or LEARNING_RATES[choice]
+    precision = _precision(config.precision, smaller.device)
+    checkpoint = None
+    if checkpoint_folder is not None:
+        hashes = {"text": text.facts.content_hash, "held_out": text.held_out_facts.content_hash, "plan": plan.removed,
+                  "labels": text.train_labels, "config": config.model_dump(mode="json"),
+                  "team": Team().size, "precision": precision}  # fmt: skip
+        checkpoint = Checkpoint(checkpoint_folder / f"{run_key(dense, smaller, hashes)}.pt")
+    model = dataclasses.replace(smaller, model=_own_copy(smaller))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # adapters begin at random
+        trained = choose_weights(dense, model, plan, choice, rank=config.rank)
+    pair = Pair(
+        dense,
+        model,
+        plan,
+        num_shared=trained.num_shared,
+        needs_states=config.hidden_weight > 0,
+        recompute=config.recompute,
+        precision=precision,
+    )
+    objective = find_objective(dense, model, config, pair.autocast, has_labels=labels is not None)
+    loop = Loop(
+        pair,
+        objective,
+        trained,
+        text,
+        config,
+        learning_rate=rate,
+        checkpoint=checkpoint,
+        report=report,
+        clock=clock,
+    )
+    outcome = loop.run()
+    merge(trained)
+    settings = config.model_dump(mode="json") | {
+        "weights": choice,
+        "learning_rate": rate,
+        "precision": dtype_name(precision or smaller.model.dtype),
+        "num_shared_blocks": trained.num_shared,
+        "num_processes": Team().size,
+    }
+    healing = Healing(
+        objective=objective.title,
+        weights=trained.title,
+        num_trained=trained.num_values,
+        data=text.facts,
+        held_out=text.held_out_facts,
+        settings=settings,
+        **{field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)},
+    )
+    return _rounded(model, smaller), healing, checkpoint
+
+
+def _check_pair(dense: Loaded, smaller: Loaded, plan: Plan) -> None:
+    if plan.num_blocks != len(dense.stack) or len(plan.kept) != len(smaller.stack):
+        raise InvalidPlanError(
+            f"The plan keeps {len(plan.kept)} of {plan.num_blocks} blocks; the dense model has {len(dense.stack)} and "
+            f"the smaller one {len(smaller.stack)}. Name the model it was cut from with `--teacher`."
+        )
+    sizes = [(one.vocabulary, one.model.config.hidden_size, one.head) for one in (dense, smaller)]
+    if sizes[0] != sizes[1]:
+        raise UnsupportedArchitectureError(
+            f"The dense model has {sizes[0][0]} token embeddings, width {sizes[0][1]} and a `{sizes[0][2]}` head, the "
+            f"smaller one {sizes[1][0]}, {sizes[1][1]} and `{sizes[1][2]}`; to be compared they must agree. Name the "
+            "model it was cut from with `--teacher`."
+        )
+
+
+def _precision(wanted: str, device: torch.device) -> torch.dtype | None:
+    """The dtype to compute products in; None for the weights' own."""
+    if wanted == "auto":
+        wanted = "bfloat16" if _has_bfloat16(device) else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else None
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the machine multiplies in bfloat16, rather than imitates it, which is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16"))
+    return False
+
+
+def _own_copy(smaller: Loaded) -> torch.nn.Module:
+    """The model in float32 and in memory of its own, in evaluation mode: without dropout, training repeats itself."""
+    if smaller.model.dtype == torch.float32:
+        return copy.deepcopy(smaller.model).eval()
+    return in_dtype(smaller.model, torch.float32).eval()
+
+
+def _rounded(model: Loaded, smaller: Loaded) -> Loaded:
+    """The model with its weights rounded as they will be stored, in the dtype that the given model computes in."""
+    for parameter in model.model.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    stored = in_dtype(model.model, smaller.stored_dtype)
+    return dataclasses.replace(smaller, model=in_dtype(stored, smaller.model.dtype))

@@ -1,0 +1,138 @@
+"""The dense model and the smaller one side by side: what both compute on a batch, and nothing of it twice.
+
+Shape letters: B batch, T token, D hidden.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avss.healing.text import Batch
+from avss.models.load import Loaded
+from avss.models.shell import KnownBlock, RecomputedBlock, with_blocks
+from avss.models.stack import BlockStack, find_stack, hidden_from_output, hooked, replace_hidden
+from avss.record import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What both models made of a batch.
+
+    Attributes:
+        output: The smaller model's answer: last hidden states `[B, T, D]` of language models and encoders, else logits.
+        dense: The dense model's, without gradient.
+        states: Hidden states after the same original block, (smaller, dense), each `[B, T, D]`.
+    """
+
+    output: Tensor
+    dense: Tensor
+    states: list[tuple[Tensor, Tensor]]
+
+
+class Pair:
+    """Runs both models. Leading blocks that are the dense model's still, and stay so, are computed once for both.
+
+    Args:
+        dense: The dense model; read only.
+        model: The smaller model, which is trained.
+        plan: The blocks removed.
+        num_shared: Leading blocks whose output is the dense model's.
+        needs_states: Whether the hidden states after the kept blocks are wanted.
+        recompute: Whether the insides of blocks are computed again in the backward pass.
+        precision: Dtype of the products; None to leave them as they are.
+    """
+
+    def __init__(
+        self,
+        dense: Loaded,
+        model: Loaded,
+        plan: Plan,
+        *,
+        num_shared: int,
+        needs_states: bool,
+        recompute: bool,
+        precision: torch.dtype | None,
+    ) -> None:
+        self._dense, self._head, self._precision = dense, model.head, precision
+        self._model = model.model
+        stack = find_stack(model.model)
+        self._known = [KnownBlock(block) for block in stack.blocks[:num_shared]]
+        rest = [RecomputedBlock(block) if recompute else block for block in stack.blocks[num_shared:]]
+        blocks: list[nn.Module] = [*self._known, *rest]
+        self._shell = with_blocks(model.model, stack, blocks)
+        self._stack = BlockStack(path=stack.path, blocks=nn.ModuleList(blocks), count_field=stack.count_field)
+        self._device = model.device
+        compared = plan.kept[num_shared:] if needs_states else ()
+        # (index in the smaller model, original index): the state after an original block is compared with itself.
+        self._compared = [(plan.index_map[block], block) for block in compared]
+
+    def run_dense(self, batch: Batch) -> Tensor:
+        """The dense model's answer alone, without gradient."""
+        with self.autocast(), torch.no_grad():
+            return self._answer(self._dense.model, batch, self._dense.device).to(self._device)
+
+    def run_beside(self, batch: Batch, dense: Tensor) -> Sides:
+        """The smaller model beside an answer of the dense one that is known already; no states are compared."""
+        with self.autocast():
+            return Sides(output=self._answer(self._model, batch, self._device), dense=dense, states=[])
+
+    def run(self, batch: Batch) -> Sides:
+        """Both models on a batch. Gradients reach the smaller one unless they are switched off around the call."""
+        dense_states: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
+        with self.autocast():
+            with torch.no_grad(), self._watching(self._dense.stack, dense_states, {old for _, old in self._compared}):
+                dense = self._answer(self._dense.model, batch, self._dense.device)
+            with self._watching(self._stack, states, {new for new, _ in self._compared}):
+                output = self._answer(self._shell, batch, self._device)
+        for known in self._known:
+            known.output = None
+        pairs = [(states[new], dense_states[old].to(self._device)) for new, old in self._compared]
+        return Sides(output=output, dense=dense.to(self._device), states=pairs)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the products, for what is computed beside the bodies too."""
+        if self._precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._precision)
+
+    def _answer(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": batch.token_ids.to(device)}
+        if not bool(batch.keep.all()):
+            inputs["attention_mask"] = batch.keep.to(device, torch.long)
+        runs: Any = model.base_model if self._head in ("causal", "masked", "encoder") else model
+        # A cache would be filled twice where blocks are computed again.
+        if "use_cache" in inspect.signature(runs.forward).parameters:
+            inputs["use_cache"] = False
+        outputs: Any = runs(**inputs)
+        return outputs["logits"] if runs is model and "logits" in outputs else outputs[0]
+
+    @contextlib.contextmanager
+    def _watching(self, stack: BlockStack, states: dict[int, Tensor], wanted: set[int]) -> Iterator[None]:
+        """Keeps the states after the wanted blocks, and hands the last shared block's output to the smaller model."""
+        shares = bool(self._known) and stack is self._dense.stack
+        if not wanted and not shares:
+            yield
+            return
+
+        def keep(index: int, _: Tensor, after: Tensor) -> None:
+            if index in wanted:
+                states[index] = after
+
+        def share(_: nn.Module, __: Any, output: Any) -> None:
+            known = replace_hidden(output, hidden_from_output(output).to(self._device))
+            for block in self._known:
+                block.output = known
+
+        with contextlib.ExitStack() as hooks:
+            if wanted:
+                hooks.enter_context(hooked(stack, keep))
+            if shares:
+                handle = stack.blocks[len(self._known) - 1].register_forward_hook(share)
+                hooks.callback(handle.remove)
+            yield

@@ -1,0 +1,226 @@
+"""The text to heal on: what is trained on, what is held out, and in which order it comes. All of it drawn from seeds.
+
+Shape letters: B batch, T token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avss.config import HealConfig
+from avss.data.batches import (
+    DOCUMENT_BREAK,
+    content_hash,
+    leading_ids,
+    need_tokenizer,
+    pad,
+    pad_id_of,
+    tokenise,
+    windows,
+)
+from avss.data.sources import Texts
+from avss.errors import DataError
+from avss.models.load import Loaded
+from avss.record import DataFacts
+
+MASKED_SHARE = 0.15
+"""Share of the tokens that a masked language model is asked about."""
+
+_STRETCHES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences side by side, and what is asked about them.
+
+    Attributes:
+        token_ids: What the models read, `[B, T]`, padded on the right.
+        keep: True for real tokens, `[B, T]`.
+        asked: Places whose prediction or state counts, `[B, T]`.
+        words: The text's own token at each place asked about, -100 where there is none, `[B, T]`.
+        labels: A label for each sequence, `[B]`; None without labels.
+    """
+
+    token_ids: Tensor
+    keep: Tensor
+    asked: Tensor
+    words: Tensor
+    labels: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return int(self.keep.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class HealingText:
+    """Sequences to train on and sequences held out, none in both.
+
+    Attributes:
+        train: Token ids of each sequence.
+        held_out: The same, never trained on.
+        train_labels: A label for each of `train`; None without labels.
+        held_out_labels: The same for `held_out`.
+        mask_id: The mask token of a masked language model; None for other models.
+        special_ids: Tokens that are never masked.
+        pad_id: Fills up a batch.
+        seed: Of order and masks.
+        facts: Of the training text, for the record.
+        held_out_facts: Of the held-out text.
+    """
+
+    train: tuple[Tensor, ...]
+    held_out: tuple[Tensor, ...]
+    train_labels: tuple[int, ...] | None
+    held_out_labels: tuple[int, ...] | None
+    mask_id: int | None
+    special_ids: tuple[int, ...]
+    pad_id: int
+    seed: int
+    facts: DataFacts
+    held_out_facts: DataFacts
+
+    def drawn(self, start: int, count: int) -> list[tuple[int, int]]:
+        """`count` sequences from place `start` of the endless order on, as (epoch, index): each epoch in an own order.
+
+        A function of the seed and the place alone, so that a resumed run reads on where it stopped.
+        """
+        size = len(self.train)
+        orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(size)
+                  for epoch in range(start // size, (start + count - 1) // size + 1)}  # fmt: skip
+        return [(place // size, int(orders[place // size][place % size])) for place in range(start, start + count)]
+
+    def batch(self, drawn: Sequence[tuple[int, int]]) -> Batch:
+        """The training sequences drawn, side by side."""
+        labels = None if self.train_labels is None else [self.train_labels[index] for _, index in drawn]
+        seeds = [(self.seed, 1 + epoch, index) for epoch, index in drawn]
+        return self._batch([self.train[index] for _, index in drawn], labels, seeds)
+
+    def held_out_batch(self, indices: Sequence[int]) -> Batch:
+        """Held-out sequences; masked the same way every time."""
+        labels = None if self.held_out_labels is None else [self.held_out_labels[index] for index in indices]
+        return self._batch([self.held_out[index] for index in indices], labels, [(self.seed, 0, i) for i in indices])
+
+    def _batch(self, sequences: list[Tensor], labels: list[int] | None, seeds: list[tuple[int, int, int]]) -> Batch:
+        token_ids, keep = pad(sequences, self.pad_id)
+        words = torch.full_like(token_ids, -100)
+        if self.mask_id is None:
+            words[:, :-1] = torch.where(keep[:, 1:], token_ids[:, 1:], -100)
+            return Batch(token_ids, keep, keep, words, None if labels is None else torch.tensor(labels))
+        asked = torch.zeros_like(keep)
+        for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
+            asked[row, masked_places(sequence, self.special_ids, seed)] = True
+        words[asked] = token_ids[asked]
+        return Batch(token_ids.masked_fill(asked, self.mask_id), keep, asked, words, None)
+
+
+def masked_places(token_ids: Tensor, special_ids: Sequence[int], seed: tuple[int, ...]) -> Tensor:
+    """The places of a sequence to mask: 15 % of those without a special token, at least one where there is any."""
+    special = torch.isin(token_ids, torch.tensor(special_ids, dtype=torch.long))
+    places = torch.arange(len(token_ids))[~special].numpy()
+    count = min(len(places), max(1, round(MASKED_SHARE * len(places))))
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(places, size=count, replace=False)))
+
+
+def prepare_text(
+    loaded: Loaded, texts: Texts, config: HealConfig, *, labels: Sequence[int] | None = None
+) -> HealingText:
+    """Tokenises a text and sets a part of it aside.
+
+    A language model reads packed windows. The held-out ones are the ends of up to eight stretches of the text: whole
+    passages, from all over it. Other models read a text a row, and held-out rows are drawn.
+
+    Args:
+        loaded: The model.
+        texts: Where from.
+        config: `seq_len`, `held_out` and `seed` count.
+        labels: One a text, for classifiers.
+
+    Raises:
+        DataError: No tokenizer, no mask token for a masked model, or too little text to hold some of it out.
+    """
+    tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
+    if loaded.head == "masked" and tokenizer.mask_token_id is None:
+        raise DataError(
+            f"The tokenizer of `{loaded.source}` has no mask token, which a model with a `masked` head is trained "
+            "with. Add it to the tokenizer's special tokens, or load the model with `--head encoder`."
+        )
+    seq_len = min(config.seq_len, loaded.max_len or config.seq_len)
+    packed = loaded.head == "causal" and labels is None
+    sequences, kept_labels = _packed(tokenizer, texts, seq_len), None
+    if not packed:
+        sequences, kept_labels = _rows(tokenizer, texts, seq_len, labels)
+    if len(sequences) < 2:
+        raise DataError(
+            f"`{texts.source}` gives {len(sequences)} sequence{'s' if len(sequences) != 1 else ''} of up to {seq_len} "
+            "tokens, and healing needs one to train on and one held out at least. Give more text or a smaller "
+            "`--seq-len`."
+        )
+    num_held_out = min(config.held_out, max(1, len(sequences) // 5))
+    held = _ends(len(sequences), num_held_out) if packed else _some(len(sequences), num_held_out, config.seed)
+    rest = [index for index in range(len(sequences)) if index not in held]
+    train, held_out = (tuple(sequences[index] for index in chosen) for chosen in (rest, sorted(held)))
+
+    def facts(chosen: tuple[Tensor, ...]) -> DataFacts:
+        return DataFacts(
+            source=texts.source,
+            column=texts.column,
+            layout="packed" if packed else "padded",
+            num_sequences=len(chosen),
+            seq_len=max(len(sequence) for sequence in chosen),
+            num_tokens=sum(len(sequence) for sequence in chosen),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            content_hash=content_hash(chosen),
+        )
+
+    return HealingText(
+        train=train,
+        held_out=held_out,
+        train_labels=None if kept_labels is None else tuple(kept_labels[index] for index in rest),
+        held_out_labels=None if kept_labels is None else tuple(kept_labels[index] for index in sorted(held)),
+        mask_id=tokenizer.mask_token_id if loaded.head == "masked" else None,
+        special_ids=tuple(tokenizer.all_special_ids),
+        pad_id=pad_id_of(tokenizer),
+        seed=config.seed,
+        facts=facts(train),
+        held_out_facts=facts(held_out),
+    )
+
+
+def _packed(tokenizer: object, texts: Texts, seq_len: int) -> list[Tensor]:
+    joined = DOCUMENT_BREAK.join(texts.texts)
+    num_tokens = len(tokenise(tokenizer, joined))
+    lead = len(leading_ids(tokenizer))
+    # A short text still gives two windows, of half the length it has.
+    return windows(tokenizer, joined, max(2, min(seq_len, num_tokens // 2 + lead)))
+
+
+def _rows(
+    tokenizer: object, texts: Texts, seq_len: int, labels: Sequence[int] | None
+) -> tuple[list[Tensor], list[int] | None]:
+    rows = list(texts.texts if labels is not None else texts.paragraphs())
+    encoded = tokenizer(rows, truncation=True, max_length=seq_len, verbose=False)["input_ids"]  # type: ignore[operator]
+    # One token is no text; with a label it still is an example.
+    chosen = [index for index, ids in enumerate(encoded) if len(ids) > (labels is None)]
+    sequences = [torch.tensor(encoded[index], dtype=torch.long) for index in chosen]
+    return sequences, None if labels is None else [labels[index] for index in chosen]
+
+
+def _ends(total: int, count: int) -> set[int]:
+    """The last windows of each of several equal stretches, `count` in all."""
+    stretches = min(_STRETCHES, count)
+    held: set[int] = set()
+    for stretch in range(stretches):
+        stop = total * (stretch + 1) // stretches
+        share = count * (stretch + 1) // stretches - count * stretch // stretches
+        held.update(range(stop - share, stop))
+    return held
+
+
+def _some(total: int, count: int, seed: int) -> set[int]:
+    return {int(index) for index in np.random.default_rng(seed).permutation(total)[:count]}

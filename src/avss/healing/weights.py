@@ -1,0 +1,158 @@
+"""Which weights are trained, and which blocks of the smaller model therefore stay the dense model's."""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from avss.errors import ConfigError
+from avss.models.load import Loaded, quiet_transformers
+from avss.record import Plan
+
+Choice = Literal["all", "blocks", "after", "lora"]
+
+_TITLES: dict[str, str] = {
+    "all": "all weights",
+    "blocks": "the blocks and what follows them, not the embeddings and the head",
+    "after": "the blocks from the one before the first cut on and what follows them, not the embeddings and the head",
+    "lora": "adapters of rank {rank} on the matrices of the blocks from the one before the first cut on, merged",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What is trained of a model.
+
+    Attributes:
+        parameters: By name. Only these require a gradient.
+        num_shared: Leading blocks that compute what the dense model's do, and will.
+        title: In words.
+        adapters: peft's wrapper, which merges the adapters in the end; None without adapters.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    num_shared: int
+    title: str
+    adapters: Any = None
+
+    @property
+    def num_values(self) -> int:
+        """Parameters trained."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+def choose_weights(dense: Loaded, model: Loaded, plan: Plan, choice: Choice, *, rank: int) -> Trained:
+    """Marks what is trained; every other parameter of the model is frozen.
+
+    Args:
+        dense: The dense model.
+        model: The smaller one, in memory of its own.
+        plan: The blocks removed.
+        choice: See `avss.config.HealConfig.weights`.
+        rank: Of the adapters.
+
+    Raises:
+        ConfigError: Adapters are asked for, and peft is not installed or finds no matrix in the blocks.
+    """
+    frozen = max(0, min(plan.removed, default=0) - 1) if choice in ("after", "lora") else 0
+    shared = _count_shared(dense, model, frozen) if frozen else 0
+    title = _TITLES[choice].format(rank=rank)
+    if choice == "lora":
+        adapters = _attach(model, range(frozen, len(model.stack)), rank)
+        chosen = {name: value for name, value in model.model.named_parameters() if value.requires_grad}
+        return Trained(parameters=chosen, num_shared=shared, title=title, adapters=adapters)
+    before, blocks, after = _in_order(model)
+    wanted = {name: value for index in range(frozen, len(blocks)) for name, value in blocks[index].items()} | after
+    if choice == "all":
+        wanted |= before
+    else:
+        words = _word_parameters(model)
+        wanted = {name: value for name, value in wanted.items() if id(value) not in words}
+    for value in model.model.parameters():
+        value.requires_grad_(False)
+    for value in wanted.values():
+        value.requires_grad_(True)
+    return Trained(parameters=wanted, num_shared=shared, title=title)
+
+
+Named = dict[str, nn.Parameter]
+
+
+def _in_order(model: Loaded) -> tuple[Named, list[Named], Named]:
+    """Parameters before the stack, of each block, and after it, in the order in which a model registers its parts.
+
+    A tied head is met with the embeddings, before.
+    """
+    path = f"{model.stack.path}."
+    before: Named = {}
+    blocks: list[Named] = [{} for _ in range(len(model.stack))]
+    after: Named = {}
+    reached = False
+    for name, value in model.model.named_parameters():
+        if name.startswith(path):
+            reached = True
+            blocks[int(name.removeprefix(path).partition(".")[0])][name] = value
+        else:
+            (after if reached else before)[name] = value
+    return before, blocks, after
+
+
+def _word_parameters(model: Loaded) -> set[int]:
+    """The embeddings, and the head that predicts words, if there is one."""
+    head: Any = model.model.get_output_embeddings()
+    modules = [model.model.get_input_embeddings(), *([head] if isinstance(head, nn.Module) else [])]
+    return {id(value) for module in modules for value in module.parameters()}
+
+
+def _count_shared(dense: Loaded, model: Loaded, frozen: int) -> int:
+    """Of the frozen leading blocks, those that equal the dense model's bit for bit, with all that comes before them."""
+    (before, blocks, _), (theirs, their_blocks, _) = _in_order(model), _in_order(dense)
+    if not _equal(before, theirs):
+        return 0
+    for index in range(frozen):
+        if not _equal(blocks[index], their_blocks[index]):
+            return index
+    return frozen
+
+
+def _equal(ours: Named, theirs: Named) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(theirs[name].detach().to(value), value.detach()) for name, value in ours.items()
+    )
+
+
+# --- adapters ---
+
+
+def _attach(model: Loaded, blocks: range, rank: int) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            "Healing with `lora` needs peft, which is not installed. Run `pip install 'avss-layers[heal]'`, or choose "
+            "`--weights after`."
+        ) from error
+    from transformers.pytorch_utils import Conv1D
+
+    stack = model.stack
+    found = {
+        f"{stack.path}.{index}.{name}": module
+        for index in blocks
+        for name, module in stack.blocks[index].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    if not found:
+        raise ConfigError(
+            f"The blocks of `{type(model.model).__name__}` hold no linear layer to adapt. Choose `--weights after`."
+        )
+    transposed = any(isinstance(module, Conv1D) for module in found.values())
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(found), fan_in_fan_out=transposed)
+    with quiet_transformers():
+        return peft.get_peft_model(model.model, config)
+
+
+def merge(trained: Trained) -> None:
+    """Folds adapters into the matrices they adapt; the model is a stock one again. Nothing to do without adapters."""
+    if trained.adapters is not None:
+        trained.adapters.merge_and_unload()

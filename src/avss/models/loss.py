@@ -1,0 +1,71 @@
+"""The loss whose gradient says what a block is worth, for every kind of head."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from avss.models.forward import model_inputs
+from avss.models.load import Loaded
+
+MASK_EVERY, MASK_FROM = 7, 3
+"""A masked language model predicts every seventh real token, from the fourth on: 14 %, near the 15 % of its training.
+Fixed places rather than drawn ones, so that the loss depends on the text alone."""
+
+_IGNORED = -100
+
+
+def own_loss(loaded: Loaded, token_ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's loss on a batch without labels, with its graph.
+
+    - `causal`: cross entropy of each next real token, in nats.
+    - `masked`: cross entropy of masked real tokens (see `MASK_EVERY`), in nats. Without a mask token in the tokenizer
+      the same tokens are predicted unmasked.
+    - `classifier`, and any other head with logits: cross entropy of the label that the model itself finds most likely
+      (of each real token, where it labels tokens). The model's answer is what a cut must keep. A single output, as of a
+      regression, is taken itself.
+    - `encoder`: nothing to predict; the mean over sequences of the dot product of the normalised mean-pooled embedding
+      with a fixed random direction. The expected square of its gradient is that of the embedding's Jacobian, so it says
+      how much the embedding moves.
+
+    Args:
+        loaded: The model.
+        token_ids: `[B, T]`.
+        keep: `[B, T]`, True for real tokens.
+
+    Returns:
+        The loss, a mean over targets, and their number: predicted tokens, or sequences. Where the number is 0 the loss
+        is not a number.
+    """
+    device = loaded.device
+    token_ids, keep = token_ids.to(device), keep.to(device)
+    if loaded.head == "causal":
+        labels = token_ids.masked_fill(~keep, _IGNORED)
+        loss = loaded.model(**model_inputs(loaded, token_ids, keep), labels=labels).loss
+        return loss, (labels[:, 1:] != _IGNORED).sum()
+    if loaded.head == "masked":
+        chosen = keep & (keep.cumsum(-1) % MASK_EVERY == MASK_FROM + 1)
+        mask_id = getattr(loaded.tokenizer, "mask_token_id", None)
+        asked = token_ids if mask_id is None else token_ids.masked_fill(chosen, mask_id)
+        labels = token_ids.masked_fill(~chosen, _IGNORED)
+        return loaded.model(**model_inputs(loaded, asked, keep), labels=labels).loss, chosen.sum()
+    outputs = loaded.model(**model_inputs(loaded, token_ids, keep))
+    if "logits" in outputs:
+        return _own_answer(outputs["logits"], keep)
+    return _embedding_move(outputs[0], keep)
+
+
+def _own_answer(logits: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    rows = logits[keep] if logits.dim() == 3 else logits
+    num = torch.tensor(len(rows), device=rows.device)
+    if rows.shape[-1] == 1:
+        return rows.float().mean(), num
+    return functional.cross_entropy(rows.float(), rows.detach().argmax(-1)), num
+
+
+def _embedding_move(hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    real = keep.unsqueeze(-1)
+    pooled = torch.where(real, hidden.float(), 0).sum(1) / real.sum(1).clamp(min=1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(pooled.shape, generator=generator).to(pooled.device)
+    moved = (functional.normalize(pooled, dim=-1) * direction).sum(-1)
+    return moved.mean(), torch.tensor(len(moved), device=moved.device)

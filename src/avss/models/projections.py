@@ -1,0 +1,177 @@
+"""Where a block writes to the residual stream: what a repair without training can solve for.
+
+Facts by model type, each held by the tests; for any other type, what a trial on the model itself shows. A type whose
+blocks normalise what they write is left alone by the methods that need an exact sum, with the reason.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from avss.models.forward import run_body
+from avss.models.load import Loaded
+from avss.models.stack import hidden_from_output
+
+
+@dataclasses.dataclass(frozen=True)
+class Projections:
+    r"""The linear maps whose outputs a block adds to the residual stream.
+
+    Pre-norm blocks: $y = x + g\,(W_a f_a + W_m f_m)$. Post-norm blocks (`closing_norm`):
+    $y = \mathrm{LN}(x' + W_m f_m)$, where $x'$ is normalised too, so that only the MLP's map adds to the sum.
+
+    Attributes:
+        attention: Path of the attention's output projection within a block; None where it is not known.
+        mlp: Path of the MLP's: the last map of the block.
+        gain_field: Config field that the block multiplies both outputs with, if there is one.
+        measured_gain: The same number where it was measured.
+        closing_norm: Path of the norm that the sum passes at the end of a post-norm block.
+        obstacle: Why the sum is not linear in these weights; None where it is.
+    """
+
+    attention: str | None
+    mlp: str
+    gain_field: str | None = None
+    measured_gain: float = 1.0
+    closing_norm: str | None = None
+    obstacle: str | None = None
+
+    def gain(self, config: Any) -> float:
+        """What the block multiplies the projections' outputs with."""
+        return float(getattr(config, self.gain_field)) if self.gain_field else self.measured_gain
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Every projection that is known, in the order data passes them."""
+        return (self.mlp,) if self.attention is None else (self.attention, self.mlp)
+
+
+_LLAMA = Projections(attention="self_attn.o_proj", mlp="mlp.down_proj")
+_BERT = Projections(attention="attention.output.dense", mlp="output.dense", closing_norm="output.LayerNorm")
+_NORMED = dataclasses.replace(
+    _LLAMA, obstacle="its blocks normalise what they write to the residual stream, so no linear solve fits it exactly"
+)
+
+PROJECTIONS: Mapping[str, Projections] = {
+    "bert": _BERT,
+    "distilbert": Projections(attention="attention.out_lin", mlp="ffn.lin2", closing_norm="output_layer_norm"),
+    "electra": _BERT,
+    "gemma": _LLAMA,
+    "gemma2": _NORMED,
+    "gemma3_text": _NORMED,
+    "gpt2": Projections(attention="attn.c_proj", mlp="mlp.c_proj"),
+    "granite": dataclasses.replace(_LLAMA, gain_field="residual_multiplier"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": _NORMED,
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "roberta": _BERT,
+    "stablelm": _LLAMA,
+    "xlm-roberta": _BERT,
+}
+"""`config.model_type` -> where its blocks write."""
+
+
+def find_projections(loaded: Loaded) -> Projections | None:
+    """Where a model's blocks write: the facts about its type, or what a trial shows; None where neither fits."""
+    facts = PROJECTIONS.get(loaded.model.config.model_type)
+    if facts is not None and all(_is_linear(loaded, path) for path in facts.writers):
+        return facts
+    return find_by_trial(loaded)
+
+
+def find_by_trial(loaded: Loaded) -> Projections | None:
+    """Looks for the one linear map whose output a block adds to the residual stream last.
+
+    Adds a constant to the output of each candidate in a middle block: a plain summand moves what the block returns by a
+    multiple of just that constant, at every token. Post-norm blocks and normalised outputs do not pass.
+    """
+    blocks = loaded.stack.blocks
+    block = blocks[len(blocks) // 2]
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=generator)
+    with block_output(block) as outputs:
+        run_body(loaded, token_ids)
+        width = outputs[-1].shape[-1]
+        for path, module in reversed(list(block.named_modules())):
+            is_candidate = isinstance(module, nn.Linear | Conv1D) and matrix_of(module).shape[0] == width
+            if not is_candidate or not _is_linear(loaded, path):
+                continue
+            push = torch.randn(width, generator=generator).to(outputs[0]) * outputs[0].std()
+            handle = module.register_forward_hook(lambda _, __, output, push=push: output + push)
+            try:
+                run_body(loaded, token_ids)
+            finally:
+                handle.remove()
+            moved = (outputs[-1] - outputs[0]).double()
+            gain = float((moved @ push.double()).mean() / push.double().square().sum())
+            off = float((moved - gain * push.double()).square().mean() / push.double().square().mean())
+            if gain > _LEAST_GAIN and off < _LARGEST_MISS * gain**2:
+                return Projections(attention=None, mlp=path, measured_gain=_rounded(gain))
+    return None
+
+
+_LEAST_GAIN, _LARGEST_MISS = 1e-3, 1e-6
+
+
+def _rounded(gain: float) -> float:
+    return 1.0 if abs(gain - 1) < 1e-4 else gain
+
+
+@contextlib.contextmanager
+def block_output(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a block returns, one tensor a forward pass, while the context is open."""
+    outputs: list[Tensor] = []
+    handle = block.register_forward_hook(lambda _, __, output: outputs.append(hidden_from_output(output)))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _is_linear(loaded: Loaded, path: str) -> bool:
+    """Whether every block has a linear map at this path."""
+    try:
+        found = [block.get_submodule(path) for block in loaded.stack.blocks]
+    except AttributeError:
+        return False
+    return all(isinstance(module, nn.Linear | Conv1D) for module in found)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a linear map as `[out, in]`; GPT-2's `Conv1D` stores it the other way round."""
+    return oriented(module, cast(Tensor, module.weight))
+
+
+def oriented(module: nn.Module, tensor: Tensor) -> Tensor:
+    """Turns a tensor between the shape of a module's weight and `[out, in]`."""
+    return tensor.T if isinstance(module, Conv1D) else tensor
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias `[out]`, if there is one."""
+    return cast("Tensor | None", module.bias)
+
+
+def set_linear(module: nn.Module, matrix: Tensor, bias: Tensor | None, *, stored_dtype: torch.dtype) -> None:
+    """Gives a linear map new tensors of its own, rounded to the dtype they will be stored in.
+
+    Never in place: the old tensors may be another model's. What is measured afterwards is what will be saved.
+    """
+    weight = cast(Tensor, module.weight)
+
+    def own(tensor: Tensor) -> nn.Parameter:
+        rounded = tensor.detach().to(stored_dtype).to(weight.dtype).to(weight.device)
+        return nn.Parameter(rounded.contiguous().clone(), requires_grad=False)
+
+    module.weight = own(oriented(module, matrix))
+    if bias is not None:
+        module.bias = own(bias)

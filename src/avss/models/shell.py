@@ -1,0 +1,101 @@
+"""Shells: models that share every weight of another one, with one part replaced. The other is never touched.
+
+A shell answers cheaply what a whole forward pass would answer dearly: what the head makes of hidden states that are
+known already, and what the later blocks make of what the earlier ones are known to return.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from avss.models.stack import BlockStack
+
+
+def with_part(module: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """A shell of a module with the part at a dotted path replaced.
+
+    Only the containers on the way to the part are copied, and only they themselves: parameters, buffers and all other
+    modules are the module's own.
+    """
+    name, _, rest = path.partition(".")
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin._modules[name] = with_part(cast(nn.Module, module._modules[name]), rest, part) if rest else part
+    return twin
+
+
+def with_blocks(model: PreTrainedModel, stack: BlockStack, blocks: Sequence[nn.Module]) -> PreTrainedModel:
+    """A shell of a model with other blocks in its stack, as many as there are."""
+    return cast(PreTrainedModel, with_part(model, stack.path, nn.ModuleList(blocks)))
+
+
+class HeadShell:
+    """What a model's own head makes of last hidden states, for any architecture: scales, soft caps and all.
+
+    The head is not singled out by name. The model's own `forward` runs, over a body that returns what it is given.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._body = _GivenBody()
+        self._shell = with_part(model, model.base_model_prefix, self._body)
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits `[B, T, V]` of last hidden states `[B, T, D]`; gradients reach the states and the head."""
+        self._body.hidden = hidden_BTD
+        try:
+            placeholder = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
+            return self._shell(input_ids=placeholder)["logits"]
+        finally:
+            self._body.hidden = None
+
+
+class _GivenBody(nn.Module):
+    """A body that returns what it was given beforehand."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, self.hidden))
+
+
+class _Stand(nn.Module):
+    """Stands in for a block, and answers to every other question as the block would."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module's own bookkeeping: the block is no part of the shell's tree.
+        object.__setattr__(self, "block", block)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+
+class KnownBlock(_Stand):
+    """A block that computes nothing: it returns `output`, which was computed elsewhere.
+
+    Attributes:
+        output: What to return, in the form this architecture's blocks answer in.
+    """
+
+    output: Any = None
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """The known output, whatever it is called with."""
+        return self.output
+
+
+class RecomputedBlock(_Stand):
+    """A block whose inside is not kept for the backward pass but computed again there: less memory, more time."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block returns."""
+        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,56 @@
+"""What a repair did to a cut, in sentences and as a table."""
+
+from avss.record import Compensation, CutRepair
+from avss.reporting import numbers
+
+COMPENSATION_COLUMNS = ("cut", "method", "ridge", "error", "divergence", "kept")
+"""Titles of `compensation_rows`."""
+
+_MEASURES = {
+    "kl": "KL divergence from the dense model (nats a token)",
+    "cosine": "cosine distance from the dense model",
+}
+
+
+def compensation_sentences(repair: Compensation) -> list[str]:
+    """What came of a repair, in a sentence or two."""
+    said = []
+    if repair.applied:
+        rounds = sum(step > 0 for step in repair.steps)
+        by_hand = f", {rounds} round{'s' if rounds != 1 else ''} towards the dense predictions" if rounds else ""
+        swept = f", {repair.num_swept} blocks fitted in a sweep" if repair.num_swept else ""
+        kept = sum(cut.applied for cut in repair.cuts)
+        said.append(
+            f"Repaired without training (`{repair.method}`: {kept} of {len(repair.cuts)} cuts solved for"
+            f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} tokens: the "
+            f"{_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to {numbers.number(repair.after)} "
+            f"on {repair.judge_tokens:,} tokens that it had not seen."
+        )
+    if repair.note:
+        said.append(repair.note)
+    return said
+
+
+def compensation_rows(repair: Compensation) -> list[tuple[str, ...]]:
+    """One row per run of removed blocks, as text; see `COMPENSATION_COLUMNS`."""
+    return [
+        (
+            str(cut.start) if cut.stop - cut.start == 1 else f"{cut.start}-{cut.stop - 1}",
+            cut.method or numbers.MISSING,
+            _ridge(cut),
+            _change(cut.error_before, cut.error_after),
+            _change(cut.divergence_before, cut.divergence_after),
+            "yes" if cut.applied else "no",
+        )
+        for cut in repair.cuts
+    ]
+
+
+def _ridge(cut: CutRepair) -> str:
+    return f"{cut.ridge:g}" if numbers.is_number(cut.ridge) else numbers.MISSING
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if not numbers.is_number(before):
+        return numbers.MISSING
+    return f"{numbers.number(before)} -> {numbers.number(after)}"

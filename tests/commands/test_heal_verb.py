@@ -1,0 +1,174 @@
+"""`avss heal`: from a pruned folder to a healed one, on the command line and in Python."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from avss.record import RunRecord
+
+SMALL = ("--budget", "300 tokens", "--seq-len", 16, "--validations", 2, "--precision", "float32")
+
+
+@pytest.fixture
+def pruned(avss_command, llama_folder, tmp_path) -> Path:
+    """A tiny Llama without its third block."""
+    folder = tmp_path / "smaller"
+    assert avss_command("prune", llama_folder, "--blocks", "2", "--out", folder, "--quiet").code == 0
+    return folder
+
+
+def test_a_healed_folder_is_a_stock_checkpoint_with_its_story(avss_command, pruned, llama_folder, text_file, tmp_path):
+    out = tmp_path / "healed"
+    answer = avss_command("heal", pruned, "--teacher", llama_folder, "--data", text_file, "--out", out, *SMALL)
+    assert answer.code == 0, answer.err
+    for part in ("Healed", "held-out text", "Verified", "perplexity"):
+        assert part in answer.out
+    assert "300 tokens" in answer.err
+    record, before = RunRecord.read(out), RunRecord.read(pruned)
+    cut = record.cuts[0]
+    assert cut.plan == before.cuts[0].plan
+    assert record.model == before.model
+    assert cut.healing is not None
+    assert cut.healing.after.loss < cut.healing.before.loss
+    assert cut.verification is not None
+    assert cut.verification.passed
+    assert cut.verification.of_raw_cut
+    assert cut.model.fingerprint != before.cuts[0].model.fingerprint
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert len(model.model.layers) == 4
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "healed by training" in card
+    assert "No weight was trained" not in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["healed", "smaller"]
+    again = avss_command("evaluate", out, "--baseline", llama_folder, "--task", f"perplexity={text_file}", "--json")
+    found = RunRecord.model_validate(json.loads(again.out)).cuts[0]
+    assert found.plan == cut.plan
+    assert found.healing == cut.healing
+    assert avss_command("report", out, "--out", tmp_path / "report", "--quiet").code == 0
+    assert "Healing" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_teacher_is_the_one_in_the_record(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dense").symlink_to(llama_folder)
+    assert avss_command("prune", "dense", "--blocks", "2", "--out", "smaller", "--quiet").code == 0
+    arguments = ("--data", text_file, "--out", "healed", "--quiet", *SMALL)
+    assert avss_command("heal", "smaller", *arguments).code == 0
+    Path("dense").unlink()
+    answer = avss_command("heal", "smaller", *arguments, "--force")
+    assert answer.code == 2
+    assert "--teacher" in answer.err
+
+
+def test_a_killed_command_goes_on(avss_command, pruned, llama_folder, text_file, tmp_path, monkeypatch):
+    import avss.healing.loop as room
+    from avss.healing.state import Checkpoint
+
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
+    out = tmp_path / "healed"
+    arguments = ("heal", pruned, "--teacher", llama_folder, "--data", text_file, "--out", out, "--quiet", *SMALL)
+    step, calls = room.Loop._step, []
+
+    def dies(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        step(self)
+
+    monkeypatch.setattr(room.Loop, "_step", dies)
+    answer = avss_command(*arguments)
+    assert answer.code == 1
+    assert "Out of memory" in answer.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".healed.healing", "smaller"]
+    assert avss_command(*arguments).code == 0
+    healing = RunRecord.read(out).cuts[0].healing
+    assert healing is not None
+    assert len(calls) - 3 == healing.num_steps - 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["healed", "smaller"]
+
+
+def test_a_classifier_learns_its_labels(avss_command, classifier_folder, review_file, tmp_path):
+    pruned, out = tmp_path / "smaller", tmp_path / "healed"
+    assert avss_command("prune", classifier_folder, "--blocks", "1", "--out", pruned, "--quiet").code == 0
+    arguments = ("heal", pruned, "--teacher", classifier_folder, "--data", review_file, "--quiet", *SMALL)
+    answer = avss_command(*arguments, "--labels", "label", "--out", out)
+    assert answer.code == 0, answer.err
+    healing = RunRecord.read(out).cuts[0].healing
+    assert healing is not None
+    assert "share of 0.5 on the labels" in healing.objective
+    answer = avss_command(*arguments, "--labels", "stars", "--out", tmp_path / "x")
+    assert (answer.code, "stars" in answer.err) == (2, True)
+
+
+def test_the_api_heals_what_prune_returned(llama_folder, text_file):
+    import avss
+
+    small = avss.prune(str(llama_folder), blocks=[2])
+    before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    healed = avss.heal(
+        small, teacher=str(llama_folder), data=str(text_file), budget="300 tokens", seq_len=16, validations=1
+    )
+    assert healed.record.cuts[0].healing is not None
+    assert healed.plan == small.plan
+    assert all(torch.equal(before[name], value) for name, value in small.model.state_dict().items())
+    assert not all(torch.equal(before[name], value) for name, value in healed.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--budget", "fast"), ("`fast`", "30m", "2M")),
+        (("--budget", "2m tokens"), ("`m` is minutes",)),
+        (("--budget", "0m"), ("greater than 0",)),
+        (("--weights", "some"), ("weights", "some", "lora")),
+        (("--learning-rate", 0), ("learning-rate", "0")),
+        (("--batch-size", 0), ("batch-size",)),
+        (("--label-weight", 2), ("label-weight", "2")),
+        (("--precision", "int4"), ("precision", "int4", "bfloat16")),
+        (("--data", "missing.txt"), ("missing.txt",)),
+        (("--labels", "label"), ("classifiers", "causal")),
+        (("--teacher", "nowhere.gguf"), ("nowhere.gguf",)),
+    ],
+)
+def test_heal_refuses(avss_command, pruned, llama_folder, tmp_path, arguments, parts):
+    named = ("--teacher", llama_folder) if "--teacher" not in arguments else ()
+    answer = avss_command("heal", pruned, *named, "--out", tmp_path / "out", "--quiet", *arguments)
+    assert answer.code == 2, answer.err
+    assert "Traceback" not in answer.err
+    for part in parts:
+        assert part in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["smaller"]
+
+
+def test_heal_refuses_models_without_a_story_and_teachers_of_another(
+    avss_command, pruned, llama_folder, encoder_folder, tmp_path
+):
+    answer = avss_command("heal", llama_folder, "--out", tmp_path / "out", "--quiet")
+    assert (answer.code, "no record" in answer.err) == (2, True)
+    answer = avss_command("heal", pruned, "--teacher", pruned, "--out", tmp_path / "out", "--quiet")
+    assert (answer.code, "5 blocks" in answer.err) == (2, True)
+    answer = avss_command("heal", pruned, "--teacher", encoder_folder, "--out", tmp_path / "out", "--quiet")
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+
+
+def test_a_failed_verification_publishes_nothing(avss_command, pruned, llama_folder, text_file, tmp_path, monkeypatch):
+    import avss.models.verify as room
+
+    outputs, calls = room.run_outputs, []
+
+    def disturbed(loaded, token_ids, keep=None):
+        calls.append(1)
+        return outputs(loaded, token_ids, keep) + (1.0 if len(calls) == 3 else 0.0)  # the reloaded model's
+
+    monkeypatch.setattr(room, "run_outputs", disturbed)
+    out = tmp_path / "healed"
+    answer = avss_command(
+        "heal", pruned, "--teacher", llama_folder, "--data", text_file, "--out", out, "--quiet", *SMALL
+    )
+    assert answer.code == 1
+    assert "withdrawn" in answer.err
+    assert not out.exists()

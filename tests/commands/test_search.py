@@ -1,0 +1,368 @@
+"""Blocks chosen by search, and by other targets than a count, through the command line on tiny models."""
+
+import itertools
+import json
+
+import pytest
+
+import avss
+from avss import composer
+from avss.ablation import Judge
+from avss.composer.choosing import read_search
+from avss.composer.searching import passes_of_all, search_loaded
+from avss.config import PlanConfig, SearchConfig
+from avss.progress import silent
+from avss.record import RunRecord
+from tests.commands.test_bad_input import refused
+
+SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2, "--quiet")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AVSS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pruned(avss_command, llama_folder, text_file, tmp_path):
+    """Calls `avss prune` on the tiny Llama and returns the record."""
+    places = itertools.count()
+
+    def call(*arguments, model=llama_folder):
+        out = tmp_path / f"out{next(places)}"
+        answer = avss_command("prune", model, "--data", text_file, "--out", out, *SMALL, *arguments)
+        assert answer.code == 0, answer.err
+        return RunRecord.read(out)
+
+    return call
+
+
+def oracle(loaded, batches, size, free):
+    """The set of a size with the lowest mean distance: every one of them is measured."""
+    sets = list(itertools.combinations(free, size))
+    damages = Judge(loaded, batches).judge(sets)
+    return min(damages, key=lambda one: one.mean).removed
+
+
+@pytest.mark.parametrize("select", ["greedy", "evolution", "window"])
+def test_every_search_gives_a_curve_and_a_verified_cut(pruned, select, llama_folder, text_file):
+    record = pruned("--select", select, "--count", 2, "--protect", "none")
+    search = record.search
+    assert search is not None
+    assert [len(point.removed) for point in search.points] == [1, 2]
+    assert record.cuts[0].plan.removed == search.points[1].removed
+    assert record.cuts[0].plan.method == select
+    assert record.cuts[0].verification.passed
+    assert 0 < search.num_blocks_run / (search.num_blocks * 3) == search.passes
+    assert all(point.num_sequences == 6 for point in search.points)
+    # The figures are the judge's own.
+    loaded = composer.load(llama_folder)
+    batches = composer.calibration(loaded, str(text_file), samples=6, seq_len=16, batch_size=2)
+    (damage,) = Judge(loaded, batches).judge([search.points[1].removed])
+    assert search.points[1].distance == pytest.approx(damage.mean, rel=1e-5)
+    assert search.points[1].loss_change == pytest.approx((damage.loss - damage.dense_loss).mean(), rel=1e-4)
+    assert search.points[0].removed == oracle(loaded, batches, 1, range(5)) or select == "evolution"
+
+
+@pytest.mark.parametrize("model", ["llama_folder", "encoder_folder", "classifier_folder"])
+@pytest.mark.parametrize("holds_all", [True, False])
+def test_what_the_ledger_counts_is_what_the_judge_ran(model, holds_all, request, text_file, monkeypatch):
+    judges = []
+
+    class Counted(Judge):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **(kwargs | {"holds_all": holds_all}))
+            judges.append(self)
+
+    monkeypatch.setattr("avss.composer.searching.Judge", Counted)
+    loaded = composer.load(request.getfixturevalue(model))
+    batches = composer.calibration(loaded, str(text_file), samples=6, seq_len=16, batch_size=2)
+    found = search_loaded(
+        loaded, batches, PlanConfig(select="greedy"), SearchConfig(resume=False), count=2, protected=(), prior=None,
+        stages=silent,
+    )  # fmt: skip
+    assert found.num_blocks_run == judges[0].num_blocks_run
+    assert found.points[1].removed == oracle(loaded, batches, 2, range(len(loaded.stack)))
+
+
+def test_another_size_needs_no_new_search(pruned, avss_command, llama_folder, tmp_path, monkeypatch):
+    first = pruned("--select", "greedy", "--count", 3)
+    monkeypatch.setattr("avss.composer.choosing.search_loaded", None)  # would be an error to call
+    out = tmp_path / "smaller"
+    answer = avss_command(
+        "prune", llama_folder, "--from-search", tmp_path / "out0", "--count", 1, "--out", out, "--quiet"
+    )
+    assert answer.code == 0, answer.err
+    record = RunRecord.read(out)
+    assert record.cuts[0].plan.removed == first.search.points[0].removed
+    assert record.search == first.search
+    refused(
+        avss_command("prune", llama_folder, "--from-search", out, "--count", 4, "--out", tmp_path / "no", "--quiet"),
+        "sets of 1 to 3", "`4`",
+    )  # fmt: skip
+
+
+def test_a_search_of_another_model_is_refused(pruned, avss_command, tmp_path, masked_folder, llama_folder):
+    pruned("--select", "window", "--count", 1)
+    pruned("--count", 1)
+    arguments = ("--count", 1, "--out", tmp_path / "no", "--quiet")
+    refused(avss_command("prune", masked_folder, "--from-search", tmp_path / "out0", *arguments), "another model")
+    refused(avss_command("prune", llama_folder, "--from-search", tmp_path / "out1", *arguments), "holds no search")
+    refused(avss_command("prune", llama_folder, "--from-search", tmp_path / "none", *arguments), "no record")
+
+
+def test_a_second_search_measures_nothing(pruned, own_cache, monkeypatch):
+    first = pruned("--select", "greedy", "--count", 2)
+    assert len(list(own_cache.rglob("*.jsonl"))) == 1
+
+    def measured(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Judge, "judge", measured)
+    second = pruned("--select", "greedy", "--count", 2)
+    assert second.search.points == first.search.points
+    assert second.search.num_blocks_run == first.search.num_blocks_run
+    with pytest.raises(AssertionError, match="measured again"):
+        pruned("--select", "greedy", "--count", 2, "--no-resume")
+
+
+def test_a_budget_ends_a_search_and_says_so(pruned):
+    record = pruned("--select", "greedy", "--count", 3, "--max-passes", 0.6)
+    assert record.search.passes <= 0.6
+    assert not record.search.is_complete
+    assert len(record.cuts[0].plan.removed) == 3
+    assert any("budget of the search ended" in warning for warning in record.warnings)
+
+
+def test_a_time_budget_is_understood(pruned):
+    assert pruned("--select", "window", "--count", 1, "--search-time", "1h30m").search.settings["seconds"] == 5400
+
+
+def test_the_loss_and_the_accuracy_of_a_task_can_be_the_objective(pruned, choice_file, llama_folder):
+    by_loss = pruned("--select", "greedy", "--count", 1, "--objective", "loss").search
+    assert by_loss.points[0].cost == pytest.approx(by_loss.points[0].loss_change)
+    by_task = pruned(
+        *("--select", "greedy", "--count", 2, "--objective", "accuracy", "--objective-task", f"choice={choice_file}")
+    ).search
+    record = avss.evaluate(
+        avss.prune(llama_folder, blocks=by_task.points[1].removed).model,
+        [f"choice={choice_file}"],
+        tokenizer=composer.load(llama_folder).tokenizer,
+    )
+    assert 1 - by_task.points[1].cost == pytest.approx(record.dense[0].value)
+    assert by_task.points[1].num_sequences == 12
+
+
+def test_a_criterion_can_screen(pruned):
+    record = pruned("--select", "greedy", "--count", 2, "--screen", "update-norm", "--width", 2)
+    assert record.search.settings["screen"] == "update-norm"
+
+
+def test_several_texts_are_mixed_sequence_by_sequence(llama_folder, text_file, review_file):
+    loaded = composer.load(llama_folder)
+    settings = {"samples": 6, "seq_len": 16, "batch_size": 2}
+    one, other = (composer.calibration(loaded, str(path), **settings) for path in (text_file, review_file))
+    both = composer.calibration(loaded, f"{text_file},{review_file}", **settings)
+    assert [s.tolist() for s in both.sequences[0::2]] == [s.tolist() for s in one.sequences[:3]]
+    assert [s.tolist() for s in both.sequences[1::2]] == [s.tolist() for s in other.sequences[:3]]
+    assert both.facts.source == "text.txt, reviews.csv"
+    assert both.facts.num_sequences == 6
+    assert both.facts.num_tokens == sum(len(s) for s in both.sequences)
+    assert both.facts.content_hash not in (one.facts.content_hash, other.facts.content_hash)
+
+
+# --- targets other than a count ---
+
+
+def parameters(record):
+    return record.cuts[0].model.num_parameters
+
+
+@pytest.mark.parametrize("select", ["scores", "greedy"])
+def test_the_fewest_blocks_that_fit_go(pruned, select):
+    dense = pruned("--count", 1)
+    block = dense.model.num_parameters - parameters(dense)
+    limit = dense.model.num_parameters - 2 * block
+    fits = pruned("--select", select, "--max-params", limit)
+    assert parameters(fits) == limit
+    assert "fewest" in fits.cuts[0].plan.rule
+    assert len(pruned("--select", select, "--max-params", limit - 1).cuts[0].plan.removed) == 3
+    width = dense.model.checkpoint_bytes / dense.model.num_parameters
+    by_bytes = pruned("--select", select, "--max-bytes", f"{limit * width / 1000 + 0.1}kB")
+    assert by_bytes.cuts[0].model.checkpoint_bytes <= limit * width + 100
+    assert len(by_bytes.cuts[0].plan.removed) == 2
+
+
+def test_a_size_that_cannot_be_is_refused(avss_command, llama_folder, tmp_path):
+    out = ("--out", tmp_path / "out", *SMALL)
+    refused(avss_command("prune", llama_folder, "--max-params", 10, *out), "are left, more than 10")
+    refused(avss_command("prune", llama_folder, "--max-params", "1B", *out), "fits into 1,000,000,000 already")
+    refused(avss_command("prune", llama_folder, "--max-params", "many", *out), "max-params", "many")
+    refused(avss_command("prune", llama_folder, "--max-bytes", "3 parsecs", *out), "max-bytes", "parsecs")
+
+
+def test_the_most_that_keep_a_share_go(pruned, text_file, monkeypatch):
+    kept = {1: 0.99, 2: 0.96, 3: 0.9}
+    sizes = []
+
+    def fake(dense, other):
+        sizes.append(other)
+        return (type("Entry", (), {"kept": kept[other]})(),)
+
+    monkeypatch.setattr("avss.composer.choosing.evaluate_task", lambda models, task, **_: [5 - len(models[0].stack)])
+    monkeypatch.setattr("avss.composer.choosing.retention", fake)
+    task = ("--retention-task", f"perplexity={text_file}", "--count", 3)
+    for wanted, count in ((0.95, 2), (0.9, 3), (0.99, 1)):
+        record = pruned("--min-retention", wanted, *task)
+        assert len(record.cuts[0].plan.removed) == count
+        assert f"keep {wanted:.1%} of perplexity" in record.cuts[0].plan.rule
+
+
+def test_what_is_kept_is_measured_on_the_cut(pruned, text_file, llama_folder):
+    record = pruned("--min-retention", 0.01, "--count", 2, "--retention-task", f"perplexity={text_file}")
+    assert len(record.cuts[0].plan.removed) == 2
+
+
+def test_a_retention_that_no_cut_keeps_names_the_best_plan(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    answer = avss_command(
+        *("prune", llama_folder, "--min-retention", 1, "--retention-task", f"perplexity={text_file}"),
+        *("--select", "greedy", "--count", 2, "--data", text_file, "--out", out, *SMALL),
+    )
+    if answer.code == 0:
+        pytest.skip("on random weights a cut may be better than the whole")
+    refused(answer, "No cut keeps 100.0%", "the best of one block")
+    assert not out.exists()
+
+
+def latencies(monkeypatch, *values):
+    """The dense model's latency in ms, and that with half of the free blocks gone (one of three)."""
+    results = [{"latency_ms": type("Entry", (), {"value": value})()} for value in values]
+    monkeypatch.setattr("avss.composer.choosing.evaluate_task", lambda *_, **__: results)
+
+
+def test_a_speedup_is_estimated_from_latency(pruned, monkeypatch):
+    """One block takes 20 of 100 ms: 1.5 times faster takes 34 ms away, two blocks."""
+    latencies(monkeypatch, 100.0, 80.0)
+    record = pruned("--speedup", 1.5)
+    assert len(record.cuts[0].plan.removed) == 2
+    assert "estimated from measured latency" in record.cuts[0].plan.rule
+
+
+def test_a_speedup_that_cannot_be_is_refused(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    out = ("--data", text_file, "--out", tmp_path / "out", *SMALL)
+    for dense, shorter in ((100.0, 80.0), (100.0, 101.0)):
+        latencies(monkeypatch, dense, shorter)
+        refused(avss_command("prune", llama_folder, "--speedup", 4, *out), "speedup of 4 cannot be had")
+
+
+def test_a_speedup_is_truly_measured(avss_command, llama_folder, text_file, tmp_path):
+    """On a tiny model the clock decides whether it can be had; either way it was asked."""
+    arguments = ("--speedup", 1.01, "--data", text_file, "--out", tmp_path / "out", *SMALL)
+    answer = avss_command("prune", llama_folder, *arguments)
+    if answer.code == 0:
+        assert "estimated from measured latency" in RunRecord.read(tmp_path / "out").cuts[0].plan.rule
+    else:
+        refused(answer, "speedup of 1.01 cannot be had", "latency measured")
+
+
+def test_scores_in_rounds_are_made_of_what_is_left(pruned, llama_folder, text_file):
+    record = pruned("--count", 3, "--score-rounds", 3, "--criterion", "update-norm", "--protect", "none")
+    removed: list[int] = []
+    for _ in range(3):
+        small = avss.prune(llama_folder, blocks=removed) if removed else None
+        loaded = composer.load(llama_folder)
+        model = loaded if small is None else small.model
+        table = avss.score(
+            model, str(text_file), criteria="update-norm", tokenizer=loaded.tokenizer,
+            samples=6, seq_len=16, batch_size=2,
+        )  # fmt: skip
+        kept = [block for block in range(5) if block not in removed]
+        removed = sorted([*removed, kept[table["update-norm"].ranking()[0]]])
+    assert list(record.cuts[0].plan.removed) == removed
+    assert "before each of 3 rounds" in record.cuts[0].plan.rule
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--count", 1, "--select", "magic"), ("select", "magic")),
+        (("--blocks", "1", "--select", "greedy"), ("--blocks", "--select greedy")),
+        (("--count", 1, "--contiguous", "--select", "greedy"), ("--contiguous",)),
+        (("--count", 1, "--objective", "joy"), ("objective", "joy")),
+        (("--count", 1, "--objective", "accuracy"), ("--objective-task",)),
+        (("--count", 1, "--objective-task", "choice"), ("--objective accuracy",)),
+        (("--count", 1, "--screen", "avs", "--select", "greedy"), ("`avs`", "Did you mean")),
+        (("--count", 1, "--max-passes", 0), ("max-passes", "0")),
+        (("--count", 1, "--search-time", "soon"), ("seconds", "soon")),
+        (("--count", 1, "--speedup", 2), ("exactly one", "--speedup")),
+        (("--speedup", 1), ("speedup", "1")),
+        (("--min-retention", 1.5), ("min-retention", "1.5")),
+        (("--min-retention", 0.9), ("--retention-task",)),
+        (("--min-retention", 0.9, "--blocks", "1"), ("--min-retention",)),
+        (("--count", 1, "--width", 0), ("width", "0")),
+        (("--count", 4, "--select", "greedy"), ("cannot be removed",)),
+        (("--count", 2, "--score-rounds", 2, "--select", "greedy"), ("--score-rounds",)),
+    ],
+)
+def test_bad_settings_are_refused(avss_command, llama_folder, text_file, tmp_path, arguments, parts):
+    out = tmp_path / "out"
+    refused(avss_command("prune", llama_folder, "--data", text_file, "--out", out, *SMALL, *arguments), *parts)
+    assert not out.exists()
+
+
+def test_scores_of_an_earlier_run_cannot_be_searched(avss_command, llama_folder, text_file, tmp_path):
+    scores, out = tmp_path / "scores", tmp_path / "out"
+    small = ("--samples", 6, "--seq-len", 16, "--quiet")
+    arguments = ("--criteria", "block-influence", "--data", text_file, "--out", scores, *small)
+    assert avss_command("score", llama_folder, *arguments).code == 0
+    refused(
+        avss_command("prune", llama_folder, "--scores", scores, "--count", 1, "--select", "greedy", "--out", out, "-q"),
+        "--scores", "no text",
+    )  # fmt: skip
+    assert avss_command("prune", llama_folder, "--scores", scores, "--count", 1, "--out", out, "-q").code == 0
+
+
+@pytest.mark.parametrize("way", [("--on-disk",), ("--format", "gguf")])
+def test_a_cut_from_file_to_file_does_not_search(avss_command, llama_folder, tmp_path, way):
+    out = ("--out", tmp_path / "out", "--quiet", *way)
+    refused(
+        avss_command("prune", llama_folder, "--count", 1, "--select", "greedy", *out), "--select greedy", "file to file"
+    )
+    refused(avss_command("prune", llama_folder, "--max-params", 99, *out), "--max-params", "file to file")
+
+
+def test_an_objective_that_the_model_has_not_is_refused(avss_command, encoder_folder, text_file, tmp_path):
+    arguments = ("--count", 1, "--select", "greedy", "--objective", "loss", "--data", text_file)
+    refused(
+        avss_command("prune", encoder_folder, "--out", tmp_path / "out", *arguments, *SMALL), "causal language model"
+    )
+
+
+def test_run_searches_reports_and_can_be_cut_again(avss_command, llama_folder, text_file, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    answer = avss_command(
+        *("run", llama_folder, "--select", "greedy", "--count", 2, "--compare", "update-norm", "--data", text_file),
+        *("--task", f"perplexity={text_file}", "--out", out, "--limit", 4, "--max-passes", 40),
+        *("--samples", 6, "--seq-len", 16, "--batch-size", 2),
+    )
+    assert answer.code == 0, answer.err
+    assert "passes of the whole model" in answer.out
+    record = RunRecord.read(out)
+    assert [cut.name for cut in record.cuts] == ["greedy", "update-norm"]
+    assert (out / "figures" / "search.svg").is_file()
+    assert (out / "search.csv").read_text().splitlines()[1].startswith("1,")
+    assert 'id="search"' in (out / "report.html").read_text()
+    assert read_search(out, composer.load(llama_folder)) == record.search
+    assert avss_command("prune", llama_folder, "--from-search", out, "--count", 1, "--out", again, "-q").code == 0
+    settings = json.loads((out / "record.json").read_text())["settings"]
+    assert settings["search"]["max_passes"] == 40
+
+
+def test_what_trying_everything_takes_is_counted_the_long_way():
+    num, free, count, total = 12, 10, 4, 0
+    for step in range(count):
+        for _ in range(free - step):
+            total += num - step - 1
+    assert passes_of_all(num, free, count) == total / num

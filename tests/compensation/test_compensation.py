@@ -1,0 +1,517 @@
+"""Repair of a cut: exact where an exact answer exists, held to slow oracles where none does, and never harmful."""
+
+import copy
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from avss.compensation import METHODS, compensate
+from avss.compensation.divergence import divergence, mean_divergence
+from avss.compensation.equations import choose_ridge
+from avss.compensation.least_squares import refit, residual_error
+from avss.compensation.magnitude import magnitude_ratio, scale
+from avss.compensation.rounds import RIDGE, _aim, targets
+from avss.compensation.streams import ordinary, read_block, split
+from avss.compensation.sweep import sweep
+from avss.compensation.workpiece import Workpiece
+from avss.cut import cut
+from avss.errors import ConfigError
+from avss.models.forward import run_outputs
+from avss.models.load import Loaded, adopt
+from avss.models.projections import PROJECTIONS, bias_of, find_by_trial, find_projections, matrix_of, set_linear
+from avss.models.walk import Walk
+from tests.compensation.conftest import random_text, without
+from tests.support.architectures import ARCHITECTURES, stored, token_batch
+
+KNOWN = [name for name in ARCHITECTURES if stored(name).config.model_type in PROJECTIONS]
+FACTS = {name: PROJECTIONS[stored(name).config.model_type] for name in KNOWN}
+SUMMED = [name for name in KNOWN if not FACTS[name].obstacle]
+PRE_NORM = [name for name in SUMMED if not FACTS[name].closing_norm]
+NORMED = [name for name in KNOWN if FACTS[name].obstacle]
+SOME = ["llama-tied", "gpt2", "granite", "bert-classifier", "distilbert", "gemma2"]
+"""One of each kind: tied, Conv1D with biases, a gain, post-norm with a head, post-norm without, normed outputs."""
+
+
+def begin(name: str, *removed: int) -> Workpiece:
+    loaded = adopt(ARCHITECTURES[name]())
+    plan = without(len(loaded.stack), *removed)
+    smaller = cut(loaded, plan)
+    return Workpiece.begin(loaded, smaller, plan, find_projections(smaller))
+
+
+def zero(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+
+
+# --- where blocks write ---
+
+
+def test_every_type_with_facts_is_proven_here():
+    assert {stored(name).config.model_type for name in KNOWN} == set(PROJECTIONS)
+    assert all(find_projections(adopt(stored(name))) is FACTS[name] for name in KNOWN)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_trial_finds_what_the_facts_say(name):
+    """Two ways to the same answer; where outputs are normalised or the block is post-norm, the trial finds nothing."""
+    loaded = adopt(stored(name))
+    found = find_by_trial(loaded)
+    if name not in PRE_NORM:
+        assert found is None
+        return
+    assert found is not None
+    assert found.mlp == FACTS[name].mlp
+    assert found.gain(loaded.model.config) == pytest.approx(FACTS[name].gain(loaded.model.config), rel=1e-4)
+
+
+def test_unknown_type_is_repaired_by_what_a_trial_shows_and_none_without_a_map():
+    loaded = adopt(ARCHITECTURES["granite"]())
+    loaded.model.config.model_type = "unheard"
+    facts = find_projections(loaded)
+    assert facts is not None
+    assert (facts.attention, facts.mlp) == (None, "mlp.down_proj")
+    assert facts.measured_gain == pytest.approx(0.7, rel=1e-4)
+    mlp = loaded.stack.blocks[1].mlp
+    mlp.down_proj = nn.Sequential(mlp.down_proj)  # no longer where the other blocks have theirs
+    assert find_projections(loaded) is None
+
+
+@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("which", ["attention", "mlp"])
+def test_summed_projections_are_plain_summands(name, which):
+    """A change of the weight moves what the block returns by gain times change times input, and by nothing else."""
+    loaded = adopt(ARCHITECTURES[name]())
+    facts = find_projections(loaded)
+    path = getattr(facts, which)
+    if which == "attention" and facts.closing_norm:
+        pytest.skip("normalised before it is summed")
+    block = loaded.stack.blocks[1]
+    if which == "attention":
+        zero(block.get_submodule(facts.mlp))  # it reads what the attention wrote
+    token_ids, keep = token_batch()
+    before = read_block(loaded, 1, facts, (path,), token_ids, keep)
+    module = block.get_submodule(path)
+    change = 0.1 * torch.randn(matrix_of(module).shape, generator=torch.Generator().manual_seed(3))
+    set_linear(module, matrix_of(module) + change, None, stored_dtype=torch.float32)
+    after = read_block(loaded, 1, facts, (), token_ids, keep)
+    expected = before.state + facts.gain(loaded.model.config) * before.features[0] @ change.T
+    torch.testing.assert_close(after.state[keep], expected[keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_families_said_to_normalise_their_outputs_do(name):
+    loaded = adopt(ARCHITECTURES[name]())
+    facts = find_projections(loaded)
+    token_ids, keep = token_batch()
+    before = read_block(loaded, 1, facts, (), token_ids, keep).state
+    module = loaded.stack.blocks[1].get_submodule(facts.mlp)
+    set_linear(module, 3 * matrix_of(module), None, stored_dtype=torch.float32)
+    torch.testing.assert_close(read_block(loaded, 1, facts, (), token_ids, keep).state, before, rtol=1e-3, atol=1e-3)
+
+
+def test_reading_a_block_stops_there_and_leaves_no_hook():
+    loaded = adopt(ARCHITECTURES["llama"]())
+    ran = []
+    for index, block in enumerate(loaded.stack.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    facts = find_projections(loaded)
+    read_block(loaded, 2, facts, facts.writers, *token_batch())
+    assert ran == [0, 1, 2]
+    assert not loaded.stack.blocks[2].mlp.down_proj._forward_pre_hooks
+    assert len(loaded.stack.blocks[2]._forward_hooks) == 1
+
+
+# --- exact answers ---
+
+
+def replicate(loaded: Loaded, block: int) -> None:
+    """Makes block `block + 1` read what block `block` reads, and add a map of its own of the same MLP activations.
+
+    Block `block`'s own MLP writes nothing, and the next block's attention neither: both MLPs then see the same, and
+    removing the second is made up for exactly by moving its projection into the first.
+    """
+    facts = find_projections(loaded)
+    first, second = loaded.stack.blocks[block], loaded.stack.blocks[block + 1]
+    own = copy.deepcopy(second.get_submodule(facts.mlp).state_dict())
+    closing = copy.deepcopy(second.get_submodule(facts.closing_norm).state_dict()) if facts.closing_norm else None
+    second.load_state_dict(first.state_dict())
+    second.get_submodule(facts.mlp).load_state_dict(own)
+    zero(first.get_submodule(facts.mlp))
+    zero(second.get_submodule(facts.attention))
+    if closing is not None:
+        # A norm of normalised states is the identity where it has no weight of its own.
+        for one in (first, second):
+            for module in one.modules():
+                if isinstance(module, nn.LayerNorm):
+                    nn.init.ones_(module.weight)
+                    nn.init.zeros_(module.bias)
+                    module.eps = 1e-12
+        second.get_submodule(facts.closing_norm).load_state_dict(closing)
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_linear_function_of_the_previous_mlp_is_recovered(name, monkeypatch):
+    least = functools.partial(choose_ridge, ridges=(1e-10,))
+    monkeypatch.setattr("avss.compensation.least_squares.choose_ridge", least)
+    loaded = adopt(ARCHITECTURES[name]())
+    replicate(loaded, 1)
+    plan = without(len(loaded.stack), 2)
+    smaller = cut(loaded, plan)
+    work = Workpiece.begin(loaded, smaller, plan, find_projections(smaller))
+    text = random_text(24, 24)
+    before = mean_divergence(loaded, smaller, text)
+    refit(work, (2, 3), text, text)
+    facts = work.facts
+    expected = loaded.stack.blocks[2].get_submodule(facts.mlp)
+    found = work.linear(1, facts.mlp)
+    torch.testing.assert_close(matrix_of(found), matrix_of(expected), rtol=0, atol=1e-3)
+    after = mean_divergence(loaded, work.smaller, text)
+    assert after < 1e-6 + 1e-5 * before
+    assert before > 1e-4
+
+
+def observe(model, index, facts, keep_pair, token_ids, keep) -> None:
+    """The MLP projection's input and the block's sum, by a whole forward pass with plain hooks."""
+    block, found = model.stack.blocks[index], []
+    handles = [block.get_submodule(facts.mlp).register_forward_pre_hook(lambda _, args: found.append(args[0]))]
+    if facts.closing_norm:
+        norm = block.get_submodule(facts.closing_norm)
+        handles.append(norm.register_forward_pre_hook(lambda _, args: found.append(args[0])))
+    else:
+        handles.append(block.register_forward_hook(lambda _, __, output: found.append(output)))
+    run_outputs(model, token_ids, keep)
+    for handle in handles:
+        handle.remove()
+    keep_pair(tuple(found))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "bert"])
+def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
+    """The MLP's projection alone, one ridge: against numpy over every token's input and residual in one matrix."""
+    monkeypatch.setattr("avss.compensation.least_squares.choose_ridge", functools.partial(choose_ridge, ridges=(0.01,)))
+    work = begin(name, 2)
+    facts = work.facts
+    text = random_text()
+    inputs, missing, anchors = [], [], []
+    if facts.closing_norm:
+        work.copy_norm(1, facts.closing_norm, work.original.stack.blocks[2].get_submodule(facts.closing_norm))
+    gain = facts.gain(work.original.model.config)
+    for token_ids, keep in text:
+        seen: dict[str, torch.Tensor] = {}
+        for model, index, key in ((work.original, 2, "aim"), (work.smaller, 1, "now")):
+            observe(model, index, facts, functools.partial(seen.__setitem__, key), token_ids, keep)
+        usual = keep.clone()
+        usual[:, 0] = False
+        for rows, store in ((usual, (inputs, missing)), (keep & ~usual, (anchors, anchors))):
+            store[0].append(gain * seen["now"][0][rows].double())
+            store[1].append((seen["aim"][1] - seen["now"][1])[rows].double())
+    features, residuals = torch.cat(inputs).numpy(), torch.cat(missing).numpy()
+    extra = [torch.cat(anchors[0::2]).numpy(), torch.cat(anchors[1::2]).numpy()]
+    has_bias = bias_of(work.linear(1, facts.mlp)) is not None
+    shrink = np.sqrt(0.01 * np.mean(np.sum(features**2, 0))) * np.eye(features.shape[1])
+    rows, aims = np.vstack([features, extra[0], shrink]), np.vstack([residuals, extra[1], np.zeros((48, 32))])
+    if has_bias:
+        ones = np.concatenate([np.ones(len(features) + len(extra[0])), np.zeros(len(shrink))])[:, None]
+        rows = np.hstack([rows, ones])
+    solution = np.linalg.lstsq(rows, aims, rcond=None)[0]
+    before = matrix_of(work.linear(1, facts.mlp)).double()
+    refit(work, (2, 3), text, text)
+    change = (matrix_of(work.linear(1, facts.mlp)).double() - before).numpy().T
+    np.testing.assert_allclose(change, solution[:48], atol=2e-5)
+
+
+def test_scale_is_the_ratio_of_mean_magnitudes():
+    work = begin("llama", 2, 3)
+    text = random_text(ragged=False)
+    before, after = [], []
+    for token_ids, _ in text:
+        with torch.no_grad():
+            states = work.original.model(input_ids=token_ids, output_hidden_states=True).hidden_states
+        before.append(states[2][:, 1:])
+        after.append(states[4][:, 1:])
+    ratio = torch.cat(after).double().abs().mean((0, 1)) / torch.cat(before).double().abs().mean((0, 1))
+    assert magnitude_ratio(work, (2, 4), text) == pytest.approx(float(ratio.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in PRE_NORM if "tied" in name or name in ("llama", "gpt2", "olmo")])
+def test_scale_after_the_cut_is_the_published_scale_before_it(name):
+    """Dividing what comes after by alpha equals multiplying embeddings and what comes before, the head aside."""
+    work = begin(name, 2)
+    facts = work.facts
+    published = copy.deepcopy(work.smaller.model)
+    factor = scale(work, (2, 3), random_text())
+    with torch.no_grad():
+        head = copy.deepcopy(published.get_output_embeddings())
+        published.set_output_embeddings(head)
+        for module in published.base_model.children():
+            if isinstance(module, nn.Embedding):
+                module.weight.mul_(factor)
+        stack = published.get_submodule(work.smaller.stack.path)
+        for block in stack[:2]:
+            for path in (facts.attention, facts.mlp):
+                for parameter in block.get_submodule(path).parameters():
+                    parameter.mul_(factor)
+        published.lm_head = head
+    token_ids, keep = token_batch(padded=False)
+    expected = run_outputs(dataclasses.replace(work.smaller, model=published), token_ids, keep)
+    found = run_outputs(work.smaller, token_ids, keep)
+    assert factor != pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+# --- the sweep ---
+
+
+@pytest.mark.parametrize("name", PRE_NORM)
+def test_a_walk_computes_what_the_model_computes(name):
+    loaded = adopt(stored(name))
+    token_ids, keep = token_batch()
+    facts = find_projections(loaded)
+    walk = Walk.begin(loaded, 1, token_ids, keep)
+    for place in range(1, len(loaded.stack)):
+        walk.hidden = walk.through(loaded, place)
+        expected = read_block(loaded, place, facts, (), token_ids, keep).state
+        torch.testing.assert_close(walk.hidden[keep], expected[keep])
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "granite", "qwen2-sliding"])
+def test_a_sweep_recovers_what_is_exact_and_nears_the_dense_stream_at_every_depth(name, monkeypatch):
+    monkeypatch.setattr("avss.compensation.sweep.choose_ridge", functools.partial(choose_ridge, ridges=(1e-10,)))
+    text = random_text(24, 24)
+    loaded = adopt(ARCHITECTURES[name]())
+    replicate(loaded, 1)
+    plan = without(len(loaded.stack), 2)
+    work = Workpiece.begin(loaded, cut(loaded, plan), plan, find_projections(loaded))
+    assert sweep(work, text, text) >= 1
+    assert mean_divergence(loaded, work.smaller, text) < 1e-6
+    # Nothing exact here, so every block has its share: the error is less than without the sweep, at each depth.
+    work = begin(name, 2)
+    raw = begin(name, 2)
+    blocks = [block for block in work.plan.kept if block >= 1]
+    assert sweep(work, text, text) == len(blocks)
+    for block in blocks:
+        run = (block + 1, 3 if block == 1 else block + 1)
+        assert residual_error(work, run, text) < residual_error(raw, run, text)
+
+
+# --- rounds ---
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_direction_is_the_preconditioned_gradient(name):
+    work = begin(name, 2)
+    text = random_text(4, batch_size=4)
+    keys = targets(work)
+    aim = _aim(work, keys, text)
+    found, slope = aim.directions, 0.0
+    ((token_ids, keep),) = list(text)
+    for block, path in keys:
+        module = work.linear(block, path)
+        inputs, outputs = [], []
+
+        def record(_, args, output, inputs=inputs, outputs=outputs):
+            output.requires_grad_(True)
+            output.retain_grad()
+            inputs.append(args[0].detach())
+            outputs.append(output)
+
+        handle = module.register_forward_hook(record)
+        total, count = divergence(
+            work.original, work.smaller, token_ids, keep, places=torch.arange(0, token_ids.shape[1], 2)
+        )
+        total.backward()
+        handle.remove()
+        rows, gradients = inputs[0][keep].double(), outputs[0].grad[keep].double()
+        moment = rows.T @ rows / len(rows)
+        moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        state = read_block(work.smaller, work.place(block), work.facts, (), token_ids, keep).state
+        size = float(state[ordinary(state, keep)].square().mean())
+        expected = -size * torch.linalg.inv(moment) @ rows.T @ gradients / count
+        torch.testing.assert_close(found[block, path].matrix, expected.T, rtol=1e-3, atol=1e-5)
+        slope += float((expected * (rows.T @ gradients / count)).sum())
+        if bias_of(module) is not None:
+            torch.testing.assert_close(found[block, path].bias, -size * gradients.sum(0) / count, rtol=1e-3, atol=1e-6)
+            slope -= size * float((gradients.sum(0) / count).square().sum())
+    assert aim.slope == pytest.approx(slope, rel=1e-3)
+    # The slope is what the divergence does at first.
+    small = 1e-3 * aim.first_step
+    for (block, path), direction in found.items():
+        work.add(block, path, small * direction.matrix, None if direction.bias is None else small * direction.bias)
+    with torch.no_grad():
+        total, count = divergence(
+            work.original, work.smaller, token_ids, keep, places=torch.arange(0, token_ids.shape[1], 2)
+        )
+    assert float(total) / count - aim.divergence == pytest.approx(small * aim.slope, rel=0.05)
+
+
+def test_rounds_change_nothing_before_the_first_cut():
+    work = begin("llama", 3)
+    assert targets(work) == [(b, p) for b in (2, 4) for p in ("self_attn.o_proj", "mlp.down_proj")]
+    work = begin("llama", 0)
+    assert {block for block, _ in targets(work)} == {1, 2, 3, 4}
+
+
+# --- laws of every method ---
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_helps_or_leaves_the_cut_as_it_was(name, method):
+    loaded = adopt(ARCHITECTURES[name]())
+    plan = without(len(loaded.stack), 2)
+    smaller = cut(loaded, plan)
+    before = [(key, tensor.clone()) for key, tensor in loaded.model.state_dict().items()]
+    text = random_text()
+    repaired, story = compensate(loaded, smaller, plan, text, method=method, rounds=2)
+    for key, tensor in before:
+        torch.testing.assert_close(loaded.model.state_dict()[key], tensor, rtol=0, atol=0)
+    if not story.applied:
+        assert repaired is smaller
+        assert story.note
+        return
+    judge = split(text)[2]
+    assert story.after < story.before
+    assert mean_divergence(loaded, repaired, judge) == pytest.approx(story.after, rel=1e-5)
+    assert mean_divergence(loaded, smaller, judge) == pytest.approx(story.before, rel=1e-5)
+    old, new = smaller.model.state_dict(), repaired.model.state_dict()
+    assert old.keys() == new.keys()
+    assert {key for key in new if new[key].data_ptr() != old[key].data_ptr()} == set(story.weights)
+    assert not any(parameter.requires_grad for parameter in repaired.model.parameters())
+
+
+def test_methods_do_repair_somewhere():
+    """The law above must not hold by every method giving up everywhere."""
+    applied = set()
+    for name in ("gpt2", "granite"):
+        loaded = adopt(stored(name))
+        plan = without(len(loaded.stack), 2)
+        smaller = cut(loaded, plan)
+        for method in METHODS:
+            if compensate(loaded, smaller, plan, random_text(), method=method, rounds=2)[1].applied:
+                applied.add(method)
+    assert applied == set(METHODS) - {"none"}
+
+
+def test_cut_that_needs_no_repair_gets_none():
+    loaded = adopt(ARCHITECTURES["llama"]())
+    facts = find_projections(loaded)
+    for path in (facts.attention, facts.mlp):
+        zero(loaded.stack.blocks[2].get_submodule(path))
+    plan = without(len(loaded.stack), 2)
+    smaller = cut(loaded, plan)
+    repaired, story = compensate(loaded, smaller, plan, random_text(), method="auto", rounds=1)
+    assert repaired is smaller
+    assert not story.applied
+    assert not any(one.applied for one in story.cuts)
+    assert story.before == story.after
+
+
+def test_padding_and_batch_size_do_not_matter():
+    weights = []
+    for batch_size in (1, 16):
+        work = begin("gpt2", 2)
+        text = random_text(batch_size=batch_size)
+        refit(work, (2, 3), text, text)
+        weights.append(matrix_of(work.linear(1, work.facts.mlp)))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_same_text_gives_the_same_repair():
+    loaded = adopt(stored("llama"))
+    plan = without(len(loaded.stack), 1, 3)
+    stories = [compensate(loaded, cut(loaded, plan), plan, random_text(), rounds=2)[1] for _ in range(2)]
+    assert stories[0] == stories[1]
+    assert [(one.start, one.stop) for one in stories[0].cuts] == [(1, 2), (3, 4)]
+
+
+def test_new_weights_are_what_will_be_stored():
+    loaded = dataclasses.replace(adopt(ARCHITECTURES["gpt2"]()), stored_dtype=torch.bfloat16)
+    plan = without(len(loaded.stack), 2)
+    repaired, story = compensate(loaded, cut(loaded, plan), plan, random_text(), method="refit")
+    state = repaired.model.state_dict()
+    assert story.weights
+    for name in story.weights:
+        assert torch.equal(state[name], state[name].bfloat16().float())
+
+
+def test_cut_at_the_first_block_is_skipped_with_a_sentence():
+    loaded = adopt(stored("llama"))
+    plan = without(len(loaded.stack), 0)
+    repaired, story = compensate(loaded, cut(loaded, plan), plan, random_text(), method="refit")
+    assert not story.applied
+    assert "no block before the cut" in story.cuts[0].note
+    assert repaired.stack.block_class == loaded.stack.block_class
+
+
+def test_unknown_type_without_a_map_is_left_alone_with_a_sentence():
+    loaded = adopt(ARCHITECTURES["gemma2"]())
+    plan = without(len(loaded.stack), 2)
+    smaller = cut(loaded, plan)
+    smaller.model.config.model_type = "unheard"
+    repaired, story = compensate(loaded, smaller, plan, random_text())
+    assert repaired is smaller
+    assert "`unheard`" in story.note
+    assert "llama" in story.note
+
+
+def test_unknown_method_is_refused_with_a_near_name():
+    loaded = adopt(stored("llama"))
+    plan = without(len(loaded.stack), 2)
+    with pytest.raises(ConfigError, match="refit"):
+        compensate(loaded, cut(loaded, plan), plan, random_text(), method="refti")
+
+
+# --- what is measured ---
+
+
+def test_divergence_is_the_mean_kl_of_kept_places():
+    loaded, other = adopt(stored("llama")), adopt(stored("mistral"))
+    text = random_text(5)
+    expected, places = 0.0, 0
+    for token_ids, keep in text:
+        p, q = (run_outputs(model, token_ids, keep).double().softmax(-1) for model in (loaded, other))
+        expected += float((p * (p / q).log()).sum(-1)[keep].sum())
+        places += int(keep.sum())
+    assert mean_divergence(loaded, other, text) == pytest.approx(expected / places, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "bert-classifier", "bert-masked", "llama", "gemma2", "granite"])
+def test_divergence_from_itself_is_zero_and_places_choose(name):
+    loaded = adopt(stored(name))
+    token_ids, keep = token_batch()
+    assert mean_divergence(loaded, loaded, random_text(4)) == pytest.approx(0, abs=1e-6)
+    other = cut(loaded, without(len(loaded.stack), 1))
+    whole, count = divergence(loaded, other, token_ids, keep)
+    parts = [
+        divergence(loaded, other, token_ids, keep, places=torch.arange(first, token_ids.shape[1], 2))
+        for first in (0, 1)
+    ]
+    if name != "bert-classifier":  # one answer a text, whatever the places
+        assert sum(part[1] for part in parts) == count
+        assert float(sum(part[0] for part in parts)) == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_ordinary_tokens_are_real_not_first_and_not_massive():
+    hidden = torch.ones(2, 5, 4)
+    hidden[0, 2] *= 50
+    keep = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    expected = [[False, True, False, True, True], [False, True, True, False, False]]
+    assert ordinary(hidden, keep).tolist() == expected
+    lone = torch.tensor([[True, False]])
+    assert ordinary(torch.ones(1, 2, 4), lone).tolist() == [[True, False]]
+
+
+def test_text_is_dealt_out_in_three_without_overlap():
+    text = random_text(16)
+    fit, choose, judge = split(text)
+    assert [len(part.sequences) for part in (fit, choose, judge)] == [12, 2, 2]
+    dealt = [*fit.sequences, *choose.sequences, *judge.sequences]
+    assert all(one is other for one, other in zip(dealt, text.sequences, strict=True))
+    assert all(part is short for short in [random_text(2)] for part in split(short))

@@ -1,0 +1,565 @@
+"""Healing tiny models: what is made small, what is left alone, what is kept, when it stops, and how it goes on."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import avss.healing.loop as loop_room
+from avss.config import HealConfig
+from avss.cut import cut
+from avss.data.sources import Texts
+from avss.errors import ConfigError, DataError, InvalidPlanError, NumericalError, UnsupportedArchitectureError
+from avss.healing import heal
+from avss.healing.objectives import find_objective
+from avss.healing.pace import Pace, learning_rate_factor
+from avss.healing.pair import Pair
+from avss.healing.state import Checkpoint
+from avss.healing.text import prepare_text
+from avss.healing.weights import choose_weights
+from avss.models.load import adopt, in_dtype
+from avss.record import HealingStep, Plan
+from tests.support.architectures import ARCHITECTURES
+from tests.support.oracles import hook_count, largest_difference, run, state_copy
+from tests.support.tokenizers import word_tokenizer
+
+HEADS = ["llama", "llama-tied", "gpt2", "gemma2", "bert", "bert-masked", "distilbert-classifier", "bert-tokens"]
+
+
+def parts(patient, config: HealConfig, text: Texts, *, choice="all", labels=None, num_shared=None):
+    """Pair, objective, what is trained, and the text, of a copy of the smaller model."""
+    model = dataclasses.replace(patient.smaller, model=copy.deepcopy(patient.smaller.model))
+    trained = choose_weights(patient.dense, model, patient.plan, choice, rank=4)
+    shared = trained.num_shared if num_shared is None else num_shared
+    pair = Pair(
+        patient.dense,
+        model,
+        patient.plan,
+        num_shared=shared,
+        needs_states=config.hidden_weight > 0,
+        recompute=config.recompute,
+        precision=None,
+    )
+    objective = find_objective(patient.dense, model, config, pair.autocast, has_labels=labels is not None)
+    return pair, objective, trained, prepare_text(model, text, config, labels=labels)
+
+
+def gradients(pair, objective, trained, batches) -> dict[str, torch.Tensor]:
+    """The gradient of the mean objective over batches that make up one."""
+    count = sum(objective.count(batch) for batch in batches)
+    for value in trained.parameters.values():
+        value.grad = None
+    for batch in batches:
+        loss = objective.loss(pair.run(batch), batch, 1 / count)
+        torch.autograd.backward([loss.tensor], [loss.gradient])
+    return {name: value.grad.clone() for name, value in trained.parameters.items() if value.grad is not None}
+
+
+# --- what is made small ---
+
+
+def test_the_objective_of_a_language_model_is_the_mean_kl_over_all_places(patient, text, small):
+    one = patient("gemma2")
+    pair, objective, _, prepared = parts(one, small(), text)
+    batch = prepared.batch(prepared.drawn(0, 4))
+    with torch.no_grad():
+        found = objective.loss(pair.run(batch), batch, 1 / objective.count(batch)).value
+    p = torch.log_softmax(run(one.dense.model, batch.token_ids).double(), -1)
+    q = torch.log_softmax(run(one.smaller.model, batch.token_ids).double(), -1)
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+
+
+def test_the_share_on_the_text_is_its_negative_log_likelihood(patient, text, small):
+    one = patient()
+    pair, objective, _, prepared = parts(one, small(label_weight=1.0), text)
+    batch = prepared.batch(prepared.drawn(0, 4))
+    with torch.no_grad():
+        loss = objective.loss(pair.run(batch), batch, 1.0)
+    q = torch.log_softmax(run(one.smaller.model, batch.token_ids).double(), -1)
+    likelihood = q[:, :-1].gather(-1, batch.token_ids[:, 1:, None]).sum()
+    assert loss.value == pytest.approx(-float(likelihood), rel=1e-5)
+    assert loss.text_nats == pytest.approx(-float(likelihood), rel=1e-5)
+    assert loss.num_words == batch.token_ids[:, 1:].numel()
+
+
+def test_a_masked_model_is_asked_at_masked_places_only(patient, text, small):
+    one = patient("bert-masked")
+    pair, objective, _, prepared = parts(one, small(), text)
+    batch = prepared.batch(prepared.drawn(0, 6))
+    assert bool((batch.token_ids[batch.asked] == one.dense.tokenizer.mask_token_id).all())
+    assert not bool((batch.asked & ~batch.keep).any())
+    with torch.no_grad():
+        found = objective.loss(pair.run(batch), batch, 1 / objective.count(batch)).value
+    p = torch.log_softmax(run(one.dense.model, batch.token_ids, batch.keep).double(), -1)
+    q = torch.log_softmax(run(one.smaller.model, batch.token_ids, batch.keep).double(), -1)
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1)[batch.asked].mean()), rel=1e-5)
+
+
+def test_an_encoder_is_compared_by_states_and_embeddings(patient, text, small):
+    one = patient("bert")
+    pair, objective, _, prepared = parts(one, small(), text)
+    batch = prepared.batch(prepared.drawn(0, 5))
+    with torch.no_grad():
+        found = objective.loss(pair.run(batch), batch, 1 / 5).value
+    expected = 0.0
+    dense, ours = (run(model.model, batch.token_ids, batch.keep).double().numpy() for model in (one.dense, one.smaller))
+    for row in range(5):
+        length = int(batch.keep[row].sum())
+        d, s = dense[row, :length], ours[row, :length]
+        expected += np.mean(((s - d) ** 2).sum(-1) / (d**2).sum(-1)) / 5
+        d, s = d.mean(0), s.mean(0)
+        expected += (1 - d @ s / np.sqrt((d @ d) * (s @ s))) / 5
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_classifier_learns_from_answers_and_labels(patient, text, small):
+    one = patient("distilbert-classifier")
+    rows = Texts(texts=text.paragraphs(), source="rows")
+    labels = [index % 3 for index in range(len(rows.texts))]
+    pair, objective, _, prepared = parts(one, small(label_weight=0.25), rows, labels=labels)
+    batch = prepared.batch(prepared.drawn(0, 6))
+    assert batch.labels is not None
+    with torch.no_grad():
+        found = objective.loss(pair.run(batch), batch, 1.0).value
+    p = torch.log_softmax(run(one.dense.model, batch.token_ids, batch.keep).double(), -1)
+    q = torch.log_softmax(run(one.smaller.model, batch.token_ids, batch.keep).double(), -1)
+    kl = float((p.exp() * (p - q)).sum())
+    nll = -float(q[torch.arange(6), batch.labels].sum())
+    assert found == pytest.approx(0.75 * kl + 0.25 * nll, rel=1e-5)
+    by_text = dict(zip(rows.texts, labels, strict=True))
+    for sequence, label in zip(prepared.train, prepared.train_labels, strict=True):
+        assert by_text[one.dense.tokenizer.decode(sequence, skip_special_tokens=True)] == label
+
+
+def test_hidden_states_are_compared_after_the_same_original_block(patient, text, small):
+    one = patient("llama", removed=(1, 3))
+    pair, _, _, prepared = parts(one, small(hidden_weight=1.0), text)
+    batch = prepared.batch(prepared.drawn(0, 3))
+    sides = pair.run(batch)
+    outputs: dict[int, torch.Tensor] = {}
+    handles = [
+        block.register_forward_hook(lambda _m, _a, output, index=index: outputs.__setitem__(index, output))
+        for index, block in enumerate(one.dense.stack.blocks)
+    ]
+    run(one.dense.model, batch.token_ids)
+    for handle in handles:
+        handle.remove()
+    assert len(sides.states) == len(one.plan.kept)
+    for block, (ours, theirs) in zip(one.plan.kept, sides.states, strict=True):
+        assert torch.equal(theirs, outputs[block])
+        assert ours.requires_grad
+    assert torch.equal(sides.states[0][0], sides.states[0][1])  # nothing was removed before it
+    assert not torch.equal(sides.states[-1][0], sides.states[-1][1])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_padding_and_parts_of_a_batch_do_not_matter(patient, text, small, name):
+    one = patient(name)
+    pair, objective, trained, prepared = parts(one, small(), text)
+    drawn = sorted(prepared.drawn(0, 6), key=lambda pair: len(prepared.train[pair[1]]))
+    whole = gradients(pair, objective, trained, [prepared.batch(drawn)])
+    single = gradients(pair, objective, trained, [prepared.batch([item]) for item in drawn])
+    assert whole.keys() == single.keys()
+    for key, gradient in whole.items():
+        torch.testing.assert_close(single[key], gradient, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_sharing_the_first_blocks_changes_nothing(patient, text, small, name):
+    one = patient(name)
+    config = small()
+    found = []
+    for num_shared in (None, 0):
+        pair, objective, trained, prepared = parts(one, config, text, choice="after", num_shared=num_shared)
+        assert trained.num_shared == 1
+        batch = prepared.batch(prepared.drawn(0, 4))
+        found.append(gradients(pair, objective, trained, [batch]))
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_blocks_that_are_not_the_dense_models_are_not_shared(patient):
+    one = patient("llama", removed=(3,))
+    model = dataclasses.replace(one.smaller, model=copy.deepcopy(one.smaller.model))
+    assert choose_weights(one.dense, model, one.plan, "after", rank=4).num_shared == 2
+    with torch.no_grad():
+        model.stack.blocks[1].mlp.down_proj.weight[0, 0] += 1.0
+    assert choose_weights(one.dense, model, one.plan, "after", rank=4).num_shared == 1
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[0, 0] += 1.0
+    assert choose_weights(one.dense, model, one.plan, "after", rank=4).num_shared == 0
+
+
+# --- what it does ---
+
+
+@pytest.mark.parametrize(("name", "weights"), [*((name, "auto") for name in HEADS), ("llama-tied", "all")])
+def test_healing_brings_the_answers_nearer_and_leaves_both_models_alone(patient, text, small, name, weights):
+    one = patient(name)
+    before = state_copy(one.dense.model), state_copy(one.smaller.model)
+    wants = [value.requires_grad for value in one.dense.model.parameters()]
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(weights=weights))
+    assert healing.after.loss < healing.before.loss
+    assert healing.best_step > 0
+    for model, state in zip((one.dense.model, one.smaller.model), before, strict=True):
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        assert hook_count(model) == 0
+        assert not model.training
+    assert [value.requires_grad for value in one.dense.model.parameters()] == wants
+    assert not healed.model.training
+    stored = {value.data_ptr() for value in one.dense.model.parameters()}
+    assert stored.isdisjoint(value.data_ptr() for value in healed.model.parameters())
+    assert type(healed.model) is type(one.smaller.model)
+
+
+def test_the_held_out_loss_is_that_of_the_model_that_comes_back(patient, text, small):
+    one = patient()
+    config = small()
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, config)
+    prepared = prepare_text(one.smaller, text, config)
+    rows = []
+    for sequence in prepared.held_out:
+        p, q = (torch.log_softmax(run(model.model, sequence[None]).double(), -1) for model in (one.dense, healed))
+        rows.append((p.exp() * (p - q)).sum(-1)[0])
+        assert len(sequence) == 16
+    assert healing.after.loss == pytest.approx(float(torch.cat(rows).mean()), rel=1e-4)
+    assert healing.num_tokens == healing.num_steps * 4 * 16
+
+
+def test_embeddings_and_head_stay_unless_all_is_trained(patient, text, small):
+    one = patient("llama")
+    for weights, moves in (("blocks", False), ("after", False), ("all", True)):
+        healed, _, _ = heal(one.dense, one.smaller, one.plan, text, small(weights=weights))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            same = torch.equal(healed.model.state_dict()[name], one.dense.model.state_dict()[name])
+            assert same is not moves, (weights, name)
+    first = "model.layers.0.mlp.up_proj.weight"
+    after, _, _ = heal(one.dense, one.smaller, one.plan, text, small(weights="after"))
+    assert torch.equal(after.model.state_dict()[first], one.dense.model.state_dict()[first])
+
+
+def test_tied_weights_stay_tied(patient, text, small):
+    one = patient("llama-tied")
+    healed, _, _ = heal(one.dense, one.smaller, one.plan, text, small(weights="all"))
+    assert healed.model.lm_head.weight is healed.model.model.embed_tokens.weight
+
+
+def test_weights_come_back_rounded_as_they_will_be_stored(patient, text, small):
+    one = patient()
+    stored = dataclasses.replace(one.smaller, stored_dtype=torch.bfloat16)
+    healed, _, _ = heal(one.dense, stored, one.plan, text, small())
+    assert healed.model.dtype == torch.float32
+    assert all(torch.equal(value, value.bfloat16().float()) for value in healed.model.parameters())
+
+
+def test_a_model_in_half_precision_is_trained_in_float32(patient, text, small):
+    one = patient()
+    half = dataclasses.replace(
+        one.smaller, model=in_dtype(one.smaller.model, torch.bfloat16), stored_dtype=torch.bfloat16
+    )
+    dense = dataclasses.replace(one.dense, model=in_dtype(one.dense.model, torch.bfloat16))
+    healed, healing, _ = heal(dense, half, one.plan, text, small(precision="bfloat16"))
+    assert healed.model.dtype == torch.bfloat16
+    assert healing.after.loss < healing.before.loss
+
+
+@pytest.mark.parametrize(
+    "settings", [{"micro_batch_size": 1}, {"recompute": True}], ids=["micro-batches", "recomputed blocks"]
+)
+def test_what_saves_memory_does_not_change_the_result(patient, text, small, settings):
+    one = patient()
+    plain, _, _ = heal(one.dense, one.smaller, one.plan, text, small())
+    saving, _, _ = heal(one.dense, one.smaller, one.plan, text, small(**settings))
+    token_ids = torch.arange(5, 17)[None]
+    assert largest_difference(run(plain.model, token_ids), run(saving.model, token_ids)) < 1e-3
+
+
+def test_a_plan_without_cuts_or_with_the_first_block_is_healed_too(patient, text, small):
+    for removed in ((), (0,), (0, 1)):
+        one = patient("llama", removed=removed)
+        _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small())
+        assert healing.after.loss <= healing.before.loss
+        assert healing.settings["num_shared_blocks"] == 0
+
+
+# --- what is kept, and when it stops ---
+
+
+def test_the_best_weights_are_kept_when_the_held_out_text_gets_worse(patient, text, small, monkeypatch):
+    one = patient()
+    losses = iter([3.0, 2.0, 5.0, 6.0, 7.0])
+    states = []
+    point = loop_room.Loop._point
+
+    def scripted(self, loss):
+        found = point(self, loss)
+        if getattr(self, "measuring", False):
+            states.append({name: value.detach().clone() for name, value in self._trained.parameters.items()})
+            return found.model_copy(update={"loss": next(losses)})
+        return found
+
+    validate = loop_room.Loop._validate
+
+    def measuring(self):
+        self.measuring = True
+        validate(self)
+        self.measuring = False
+
+    monkeypatch.setattr(loop_room.Loop, "_point", scripted)
+    monkeypatch.setattr(loop_room.Loop, "_validate", measuring)
+    config = small(budget="2000 tokens", validations=10, patience=3)
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, config)
+    assert [found.loss for found in healing.validation] == [3.0, 2.0, 5.0, 6.0, 7.0]
+    assert healing.stopped == "no improvement"
+    assert healing.best_step == healing.validation[1].step
+    assert healing.num_steps > healing.best_step
+    assert all(torch.equal(healed.model.state_dict()[name], value) for name, value in states[1].items())
+    assert not all(torch.equal(healed.model.state_dict()[name], value) for name, value in states[-1].items())
+
+
+def test_training_that_only_does_harm_gives_the_weights_back(patient, text, small):
+    one = patient()
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(learning_rate=3.0, clip=1e6))
+    assert healing.best_step == 0
+    assert healing.after == healing.before
+    same = one.smaller.model.state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in healed.model.state_dict().items())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only models move: two seconds a step, one for each held-out batch."""
+    now = [100.0]
+
+    def takes(seconds: float, work):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return work(*args, **kwargs)
+
+        return timed
+
+    monkeypatch.setattr(Pair, "run", takes(2.0, Pair.run))
+    monkeypatch.setattr(Pair, "run_beside", takes(1.0, Pair.run_beside))
+    return lambda: now[0]
+
+
+@pytest.mark.parametrize("seconds", [15, 40, 60])
+def test_a_time_budget_is_kept_and_used(patient, text, small, seconds, clock):
+    one = patient()
+    config = small(budget=f"{seconds}s", held_out=8, validations=3)
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, config, clock=clock)
+    assert healing.seconds <= seconds
+    assert healing.seconds >= seconds - 2 * 2.0
+    assert healing.validation[-1].step == healing.num_steps
+    assert healing.stopped == "budget"
+
+
+def test_of_two_budgets_the_first_to_end_counts(patient, text, small, clock):
+    one = patient()
+    _, by_tokens, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="1h,200 tokens"))
+    assert by_tokens.num_tokens == 256  # the step that reaches the budget is done
+    _, by_time, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="30s,1M"), clock=clock)
+    assert by_time.seconds <= 30
+    assert by_time.num_tokens < 10**6
+
+
+def test_the_pace_sets_the_last_validation_aside():
+    pace = Pace(HealConfig(budget="100s").budget, seconds=45.0, reserve=10.0, step_seconds=5.0)
+    assert pace.used == pytest.approx(0.5)
+    assert pace.has_room()
+    pace.seconds = 85.0
+    assert pace.has_room()
+    pace.seconds = 85.1
+    assert not pace.has_room()
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
+    factors = [learning_rate_factor(used, 0.2) for used in np.linspace(0, 1, 101)]
+    assert factors[0] == 0
+    assert factors[10] == pytest.approx(0.5)
+    assert factors[20] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(0.5 * (1 + np.cos(np.pi * 0.5)))
+    assert factors[100] == pytest.approx(0.0)
+    assert factors[21:] == sorted(factors[21:], reverse=True)
+    assert learning_rate_factor(0.0, 0.0) == 1.0
+
+
+# --- going on ---
+
+
+class Killed(Exception):
+    """What a test throws in place of a signal."""
+
+
+@pytest.mark.parametrize("weights", ["auto", "lora"])
+def test_a_killed_run_goes_on_and_gives_the_same_bits(patient, text, small, tmp_path, weights, monkeypatch):
+    if weights == "lora":
+        pytest.importorskip("peft")
+    one, config = patient("bert-masked"), small(budget="500 tokens", weights=weights)
+    whole, expected, _ = heal(one.dense, one.smaller, one.plan, text, config)
+    monkeypatch.setattr(Checkpoint, "seconds_between", 0.0, raising=False)
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
+    reports = []
+
+    def dies(done: int, total: int | None, note: str) -> None:
+        reports.append((done, total, note))
+        if len(reports) == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        heal(one.dense, one.smaller, one.plan, text, config, checkpoint_folder=tmp_path, report=dies)
+    (file,) = tmp_path.iterdir()
+    steps = torch.load(file, weights_only=True)["steps"]
+    assert 0 < steps < expected.num_steps
+    healed, healing, checkpoint = heal(
+        one.dense, one.smaller, one.plan, text, config, checkpoint_folder=tmp_path, report=lambda *_: None
+    )
+    state = healed.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in whole.model.state_dict().items())
+    assert [(point.step, point.loss) for point in healing.validation] == [
+        (point.step, point.loss) for point in expected.validation
+    ]
+    assert [point.loss for point in healing.losses] == [point.loss for point in expected.losses]
+    assert checkpoint is not None
+    checkpoint.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_does_not_meet_the_checkpoint(patient, text, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
+    one = patient()
+    paths = set()
+    other_text = Texts(texts=(text.texts[0][::-1] + " cat dog",), source="other", is_prose=True)
+    other = patient("llama", removed=(3,))
+    for who, what, config in (
+        (one, text, small()),
+        (one, text, small(seed=1)),
+        (one, text, small(learning_rate=1e-4)),
+        (one, other_text, small()),
+        (other, text, small()),
+    ):
+        _, _, checkpoint = heal(who.dense, who.smaller, who.plan, what, config, checkpoint_folder=tmp_path)
+        paths.add(checkpoint.path)
+    assert len(paths) == 5
+    assert set(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize("content", [b"", b"noise" * 100, b"PK\x03\x04 truncated"])
+def test_a_damaged_checkpoint_is_no_checkpoint(tmp_path, content):
+    file = tmp_path / "state.pt"
+    file.write_bytes(content)
+    assert Checkpoint(file).read() is None
+    Checkpoint(file).write({"steps": 3})
+    assert Checkpoint(file).read() == {"format": 1, "steps": 3}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_order_of_the_text_depends_on_seed_and_place_alone(patient, text, small):
+    one = patient()
+    prepared = prepare_text(one.smaller, text, small())
+    size = len(prepared.train)
+    whole = prepared.drawn(0, 3 * size)
+    assert [item for start in range(0, 3 * size, 7) for item in prepared.drawn(start, 7)][: 3 * size] == whole
+    for epoch in range(3):
+        seen = [index for number, index in whole if number == epoch]
+        assert sorted(seen) == list(range(size))
+    assert [index for _, index in whole[:size]] != [index for _, index in whole[size : 2 * size]]
+    assert prepare_text(one.smaller, text, small(seed=1)).drawn(0, size) != whole[:size]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_no_sequence_is_trained_on_and_held_out(patient, text, small, name):
+    one = patient(name)
+    prepared = prepare_text(one.smaller, text, small(held_out=5))
+    train, held_out = ({tuple(sequence.tolist()) for sequence in part} for part in (prepared.train, prepared.held_out))
+    assert len(held_out) == 5
+    assert not train & held_out
+    assert prepared.facts.num_tokens == sum(len(sequence) for sequence in prepared.train)
+
+
+# --- adapters ---
+
+
+def test_merged_adapters_answer_as_the_model_with_adapters(patient, text, small, monkeypatch):
+    pytest.importorskip("peft")
+    import avss.healing as room
+
+    one, seen = patient("gpt2"), {}
+    token_ids = torch.arange(5, 17)[None]
+    merge = room.merge
+
+    def watched(trained):
+        seen["adapters"] = run(trained.adapters.get_base_model(), token_ids)
+        seen["names"] = list(trained.parameters)
+        merge(trained)
+
+    monkeypatch.setattr(room, "merge", watched)
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(weights="lora", rank=4))
+    assert healing.after.loss < healing.before.loss
+    assert largest_difference(run(healed.model, token_ids), seen["adapters"]) < 1e-4
+    assert largest_difference(run(healed.model, token_ids), run(one.smaller.model, token_ids)) > 1e-3
+    assert healed.model.state_dict().keys() == one.smaller.model.state_dict().keys()
+    assert all("lora" in name for name in seen["names"])
+    assert not any(".h.0." in name for name in seen["names"])
+
+
+def test_adapters_without_peft_say_what_to_install(patient, text, small, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    one = patient()
+    with pytest.raises(ConfigError, match=r"pip install 'avss-layers\[heal\]'"):
+        heal(one.dense, one.smaller, one.plan, text, small(weights="lora"))
+
+
+# --- bad input ---
+
+
+def test_too_little_text(patient, small):
+    one = patient("bert")
+    with pytest.raises(DataError, match="one to train on and one held out"):
+        heal(one.dense, one.smaller, one.plan, Texts(texts=("the cat sees",), source="x"), small())
+
+
+def test_no_tokenizer(patient, text, small):
+    one = patient()
+    with pytest.raises(DataError, match="no tokenizer"):
+        heal(one.dense, dataclasses.replace(one.smaller, tokenizer=None), one.plan, text, small())
+
+
+def test_models_and_plan_must_belong_together(patient, text, small):
+    one, other = patient(), patient("qwen3")
+    wrong = Plan(num_blocks=9, removed=(1,), method="explicit", rule="by hand")
+    with pytest.raises(InvalidPlanError, match="keeps 8 of 9 blocks"):
+        heal(one.dense, one.smaller, wrong, text, small())
+    encoder = adopt(ARCHITECTURES["qwen3-body"](), word_tokenizer())
+    with pytest.raises(UnsupportedArchitectureError, match="a `causal` head, the smaller one 99, 32 and `encoder`"):
+        heal(other.dense, cut(encoder, other.plan), other.plan, text, small())
+
+
+@pytest.mark.parametrize("which", ["dense", "smaller"])
+def test_weights_that_are_no_numbers(patient, text, small, which):
+    one = patient()
+    model = copy.deepcopy(getattr(one, which).model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    broken = dataclasses.replace(one, **{which: dataclasses.replace(getattr(one, which), model=model)})
+    with pytest.raises(NumericalError, match="before the first step"):
+        heal(broken.dense, broken.smaller, broken.plan, text, small())
+
+
+def test_a_loss_that_explodes_is_reported(patient, text, small):
+    one = patient()
+    with pytest.raises(NumericalError, match="--learning-rate"):
+        heal(one.dense, one.smaller, one.plan, text, small(learning_rate=1e30, clip=1e30, validations=1))
+
+
+def test_steps_are_thinned_to_a_curve():
+    points = [HealingStep(step=index, num_tokens=index, seconds=index, loss=float(index)) for index in range(1000)]
+    thin = loop_room._thinned(points)
+    assert len(thin) == 100
+    assert thin[0].loss == pytest.approx(4.5)
+    assert thin[-1].step == 999

@@ -1,0 +1,61 @@
+"""Shells of every architecture: the head of known states, blocks that are known, blocks that are computed again."""
+
+import pytest
+import torch
+
+from avss.models.load import adopt
+from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks
+from tests.support.architectures import ARCHITECTURES, stored, token_batch
+from tests.support.oracles import hook_count, run, state_copy
+
+PREDICTS_WORDS = [name for name in ARCHITECTURES if adopt(stored(name)).head in ("causal", "masked")]
+
+
+@pytest.mark.parametrize("name", PREDICTS_WORDS)
+def test_the_head_shell_answers_as_the_model(name):
+    loaded = adopt(stored(name))
+    token_ids, _ = token_batch(padded=False)
+    with torch.no_grad():
+        hidden = loaded.model.base_model(input_ids=token_ids)[0]
+        assert torch.equal(HeadShell(loaded.model)(hidden), run(stored(name), token_ids))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_shell_with_known_and_recomputed_blocks_answers_as_the_model(name):
+    model = stored(name)
+    loaded, before = adopt(model), state_copy(model)
+    token_ids, keep = token_batch()
+    blocks, outputs = loaded.stack.blocks, []
+    handle = blocks[1].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    expected = run(model, token_ids, keep)
+    handle.remove()
+    known = [KnownBlock(block) for block in blocks[:2]]
+    for block in known:
+        block.output = outputs[0]
+    shell = with_blocks(model, loaded.stack, [*known, *(RecomputedBlock(block) for block in blocks[2:])])
+    assert torch.equal(run(shell, token_ids, keep), expected)
+    assert torch.equal(run(model, token_ids, keep), expected)
+    assert loaded.stack.blocks is blocks
+    assert hook_count(model) == 0
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_recomputed_blocks_give_the_same_gradient():
+    model = ARCHITECTURES["llama"]()
+    loaded = adopt(model)
+    token_ids, _ = token_batch(padded=False)
+    gradients = []
+    for shell in (model, with_blocks(model, loaded.stack, [RecomputedBlock(block) for block in loaded.stack.blocks])):
+        model.zero_grad()
+        shell(input_ids=token_ids, use_cache=False).logits.square().mean().backward()
+        gradients.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_a_stand_in_answers_for_its_block():
+    block = stored("gemma3").model.layers[0]
+    assert KnownBlock(block).self_attn is block.self_attn
+    with pytest.raises(AttributeError):
+        _ = KnownBlock(block).no_such_thing
