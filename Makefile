@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test real lint bench clean
+.PHONY: demo test real lint bench sweep clean
 
 # Score, cut, verify and evaluate a real 30-block language model, and open up a report under demo/.
 demo: .venv/installed .venv/models
@@ -25,6 +25,10 @@ bench: .venv/installed .venv/models
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/damage.py
 	$(BIN)/python benchmarks/on_disk.py
+
+# Every architecture of transformers against the laws of a cut -> docs/architectures.md. Long; goes on where it stopped.
+sweep: .venv/tested
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tools.sweep
 
 clean:
 	rm -rf .venv demo runs

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avss.errors import NoObservationsError
+from avss.errors import NoObservationsError, UnsupportedArchitectureError
+from avss.models.families import Family, facts_of
 from avss.models.forward import run_body
 from avss.models.gradients import watched_gradients
 from avss.models.load import Loaded
@@ -89,16 +90,27 @@ def _forward(
     seen: Seen = {}
     passages: dict[str, Passage] = {}
     current_keep = torch.empty(0)
+    ran: set[int] = set()
     previous: Hidden | None = None
+    stack = loaded.stack
+    family = facts_of(stack.owner(loaded.model.config).model_type)
 
     def observe(index: int, before: Tensor, after: Tensor) -> None:
         nonlocal previous
+        if index in ran:
+            raise UnsupportedArchitectureError(
+                f"Block {index} runs several times in one pass (its weights are shared), so it has no single score."
+            )
+        ran.add(index)
+        if family.time_major:
+            before, after = before.transpose(0, 1), after.transpose(0, 1)
         # The state between two blocks is one tensor; its numbers are computed once.
         hidden_in = previous if previous is not None and previous.source is before else Hidden(before)
         previous = Hidden(after)
+        fitting = _fitting(current_keep, after, family)
         if by_block:
             sublayers = inside.take(index, before) if inside is not None else None
-            observation = Observation(hidden_in, previous, current_keep.to(before.device), sublayers)
+            observation = Observation(hidden_in, previous, fitting.to(before.device), sublayers)
             for statistic in by_block:
                 seen[statistic, index] = statistic.observe(observation)
         for passage in passages.values():
@@ -108,15 +120,21 @@ def _forward(
     with contextlib.ExitStack() as hooks:
         looks_inside = any(statistic.looks_inside for statistic in by_block)
         inside = hooks.enter_context(SubLayerStates.watched(loaded)) if looks_inside else None
-        hooks.enter_context(hooked(loaded.stack, observe))
+        hooks.enter_context(hooked(stack, observe))
         for token_ids, keep in batches:
             current_keep, previous, num_batches = keep, None, num_batches + 1
             seen = {}
-            passages = {one.token: Passage(keep, len(loaded.stack), one.token) for one in by_stack}
+            ran.clear()
+            passages = {one.token: Passage(keep, len(stack), one.token) for one in by_stack}
             if statistics:
                 run_body(loaded, token_ids, keep)
+                if len(ran) != len(stack):
+                    raise UnsupportedArchitectureError(
+                        f"{len(stack) - len(ran)} of {len(stack)} blocks of `{stack.path}` do not run on text, so text "
+                        "cannot score them. Choose a stack that reads text (`avss inspect` lists them)."
+                    )
             for statistic in by_stack:
-                for index in range(len(loaded.stack)):
+                for index in range(len(stack)):
                     seen[statistic, index] = statistic.observe(passages[statistic.token].windows_from(index))
             yield seen
             on_batch()
@@ -154,6 +172,17 @@ def _backward(
 def _weights(loaded: Loaded, statistics: tuple[AbstractStatistic, ...]) -> Seen:
     numbers = [WeightNumbers.of(weight_matrices(block).values()) for block in loaded.stack.blocks]
     return {(one, index): one.observe(numbers[index]) for one in statistics for index in range(len(numbers))}
+
+
+def _fitting(keep: Tensor, hidden: Tensor, family: Family) -> Tensor:
+    """The mask of a hidden state's tokens. Some models lengthen a batch: what they add is no token."""
+    (rows, length), (num_sequences, num_tokens) = keep.shape, hidden.shape[:2]
+    if num_sequences != rows or num_tokens < length or (num_tokens > length and not family.lengthens):
+        raise UnsupportedArchitectureError(
+            f"A block's hidden state is {tuple(hidden.shape)} for a batch of {rows} sequences of {length} tokens: "
+            "which of its rows are tokens is not known, so it cannot be scored on text."
+        )
+    return torch.nn.functional.pad(keep, (0, num_tokens - length)) if num_tokens > length else keep
 
 
 def _to_rows(columns: dict[str, Tensor]) -> Rows:

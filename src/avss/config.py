@@ -95,6 +95,8 @@ class ModelConfig(Settings):
     """Hub branch, tag or commit."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+    stack: str = "auto"
+    """Which stack of blocks: `auto`, or its name or path (`encoder`, `decoder`, `text`, `vision`, ...)."""
 
 
 class DataConfig(Settings):

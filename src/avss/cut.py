@@ -1,13 +1,15 @@
-"""Cuts blocks out of a model: new config -> empty model -> remapped weights. Never patches a live module."""
+"""Cuts blocks out of a model: new config -> empty model -> remapped weights -> proof. Never patches a live module."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
-from avss.models.load import Loaded, assemble
+from avss.models.families import Family, facts_of
+from avss.models.load import Loaded, empty_model, fill
+from avss.models.proof import refuse_other_blocks, refuse_other_outputs
 from avss.models.rewrite import rewrite_config
 from avss.record import Plan
 
@@ -33,15 +35,39 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
             "model. Load the full-precision checkpoint."
         )
     config = rewrite_config(loaded.model.config, stack, plan)
-    state = remap(loaded.model.state_dict(), stack.path, plan)
-    model = assemble(type(loaded.model), config, state)
+    family = facts_of(stack.owner(config).model_type)
+    try:
+        empty = empty_model(type(loaded.model), config)
+    except Exception as error:  # whatever a stranger's constructor raises
+        raise UnsupportedArchitectureError(
+            f"transformers cannot build this `{stack.owner(config).model_type}` model without these blocks: "
+            f"{' '.join(str(error).split())[:300]}."
+        ) from error
+    refuse_other_blocks(loaded.blueprint, empty, stack, plan)
+    state = remap(loaded.model.state_dict(), stack.path, plan, family)
+    try:
+        model = fill(empty, state)
+    except RuntimeError as error:
+        raise UnsupportedArchitectureError(
+            f"This `{stack.owner(config).model_type}` model cannot lose these blocks: the smaller model does not take "
+            f"the weights of the kept ones: {' '.join(str(error).split())[:300]}."
+        ) from error
     if getattr(loaded.model, "generation_config", None) is not None:
         model.generation_config = loaded.model.generation_config
-    return dataclasses.replace(loaded, model=model)
+    smaller = loaded.with_model(model)
+    refuse_other_outputs(loaded, smaller, plan)
+    return smaller
 
 
-def remap(state: Mapping[str, Tensor], path: str, plan: Plan) -> dict[str, Tensor]:
+def remap(state: Mapping[str, Tensor], path: str, plan: Plan, family: Family | None = None) -> dict[str, Tensor]:
     """Drops the removed blocks' keys and renumbers the rest. Anchored at the stack's path: other lists are left alone.
+
+    Args:
+        state: Keys and tensors.
+        path: Of the stack.
+        plan: The blocks removed.
+        family: Facts about the architecture: what the first block holds for all goes to the new first block, and
+            tensors that hold one slice per block lose the slices of the removed ones.
 
     Example:
         >>> plan = Plan(num_blocks=3, removed=(1,), method="explicit", rule="by hand")
@@ -52,8 +78,19 @@ def remap(state: Mapping[str, Tensor], path: str, plan: Plan) -> dict[str, Tenso
     remapped: dict[str, Tensor] = {}
     for key, tensor in state.items():
         match = inside.fullmatch(key)
-        if match is None:
+        axis = family.packed_axis(key) if family else None
+        if axis is not None:
+            remapped[key] = _without_slices(tensor, axis, plan)
+        elif match is None:
             remapped[key] = tensor
+        elif family and int(match[1]) == 0 and family.leads(match[2]):
+            remapped[f"{path}.0.{match[2]}"] = tensor
         elif int(match[1]) in plan.index_map:
             remapped[f"{path}.{plan.index_map[int(match[1])]}.{match[2]}"] = tensor
     return remapped
+
+
+def _without_slices(tensor: Tensor, axis: int, plan: Plan) -> Tensor:
+    """A tensor of equal slices per block along an axis, without those of the removed blocks."""
+    slices = tensor.chunk(plan.num_blocks, dim=axis)
+    return torch.cat([slices[block] for block in plan.kept], dim=axis).contiguous()

@@ -182,15 +182,16 @@ def test_config_files(avss_command, tmp_path):
     refused(avss_command("run", "some/model"), "--out")
 
 
-def test_an_architecture_that_is_not_proven_is_refused_before_scoring(avss_command, tmp_path):
-    from transformers import OPTConfig, OPTForCausalLM
+def test_an_architecture_that_cannot_be_cut_is_refused_before_scoring(avss_command, tmp_path):
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
-    config = OPTConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16
+    config = DiffLlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2
     )
-    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    refused(avss_command("prune", tmp_path / "opt", "--count", 1, "--out", tmp_path / "x", "--quiet"), "opt", "Proven")
-    answer = avss_command("inspect", tmp_path / "opt")
+    DiffLlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    arguments = ("prune", tmp_path / "model", "--count", 1, "--out", tmp_path / "x", "--quiet")
+    refused(avss_command(*arguments), "diffllama", "cannot be cut", "index")
+    answer = avss_command("inspect", tmp_path / "model")
     assert answer.code == 0
     assert "not cut" in answer.out
 

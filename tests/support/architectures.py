@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that may be cut, built from config objects: no download, a few milliseconds.
+"""Tiny random models of the common text architectures, built from config objects: no download, a few milliseconds.
 
 Every weight is drawn anew, norms and biases included, and large enough that each block changes the result: a cut that
 takes the wrong block, or mixes two of them up, cannot go unnoticed.
@@ -160,7 +160,7 @@ ARCHITECTURES: dict[str, Builder] = {
     "xlm-roberta-masked": encoder("XLMRobertaConfig", "XLMRobertaForMaskedLM"),
     "xlm-roberta-classifier": encoder("XLMRobertaConfig", "XLMRobertaForSequenceClassification"),
 }
-"""Name -> builder of a tiny model. Each model type of `avss.models.families.FAMILIES` is here, and no other."""
+"""Name -> builder of a tiny model. Architectures of other kinds are in `tests/laws/test_every_architecture.py`."""
 
 
 @functools.cache

@@ -29,41 +29,34 @@ def is_causal(model: PreTrainedModel) -> bool:
     return auto_class_name(model) == "AutoModelForCausalLM"
 
 
-class Identity(nn.Module):
-    """A block that does nothing, and answers in the form of the block whose place it takes."""
+class PassedOn(nn.Module):
+    """A block whose work is thrown away: what came in goes out, in the form in which the block answers."""
 
-    def __init__(self, answers_with_tuple: bool) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.answers_with_tuple = answers_with_tuple
+        self.block = block
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states,) if self.answers_with_tuple else hidden_states
+    def __getattr__(self, name: str) -> Any:
+        # Models ask their blocks for settings, such as the kind of attention.
+        return super().__getattr__(name) if name == "block" else getattr(self.block, name)
 
-
-_TUPLE_BLOCKS: dict[type[nn.Module], bool] = {}
-
-
-def answers_with_tuple(model: PreTrainedModel, path: str) -> bool:
-    """Whether the blocks at this path return tuples."""
-    answers: list[Any] = []
-    block = model.get_submodule(path)[0]
-    if type(block) in _TUPLE_BLOCKS:
-        return _TUPLE_BLOCKS[type(block)]
-    handle = block.register_forward_hook(lambda _module, _args, output: answers.append(output))
-    try:
-        run(model, torch.tensor([[5, 6, 7]]))
-    finally:
-        handle.remove()
-    return _TUPLE_BLOCKS.setdefault(type(block), isinstance(answers[0], tuple))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else next(iter(kwargs[name] for name in ("hidden_states", "x") if name in kwargs))
+        answer = self.block(*args, **kwargs)
+        if isinstance(answer, tuple | list):
+            return type(answer)((given, *answer[1:]))
+        if isinstance(answer, dict):
+            answer[next(iter(answer))] = given
+            return answer
+        return given
 
 
 def without_blocks(model: PreTrainedModel, path: str, removed: Iterable[int]) -> PreTrainedModel:
     """A copy of the model in which these blocks do nothing: the meaning of a cut."""
     bypass = copy.deepcopy(model)
     blocks = bypass.get_submodule(path)
-    kind = answers_with_tuple(model, path)
     for index in removed:
-        blocks[index] = Identity(kind)
+        blocks[index] = PassedOn(blocks[index])
     return bypass.eval()
 
 

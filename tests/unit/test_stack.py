@@ -1,13 +1,17 @@
 """Hooks on blocks of every shape that transformers has had."""
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
+from tools.sweep.shrink import small_config
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from avss.errors import UnsupportedArchitectureError
 from avss.models.forward import run_body
-from avss.models.stack import bypassed, hooked
+from avss.models.stack import bypassed, find_stack, find_stacks, hooked
 from tests.support.fakes import ANSWERS, CALLS, AddingBlock, adding, stack_of
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -114,3 +118,99 @@ def test_hooks_are_removed_when_attaching_fails():
     with pytest.raises(TypeError), hooked(stack, lambda index, before, after: None):
         pass
     assert not block._forward_hooks
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def on_meta(class_name: str, model_type: str, **settings: Any) -> Any:
+    model_class = getattr(transformers, class_name)
+    with torch.device("meta"):
+        return model_class(small_config(model_type, **settings))
+
+
+FOUND: list[tuple[str, str, dict[str, Any], dict[str, tuple[str, str]], str]] = [
+    # class, type, settings, name -> (path, counted by), the one taken by itself
+    ("LlamaForCausalLM", "llama", {}, {"blocks": ("model.layers", "num_hidden_layers")}, "blocks"),
+    ("GPT2LMHeadModel", "gpt2", {}, {"blocks": ("transformer.h", "n_layer")}, "blocks"),
+    ("OPTForCausalLM", "opt", {}, {"blocks": ("model.decoder.layers", "num_hidden_layers")}, "blocks"),
+    (
+        "BartForConditionalGeneration",
+        "bart",
+        {},
+        {"encoder": ("model.encoder.layers", "encoder_layers"), "decoder": ("model.decoder.layers", "decoder_layers")},
+        "decoder",
+    ),
+    (
+        "T5ForConditionalGeneration",
+        "t5",
+        {"num_decoder_layers": 5},
+        {"encoder": ("encoder.block", "num_layers"), "decoder": ("decoder.block", "num_decoder_layers")},
+        "decoder",
+    ),
+    (
+        "LlavaForConditionalGeneration",
+        "llava",
+        {},
+        {
+            "vision": ("model.vision_tower.encoder.layers", "vision_config.num_hidden_layers"),
+            "text": ("model.language_model.layers", "text_config.num_hidden_layers"),
+        },
+        "text",
+    ),
+    ("NemotronHForCausalLM", "nemotron_h", {}, {"blocks": ("model.layers", "layers_block_type")}, "blocks"),
+]
+
+
+@pytest.mark.parametrize(("class_name", "model_type", "settings", "expected", "chosen"), FOUND)
+def test_every_stack_is_found_with_the_field_that_counts_it(class_name, model_type, settings, expected, chosen):
+    model = on_meta(class_name, model_type, **settings)
+    stacks, _ = find_stacks(model)
+    assert {one.name: (one.path, ".".join((*one.config_path, one.count_field))) for one in stacks} == expected
+    taken = find_stack(model)
+    assert taken.name == chosen
+    assert taken.reason
+    for name, (path, _) in expected.items():
+        assert find_stack(model, name).path == find_stack(model, path).path == path
+
+
+def test_a_decoder_is_not_counted_by_the_encoders_field():
+    """`num_hidden_layers` of BART is the encoder's: a decoder of that length must not take it."""
+    model = on_meta("BartForConditionalGeneration", "bart")
+    model.config.decoder_layers = 9
+    stacks, rejected = find_stacks(model)
+    assert [one.path for one in stacks] == ["model.encoder.layers"]
+    assert [one.path for one in rejected] == ["model.decoder.layers"]
+
+
+def test_an_unknown_stack_is_refused_with_the_names():
+    with pytest.raises(UnsupportedArchitectureError, match=r"Unknown stack `decodr`. Did you mean .*decoder.*encoder"):
+        find_stack(on_meta("T5ForConditionalGeneration", "t5"), "decodr")
+
+
+NO_STACK = [
+    ("AlbertForMaskedLM", "albert", r"`albert.encoder.albert_layer_groups`.*no config says that there are 1"),
+    ("XLMWithLMHeadModel", "xlm", r"`n_layers` also counts.*which of them is a block cannot be told"),
+    ("SwinForImageClassification", "swin", r"`swin.encoder.layers` \(4 x SwinStage\)"),
+    ("IdeficsForVisionText2Text", "idefics", r"no stack of text blocks.*gated_cross_attn_layers"),
+]
+
+
+@pytest.mark.parametrize(("class_name", "model_type", "reason"), NO_STACK)
+def test_a_model_without_a_stack_is_refused_with_what_was_found(class_name, model_type, reason):
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        find_stack(on_meta(class_name, model_type))
+
+
+def test_a_list_of_one_repeated_module_is_no_stack():
+    model = on_meta("LlamaForCausalLM", "llama")
+    block = model.model.layers[0]
+    model.model.layers = nn.ModuleList([block] * 5)
+    with pytest.raises(UnsupportedArchitectureError, match="several times: its repeats share their weights"):
+        find_stack(model)
+
+
+def test_several_streams_are_said_to_be_several_streams():
+    block = Returns(torch.zeros(1, 2, 4, 3))
+    with watch(block), pytest.raises(UnsupportedArchitectureError, match=r"several streams.*cut, not scored"):
+        block(torch.zeros(1, 2, 4, 3))

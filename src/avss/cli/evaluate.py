@@ -34,6 +34,7 @@ def command(
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.", rich_help_panel=_PROMPT)] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.", rich_help_panel=_PROMPT)] = None,
     out: opt.Out = None,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -73,6 +74,7 @@ def command(
     if out is not None:
         check_free(out, force=force)
     loading = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    loading["stack"] = stack
     with opt.shown_stages(quiet=quiet) as stages:
         record = composer.evaluate(
             model,

@@ -10,6 +10,7 @@ from avss.cli import options as opt
 
 def command(
     model: opt.Model,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     device: opt.Device = "cpu",
     revision: opt.Revision = None,
@@ -17,12 +18,12 @@ def command(
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Show the block stack found in MODEL and every config field that a cut would change."""
+    """Show the block stacks found in MODEL, why one was chosen, and every config field that a cut would change."""
     from avss import composer
 
     with opt.shown_stages(quiet=quiet or json) as stages, stages("Loading the model"):
         found = composer.inspect(
-            model, head=head, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model, head=head, device=device, revision=revision, trust_remote_code=trust_remote_code, stack=stack
         )
     if json:
         raw = {

@@ -35,6 +35,14 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=_LOADING)
 ]
+Stack = Annotated[
+    str,
+    typer.Option(
+        help="Stack of blocks to work on: auto, or a name or path that `avss inspect` lists (encoder, decoder, text, "
+        "vision, ...).",
+        rich_help_panel=_LOADING,
+    ),
+]
 
 _TEXT = "Calibration text"
 Data = Annotated[

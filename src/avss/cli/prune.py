@@ -43,6 +43,7 @@ def command(
     seq_len: opt.SeqLen = 512,
     batch_size: opt.BatchSize = 8,
     seed: opt.Seed = 0,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -102,6 +103,11 @@ def command(
         reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype)
         if reason and not quiet:
             typer.echo(reason, err=True)
+    if stack != "auto" and (on_disk or reason or file_format == "gguf"):
+        raise ConfigError(
+            "`--stack` works in memory only: from file to file the stack that avss takes by itself is cut. Leave out "
+            "`--stack`, or cut in memory (`--in-memory`)."
+        )
     check_compensation(compensate, in_memory=not (on_disk or reason or file_format == "gguf"))
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
@@ -125,7 +131,7 @@ def command(
 
             with stages("Loading the model"):
                 loaded = composer.load(
-                    model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **loading
+                    model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, stack=stack, **loading
                 )
             record = composer.prune(
                 loaded,

@@ -61,6 +61,7 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a forward pass.", show_default="8")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
     first_token: Annotated[str | None, typer.Option(help="keep or drop.", show_default="keep")] = None,
+    stack: Annotated[str | None, typer.Option(help="Stack of blocks to work on.", show_default="auto")] = None,
     head: Annotated[str | None, typer.Option(help="What to load it as.", show_default="auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="To compute in.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute.", show_default="auto")] = None,
@@ -83,6 +84,7 @@ def command(
                 device=device,
                 revision=revision,
                 trust_remote_code=trust_remote_code or None,
+                stack=stack,
             ),
             "data": opt.given(source=data, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed),
             "plan": opt.given(

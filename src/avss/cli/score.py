@@ -49,6 +49,7 @@ def command(
             show_default="ffn",
         ),
     ] = None,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -71,6 +72,7 @@ def command(
         "device": device,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        "stack": stack,
     }
     count_first_token = opt.first_token(first_token)
     if out is not None:

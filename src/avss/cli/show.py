@@ -221,6 +221,21 @@ def show_inspection(inspection: "Inspection") -> None:
         f"Stack `{model.stack}`: {model.num_blocks} x {inspection.block_class}, {model.num_block_parameters:,} of "
         f"{model.num_parameters:,} parameters ({share:.1%}), stored as {model.dtype}, hidden size {model.hidden_size}"
     )
+    if inspection.reason:
+        console.print(f"Chosen because: {escape(inspection.reason)}")
+    if len(inspection.stacks) > 1:
+        grid = _table("Stacks of blocks (choose one with --stack)")
+        for column in ("name", "path", "blocks", "counted by", "parameters"):
+            grid.add_column(column, overflow="fold")
+        for found in inspection.stacks:
+            mark = "[bold]*[/bold] " if found.path == model.stack else ""
+            what = f"{found.num_blocks} x {found.block_class}"
+            grid.add_row(mark + found.name, found.path, what, found.count_field, f"{found.num_parameters:,}")
+        console.print(grid)
+    for rejected in inspection.rejected:
+        console.print(f"[dim]Not a stack: `{rejected.path}` ({rejected.description}): {escape(rejected.reason)}[/dim]")
+    for block, reason in inspection.pinned.items():
+        console.print(f"Block {block} cannot go: {escape(reason)}")
     sizes = sorted(set(inspection.block_parameters))
     console.print(f"Parameters in a block: {' to '.join(f'{size:,}' for size in {sizes[0]: 0, sizes[-1]: 0})}")
     if inspection.refusal:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avss.composer.disk import OVERHEAD_BYTES, parse_bytes
 from avss.composer.gguf_pruning import find_gguf
-from avss.composer.inputs import probe_batch
+from avss.composer.inputs import text_batch
 from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
 from avss.errors import InvalidPlanError, ModelLoadError
 from avss.models.forward import run_outputs
@@ -206,7 +206,7 @@ def _run(
     gguf_file = saved.gguf.path.name if saved.gguf else None
     try:
         empty = load_empty(saved.source, head=head, trust_remote_code=trust_remote_code, with_tokenizer=True)
-        batch = probe_batch(empty)
+        batch = text_batch(empty)
         fresh = run_afresh(
             saved.folder,
             batch,

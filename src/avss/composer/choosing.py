@@ -15,6 +15,7 @@ from avss.data.batches import Batches
 from avss.errors import ConfigError, DataError, DegenerateStatisticError, InvalidPlanError, TaskError
 from avss.evaluation import evaluate_task, retention
 from avss.models.load import Loaded
+from avss.models.rewrite import pinned_blocks
 from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks
 from avss.progress import Timed
 from avss.record import BlockScores, Plan, RunRecord, ScoreTable, SearchResult
@@ -74,6 +75,7 @@ def choose(
         return sized.chosen(earlier.plan, most=len(earlier.points), search=earlier)
     criterion = find_criteria([config.criterion])[0]
     protects_ends = criterion.protects_ends or config.select != "scores"
+    config = with_pinned(config, loaded, protects_ends=protects_ends)
     protected = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
     if config.rule == "mass":  # how many go is the scores' own answer
         scores = _scores(criterion, loaded, batches, table, timed)
@@ -99,6 +101,15 @@ def choose(
         loaded, batches, config, search, count=most, protected=protected, prior=prior, stages=timed, command=command
     )
     return sized.chosen(found.plan, most=most, search=found)
+
+
+def with_pinned(config: PlanConfig, loaded: Loaded, *, protects_ends: bool) -> PlanConfig:
+    """The settings with the blocks protected that the architecture cannot lose, whatever `protect` says."""
+    pinned = {pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)}
+    if not pinned:
+        return config
+    asked = protected_blocks(config.protect, len(loaded.stack), protects_ends=protects_ends)
+    return config.model_copy(update={"protect": ",".join(map(str, sorted({*asked, *pinned})))})
 
 
 def read_search(path: Path, loaded: Loaded) -> SearchResult:

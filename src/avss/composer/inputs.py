@@ -11,8 +11,11 @@ from torch import Tensor
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
 from avss.data.sources import read_texts
-from avss.errors import DataError
+from avss.errors import DataError, UnsupportedArchitectureError
 from avss.models.load import Loaded, adopt, load_model
+from avss.models.probe import probe_inputs
+from avss.models.stack import AUTO
+from avss.models.verify import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +33,7 @@ def load(
         model: Hub id, folder, GGUF file, or a model object.
         tokenizer: For a model object: its tokenizer.
         head: `auto`, or what to use it as: causal, masked, classifier, encoder, seq2seq.
-        **settings: `dtype`, `device`, `revision`, `trust_remote_code`; see `avss.config.ModelConfig`.
+        **settings: `dtype`, `device`, `revision`, `trust_remote_code`, `stack`; see `avss.config.ModelConfig`.
 
     Raises:
         ModelLoadError: It cannot be read.
@@ -38,7 +41,7 @@ def load(
     if isinstance(model, Loaded):
         return model
     if isinstance(model, torch.nn.Module):
-        return adopt(model, tokenizer, head=head)
+        return adopt(model, tokenizer, head=head, stack=settings.get("stack", AUTO))
     config = build(ModelConfig, {"source": str(model), "head": head, **settings})
     return load_model(
         config.source,
@@ -47,6 +50,7 @@ def load(
         device=config.device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        stack=config.stack,
     )
 
 
@@ -104,8 +108,22 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
     return {"model": settings.pop("source"), **settings}
 
 
-def probe_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
-    """A small batch with padding in it, for verification: real text where there is a tokenizer, drawn ids otherwise."""
+def probe_batch(loaded: Loaded) -> Batch:
+    """A small batch with padding in it, for verification: text, or images or sound for a stack that reads those."""
+    return text_batch(loaded) if loaded.reads_text else probe_inputs(loaded.tower(), num_sequences=3)
+
+
+def text_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
+    """Token ids and keep mask of a few texts: real text where there is a tokenizer, drawn ids otherwise.
+
+    Raises:
+        UnsupportedArchitectureError: The stack does not read text.
+    """
+    if not loaded.reads_text:
+        raise UnsupportedArchitectureError(
+            f"`{type(loaded.model).__name__}` reads `{loaded.model.main_input_name}`, and only models that read text "
+            "can be run here. Such a model is verified when `avss prune` saves it."
+        )
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
         # A folder without tokenizer files still gets a tokenizer from transformers, one that knows no words.

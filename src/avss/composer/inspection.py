@@ -5,11 +5,35 @@ from typing import TYPE_CHECKING, Any
 
 from avss.composer.inputs import AnyModel, load
 from avss.errors import UnsupportedArchitectureError
-from avss.models.rewrite import config_changes, rewrite_config
+from avss.models.load import Loaded, empty_model
+from avss.models.proof import refuse_other_blocks
+from avss.models.rewrite import config_changes, find_family, pinned_blocks, rewrite_config
+from avss.models.stack import RejectedList, find_stacks
 from avss.record import FieldChange, ModelFacts, Plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundStack:
+    """One stack of blocks in a model.
+
+    Attributes:
+        name: What `--stack` calls it.
+        path: Dotted path of its module list.
+        num_blocks: Its length.
+        block_class: Class of the blocks.
+        count_field: Config field that counts the blocks, e.g. `text_config.num_hidden_layers`.
+        num_parameters: Parameters of all its blocks.
+    """
+
+    name: str
+    path: str
+    num_blocks: int
+    block_class: str
+    count_field: str
+    num_parameters: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +47,10 @@ class Inspection:
         refusal: Why it cannot be cut; None where it can.
         example: The plan the changes are shown for.
         changes: Config fields that plan would change.
+        stacks: Every stack found, the chosen one among them.
+        reason: Why that one was chosen.
+        rejected: Other module lists, each with the reason why it is no stack.
+        pinned: Blocks that cannot go -> why.
     """
 
     model: ModelFacts
@@ -31,21 +59,26 @@ class Inspection:
     refusal: str | None
     example: Plan
     changes: tuple[FieldChange, ...]
+    stacks: tuple[FoundStack, ...] = ()
+    reason: str = ""
+    rejected: tuple[RejectedList, ...] = ()
+    pinned: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 def inspect(model: AnyModel, *, tokenizer: "PreTrainedTokenizerBase | None" = None, **settings: Any) -> Inspection:
-    """The block stack found in a model, and every config field that a cut would change.
+    """The block stacks found in a model, and every config field that a cut of the chosen one would change.
 
     Raises:
         ModelLoadError: The model cannot be read.
         UnsupportedArchitectureError: No block stack was found; the message lists what was.
     """
     loaded = load(model, tokenizer, **settings)
-    stack = loaded.stack
-    plan = example_plan(len(stack))
+    stack, config = loaded.stack, loaded.model.config
+    stacks, rejected = find_stacks(loaded.model)
+    plan = example_plan(loaded)
     refusal, changes = None, ()
     try:
-        changes = config_changes(loaded.model.config, rewrite_config(loaded.model.config, stack, plan))
+        changes = config_changes(config, _try_cut(loaded, plan))
     except UnsupportedArchitectureError as error:
         refusal = str(error)
     return Inspection(
@@ -55,10 +88,44 @@ def inspect(model: AnyModel, *, tokenizer: "PreTrainedTokenizerBase | None" = No
         refusal=refusal,
         example=plan,
         changes=changes,
+        stacks=tuple(
+            FoundStack(
+                name=found.name,
+                path=found.path,
+                num_blocks=len(found),
+                block_class=found.block_class,
+                count_field=".".join((*found.config_path, found.count_field)),
+                num_parameters=found.num_parameters,
+            )
+            for found in stacks
+        ),
+        reason=stack.reason,
+        rejected=rejected,
+        pinned={pin.block: pin.reason for pin in pinned_blocks(config, stack)},
     )
 
 
-def example_plan(num_blocks: int) -> Plan:
-    """One block in the middle: what any cut changes, it changes."""
-    removed = (num_blocks // 2,) if num_blocks > 1 else ()
-    return Plan(num_blocks=num_blocks, removed=removed, method="explicit", rule="an example")
+def refuse_uncuttable(loaded: Loaded) -> None:
+    """Refuses a model from which not even the example block can be removed, before any work is spent on it.
+
+    Raises:
+        UnsupportedArchitectureError: With the reason.
+    """
+    find_family(loaded.model.config, loaded.stack)
+    rewrite_config(loaded.model.config, loaded.stack, example_plan(loaded, removed=0))
+
+
+def _try_cut(loaded: Loaded, plan: Plan) -> "PretrainedConfig":
+    """The smaller config, once the blocks that it builds are known to be the old ones."""
+    config = rewrite_config(loaded.model.config, loaded.stack, plan)
+    refuse_other_blocks(loaded.blueprint, empty_model(type(loaded.model), config), loaded.stack, plan)
+    return config
+
+
+def example_plan(loaded: Loaded, *, removed: int = 1) -> Plan:
+    """One block near the middle that may go: what any cut changes, it changes."""
+    num_blocks = len(loaded.stack)
+    pinned = {pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)}
+    free = sorted(set(range(num_blocks)) - pinned, key=lambda block: abs(block - num_blocks // 2))
+    chosen = tuple(free[:removed]) if num_blocks > 1 else ()
+    return Plan(num_blocks=num_blocks, removed=chosen, method="explicit", rule="an example")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avss.composer.inputs import probe_batch
+from avss.composer.inputs import probe_batch, text_batch
 from avss.cut import cut
 from avss.errors import VerificationError
 from avss.models.forward import can_generate, generate, run_outputs
@@ -41,7 +41,7 @@ def prove_gguf(result: Path, original: Loaded, plan: Plan) -> Verification:
         VerificationError: A check failed.
     """
     smaller = cut(original, plan)
-    batch = probe_batch(smaller)
+    batch = text_batch(smaller)
     fresh = load_model(result, head=original.head, device=str(original.device))
     actual, expected = outputs_at_tokens(fresh, batch), outputs_at_tokens(smaller, batch)
     with bypassed(original.stack, plan.removed):

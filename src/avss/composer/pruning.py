@@ -11,7 +11,7 @@ from avss.composer.choosing import choose
 from avss.composer.disk import check_scores, fits_memory, parse_bytes, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
-from avss.composer.inspection import example_plan
+from avss.composer.inspection import refuse_uncuttable
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
 from avss.config import DataConfig, PlanConfig, SearchConfig, build, check_compensation
@@ -20,7 +20,7 @@ from avss.cut import cut
 from avss.data.batches import Batches
 from avss.errors import ConfigError
 from avss.models.load import Loaded, save_model
-from avss.models.rewrite import config_changes, rewrite_config
+from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_plain, check_search
@@ -75,6 +75,7 @@ def prune(
     file_format: Literal["safetensors", "gguf"] = "safetensors",
     max_memory: str | int | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     command: str | None = None,
     stages: Stages = silent,
     **settings: Any,
@@ -104,6 +105,7 @@ def prune(
             an ordinary checkpoint, whatever the model came from.
         max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
@@ -155,8 +157,8 @@ def prune(
         return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
-        loaded = load(model, tokenizer)
-        rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))  # refuse before scoring
+        loaded = load(model, tokenizer, stack=stack)
+        refuse_uncuttable(loaded)
     table, batches = None, None
     if compensate != "none" or (config.blocks is None and scores is None and config.from_search is None):
         batches = calibration(loaded, data, **settings)

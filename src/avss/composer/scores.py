@@ -36,6 +36,7 @@ def score(
     fraction: float = 0.25,
     sites: str | Sequence[str] = "block",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     stages: Stages = silent,
     **settings: Any,
 ) -> ScoreTable:
@@ -50,6 +51,7 @@ def score(
         sites: Where in the blocks to look as well: `attention`, `mlp`, `mlp-activation`, `block`, or `all`. Anything
             but `block` alone gives the figures of each site in the table's `sites`.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
 
@@ -60,7 +62,7 @@ def score(
         UserError: Anything the caller can fix, in one sentence.
     """
     wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
-    loaded = load(model, tokenizer)
+    loaded = load(model, tokenizer, stack=stack)
     looked_at = find_sites(sites)
     batches = calibration(loaded, data, **settings)
     return score_loaded(loaded, batches, wanted, first_token, fraction, stages, sites=looked_at)[0]

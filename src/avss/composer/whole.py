@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from avss.composer.choosing import choose
+from avss.composer.choosing import choose, with_pinned
 from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
 from avss.composer.inputs import calibration, load, model_settings
-from avss.composer.inspection import example_plan
+from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
@@ -14,7 +14,7 @@ from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.errors import DegenerateStatisticError
 from avss.models.forward import can_generate
-from avss.models.rewrite import rewrite_config
+from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_search, make_plan
 from avss.progress import Stages, Timed, silent
@@ -46,7 +46,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     timed = Timed(stages)
     with timed("Loading the model"):
         loaded = load(**model_settings(config.model))
-        rewrite_config(loaded.model.config, loaded.stack, example_plan(len(loaded.stack)))
+        refuse_uncuttable(loaded)
     tasks = choose_tasks(config.tasks, loaded, {})
     batches = calibration(loaded, config.data)
     fraction = config.plan.fraction or (config.plan.count or 1) / len(loaded.stack)
@@ -62,7 +62,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         command=command or "avss.run(...)",
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
-    others = [_plan_by(name, same_size, table) for name in config.compare if name != chosen.plan.method]
+    others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
     plans = [chosen.plan, *others]
     smaller = [cut(loaded, plan) for plan in plans]
     cuts = tuple(describe_cut(loaded, model, plan) for model, plan in zip(smaller, plans, strict=True))
@@ -98,10 +98,12 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     return record
 
 
-def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable) -> Plan:
+def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, loaded: Loaded) -> Plan:
     try:
         scores = table[criterion]
     except KeyError as error:
         problem = next((text for text in table.warnings if f"`{criterion}`" in text), f"`{criterion}` was not scored.")
         raise DegenerateStatisticError(problem.removeprefix("Left out: ")) from error
-    return make_plan(scores, config, protects_ends=CRITERIA[criterion].protects_ends)
+    protects_ends = CRITERIA[criterion].protects_ends
+    guarded = with_pinned(config, loaded, protects_ends=protects_ends)
+    return make_plan(scores, guarded, protects_ends=protects_ends)

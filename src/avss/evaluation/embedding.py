@@ -48,7 +48,7 @@ def embed(
 ) -> list[np.ndarray]:
     """The embeddings `[N, D]` of tokenised texts by each model, float64, not normalised."""
     tokenizer = shared_tokenizer(models)
-    vectors = [np.empty((len(encoded), model.model.config.hidden_size)) for model in models]
+    vectors = [np.empty((len(encoded), model.hidden_size)) for model in models]
     poolings = [find_pooling(model) for model in models]
     steps = Steps(num_batches(len(encoded), batch_size) * len(models), on_step)
     for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id_of(tokenizer)):

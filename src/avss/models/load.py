@@ -16,13 +16,14 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from avss.errors import ConfigError, ModelLoadError, unknown_name
-from avss.models.families import FAMILIES, Family
+from avss.models.families import facts_of
 from avss.models.gguf import shared_reader
-from avss.models.stack import BlockStack, find_stack
+from avss.models.stack import AUTO, BlockStack, find_stack
 from avss.record import ModelFacts
 
 Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "other"]
@@ -41,6 +42,9 @@ DTYPES = ("auto", *_DTYPES)
 
 _SAMPLED_VALUES = 1024
 
+# How configs call the part that reads something else than text.
+_SENSES = ("vision", "visual", "image", "video", "audio", "speech", "sound", "acoustic")
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -55,6 +59,7 @@ class Loaded:
         stored_dtype: Dtype in which the weights are stored and will be saved. Computing in float32 what is stored in
             bfloat16 loses nothing, and saving it as bfloat16 gives the same values back.
         companions: Folder whose other files (pooling, sentence-transformers modules) belong to the model.
+        stack_name: Which stack to work on: `auto`, or its name or path.
     """
 
     model: PreTrainedModel
@@ -64,29 +69,87 @@ class Loaded:
     revision: str | None = None
     stored_dtype: torch.dtype = torch.float32
     companions: Path | None = None
+    stack_name: str = AUTO
 
     @functools.cached_property
     def stack(self) -> BlockStack:
         """The block stack; an error says why there is none."""
-        return find_stack(self.model)
+        return find_stack(self.model, self.stack_name)
+
+    def tower(self) -> "Loaded":
+        """The part of the model that runs the stack: the model itself, or the tower that reads images or sound.
+
+        A vision-language model reads text without running its vision tower; the tower alone can be run on an image.
+        """
+        stack = self.stack
+        if self.reads_text or not stack.config_path or self.model.main_input_name != "input_ids":
+            return self
+        parent = stack.path
+        while parent:
+            parent = parent.rpartition(".")[0]
+            part = self.model.get_submodule(parent)
+            if isinstance(part, PreTrainedModel) and parent:
+                inner = stack.path.removeprefix(f"{parent}.")
+                return dataclasses.replace(self, model=part, head="encoder", stack_name=inner)
+        return self
+
+    @functools.cached_property
+    def blueprint(self) -> PreTrainedModel:
+        """The model as its config builds it, without weights: what the blocks of a smaller model are compared with."""
+        return empty_model(type(self.model), self.model.config)
+
+    def with_model(self, model: PreTrainedModel) -> "Loaded":
+        """The same with another model, and with the same stack of it."""
+        return dataclasses.replace(self, model=model, stack_name=self.stack.path)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be."""
-        return cast(Tensor, self.model.get_input_embeddings().weight).device
+        """Where inputs must be."""
+        embeddings = self.embeddings
+        return next(self.model.parameters()).device if embeddings is None else embeddings.weight.device
+
+    @property
+    def embeddings(self) -> torch.nn.Embedding | None:
+        """The table of token embeddings; None for a model that reads no text."""
+        try:
+            found = self.model.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            return None
+        return cast(torch.nn.Embedding, found) if hasattr(found, "num_embeddings") else None
 
     @property
     def vocabulary(self) -> int:
-        """Number of token embeddings: every token id lies below."""
-        return cast(int, self.model.get_input_embeddings().num_embeddings)
+        """Number of token embeddings: every token id lies below; 0 for a model that reads no text."""
+        embeddings = self.embeddings
+        if embeddings is not None:
+            return embeddings.num_embeddings
+        text = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
+        return text if isinstance(text, int) else 0
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream of the stack."""
+        config = self.stack.owner(self.model.config)
+        widths = (getattr(config, name, None) for name in ("hidden_size", "d_model", "embed_dim", "dim"))
+        return next((width for width in widths if isinstance(width, int)), 0)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the stack works on text alone: token ids in, nothing else needed."""
+        if self.embeddings is None or self.model.main_input_name != "input_ids":
+            return False
+        return not any(sense in name for name in self.stack.config_path for sense in _SENSES)
 
     @property
     def max_len(self) -> int | None:
         """The most tokens in a sequence; None where neither model nor tokenizer sets a limit."""
-        config = self.model.config
-        family = FAMILIES.get(config.model_type, Family())
+        config = self.model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None)
-        limits = [positions - family.reserved_positions] if isinstance(positions, int) and positions > 0 else []
+        limits = (
+            [positions - facts_of(config.model_type).reserved_positions]
+            if isinstance(positions, int) and positions > 0
+            else []
+        )
         tokenizer_limit = getattr(self.tokenizer, "model_max_length", None)
         # Tokenizers without a limit say 1e30.
         if isinstance(tokenizer_limit, int) and 0 < tokenizer_limit < 10**9:
@@ -105,7 +168,7 @@ class Loaded:
             head=self.head,
             stack=self.stack.path,
             num_blocks=len(self.stack),
-            hidden_size=self.model.config.hidden_size,
+            hidden_size=self.hidden_size,
             num_parameters=num_parameters,
             num_block_parameters=sum(parameter.numel() for parameter in self.stack.blocks.parameters()),
             checkpoint_bytes=num_parameters * self.stored_dtype.itemsize,
@@ -162,6 +225,7 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stack: str = AUTO,
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
@@ -173,6 +237,7 @@ def load_model(
         device: `auto` (first of CUDA, MPS, CPU), a torch device, or `map` to spread the model over all GPUs.
         revision: Hub branch, tag or commit.
         trust_remote_code: Whether code that comes with the model may run.
+        stack: Which stack of blocks to work on: `auto`, or its name or path; see `avss.models.stack.find_stack`.
 
     Raises:
         ConfigError: `head`, `dtype` or `device` is unknown.
@@ -203,7 +268,8 @@ def load_model(
         source=str(source),
         revision=revision,
         stored_dtype=stored if compute.itemsize >= stored.itemsize else compute,
-        companions=Path(location.name) if location.is_local and not location.gguf_file else None,
+        companions=_companions(location, options),
+        stack_name=stack,
     )
 
 
@@ -243,13 +309,24 @@ def load_empty(
     return Loaded(model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision)
 
 
-def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, head: str = "auto") -> Loaded:
+def adopt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    head: str = "auto",
+    stack: str = AUTO,
+) -> Loaded:
     """Wraps a model object that the caller already has. It is put in evaluation mode and otherwise left alone."""
     _check_choices(head, "auto")
     found = head if head != "auto" else _head_of_class(type(model).__name__, model.config)
     source = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Loaded(
-        model=model.eval(), tokenizer=tokenizer, head=cast(Head, found), source=source, stored_dtype=model.dtype
+        model=model.eval(),
+        tokenizer=tokenizer,
+        head=cast(Head, found),
+        source=source,
+        stored_dtype=model.dtype,
+        stack_name=stack,
     )
 
 
@@ -362,14 +439,14 @@ def _read_config(location: _Location, *, revision: str | None, trust_remote_code
 
 
 def _head_of_class(architecture: str, config: PretrainedConfig) -> Head:
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
     if architecture.endswith("ForMaskedLM"):
         return "masked"
-    if architecture.endswith("ForSequenceClassification"):
-        return "classifier"
     return "encoder" if architecture.endswith("Model") else "other"
 
 
@@ -476,18 +553,18 @@ def _gguf_dtype(state: Mapping[str, Tensor], file_bytes: int) -> torch.dtype:
     return torch.float16 if is_half else torch.bfloat16
 
 
-def assemble(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]
-) -> PreTrainedModel:
-    """Config -> empty model -> weights. Buffers and indices come from the config, so they are right by construction.
+def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights: parameters take no memory, buffers that the constructor computes are real."""
+    with quiet_transformers(), no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+        return model_class(config)
 
-    The model uses the given tensors themselves: no copy is made, and none is converted.
+
+def fill(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Gives an empty model its weights: the tensors themselves; no copy is made, and none is converted.
 
     Raises:
-        RuntimeError: A key is missing or left over; that is a bug of whoever made `state`.
+        RuntimeError: A key is missing or left over, or a tensor has another shape.
     """
-    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-        model = model_class(config)
     model.load_state_dict(dict(state), strict=True, assign=True)
     model.tie_weights()
     device = next(iter(state.values())).device
@@ -496,6 +573,17 @@ def assemble(
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
     return model.eval()
+
+
+def assemble(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Config -> empty model -> weights. Buffers and indices come from the config, so they are right by construction.
+
+    Raises:
+        RuntimeError: A key is missing or left over; that is a bug of whoever made `state`.
+    """
+    return fill(empty_model(model_class, config), state)
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -531,13 +619,45 @@ def save_model(loaded: Loaded, folder: Path) -> None:
         _copy_companions(loaded.companions, folder)
 
 
+def _companions(location: _Location, options: Mapping[str, Any]) -> Path | None:
+    """The folder with the files that belong to a model but to no class that avss loads."""
+    if location.gguf_file:
+        return None
+    if location.is_local:
+        return Path(location.name)
+    found = [
+        cached_file(
+            location.name,
+            name,
+            revision=options.get("revision"),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        for name in _PROCESSOR_FILES
+    ]
+    return next((Path(path).parent for path in found if path), None)
+
+
+# Processors, image processors and feature extractors say how images and sound become numbers. Their files are copied:
+# to load the classes would need libraries for images that cutting does not.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+
+
 def _copy_companions(source: Path, folder: Path) -> None:
-    """What makes a sentence-transformers folder one: its module list and the modules' own small configs."""
+    """What else makes a folder whole: processors, and what a sentence-transformers folder has beside its model."""
+    names: list[str] = list(_PROCESSOR_FILES)
     listing = source / "modules.json"
-    if not listing.is_file():
-        return
-    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
-    names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
+    if listing.is_file():
+        names += _SENTENCE_FILES
+        names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
     for name in names:
         inside = (source / name).resolve().is_relative_to(source.resolve())
         if inside and (source / name).is_file() and not (folder / name).exists():

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from avss.errors import AvssError, UnsupportedArchitectureError
-from avss.models.load import Loaded, load_empty, quiet_transformers
+from avss.models.families import facts_of
+from avss.models.load import Loaded, empty_model, load_empty, quiet_transformers
+from avss.models.proof import refuse_other_blocks
 from avss.models.rewrite import config_changes, rewrite_config
 from avss.record import FieldChange, Plan
 
@@ -66,7 +68,7 @@ class EmptyModel:
             head=loaded.head,
             stack=loaded.stack.path,
             num_blocks=len(loaded.stack),
-            hidden_size=getattr(loaded.model.config, "hidden_size", 0),
+            hidden_size=loaded.hidden_size,
         )
 
     def write_config(self, plan: Plan, folder: Path) -> tuple[FieldChange, ...]:
@@ -76,12 +78,31 @@ class EmptyModel:
             UnsupportedArchitectureError: The cut is not proven, or cannot be expressed.
         """
         config = self._loaded.model.config
-        smaller = rewrite_config(config, self._loaded.stack, plan)
+        stack = self._loaded.stack
+        smaller = rewrite_config(config, stack, plan)
+        self._refuse_moved_weights(plan)
+        # The blocks that the smaller config builds must be the old ones, in kind and settings.
+        refuse_other_blocks(self._loaded.model, empty_model(type(self._loaded.model), smaller), stack, plan)
         changes = config_changes(config, smaller)
         smaller.architectures = [type(self._loaded.model).__name__]
         with quiet_transformers():
             smaller.save_pretrained(folder)
         return changes
+
+    def _refuse_moved_weights(self, plan: Plan) -> None:
+        """A copy from file to file moves whole tensors of whole blocks, and nothing else."""
+        stack, model = self._loaded.stack, self._loaded.model
+        family = facts_of(stack.owner(model.config).model_type)
+        first = f"{stack.path}.0."
+        keys = list(model.state_dict())
+        led = [key for key in keys if key.startswith(first) and family.leads(key.removeprefix(first))]
+        packed = [key for key in keys if family.packed_axis(key) is not None]
+        moved = packed + (led if 0 in plan.removed else [])
+        if moved:
+            raise UnsupportedArchitectureError(
+                f"These blocks cannot go from file to file: `{moved[0]}` holds something for all blocks, which a cut "
+                "must move or slice. Cut in memory (`--in-memory`)."
+            )
 
     def problems(self, folder: Path) -> Problems:
         """What a fresh load of a folder would complain about, without reading its weights: keys and shapes.

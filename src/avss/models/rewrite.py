@@ -1,85 +1,308 @@
-"""Rewrites a config for a model that lost some of its blocks, and says what changed."""
+"""Rewrites a config for a model that lost some of its blocks, and says what changed.
+
+No model is needed: `rewrite_config` turns (config, stack, plan) into the new config, or refuses.
+"""
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from avss.errors import UnsupportedArchitectureError
-from avss.models.families import FAMILIES, Family
-from avss.models.stack import BlockStack
+from avss.models.families import (
+    INDEX_LISTS,
+    LAYER_DICTS,
+    LEADING_COUNTS,
+    NOT_PER_LAYER,
+    PER_LAYER_LISTS,
+    TRAILING_COUNTS,
+    Family,
+    InexpressibleError,
+    Pinned,
+    facts_of,
+)
+from avss.models.stack import NUM_LAYERS_FIELD, BlockStack
 from avss.record import FieldChange, Plan
 
-# Lists of any length that have nothing to do with blocks, though their length may equal the number of blocks.
-_NOT_PER_LAYER = frozenset({"architectures", "eos_token_id", "bad_words_ids", "id2label", "label2id"})
+# Names under which a list of small integers is taken for a list of block indices.
+_INDEX_NAME = re.compile(r".*(layer|block|idx|indices|indexes|indexs|_ids_per).*")
 
 
-def find_family(config: PretrainedConfig) -> Family:
-    """The facts about a config's model type.
+def find_family(config: PretrainedConfig, stack: BlockStack) -> Family:
+    """The facts about the part of a config that owns a stack.
 
     Raises:
-        UnsupportedArchitectureError: The type is not in the list of proven ones, or this config has an obstacle.
+        UnsupportedArchitectureError: This config has an obstacle, whatever the plan.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedArchitectureError(
-            f"Cutting `{config.model_type}` models has not been proven, and an unproven cut may load as a different "
-            f"model. Scoring and evaluating work. Proven: {', '.join(sorted(FAMILIES))}. To add one, see CONTRIBUTING."
-        )
-    reason = family.obstacle(config.to_dict())
+    owner = stack.owner(config)
+    family = facts_of(owner.model_type)
+    reason = family.obstacle(owner.to_dict())
     if reason:
-        raise UnsupportedArchitectureError(f"This `{config.model_type}` model cannot be cut: {reason}.")
+        raise UnsupportedArchitectureError(f"This `{owner.model_type}` model cannot be cut: {reason}.")
     return family
+
+
+def pinned_blocks(config: PretrainedConfig, stack: BlockStack) -> tuple[Pinned, ...]:
+    """The blocks that cannot go, by non-negative index, each with its reason."""
+    owner, count = stack.owner(config), len(stack)
+    pins = facts_of(owner.model_type).pinned(owner.to_dict(), count)
+    return tuple(Pinned(pin.block % count, pin.reason) for pin in pins)
 
 
 def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> PretrainedConfig:
     """The config of the smaller model. The given one is left alone.
 
+    Args:
+        config: The whole model's config; the part that owns the stack is rewritten inside it.
+        stack: Where the stack is, and what counts it.
+        plan: The blocks removed.
+
     Raises:
-        UnsupportedArchitectureError: The model type is unproven, or a field looks as if it held one entry per block
-            and nothing is known about it.
+        UnsupportedArchitectureError: The config cannot be cut, a block cannot go, the smaller config cannot say which
+            kind
+            each of its blocks is, or a field looks as if it spoke of blocks and nothing is known about it.
     """
-    family = find_family(config)
-    raw = config.to_dict()
-    _refuse_unknown_lists(raw, family, num_blocks=plan.num_blocks)
+    family = find_family(config, stack)
+    for pin in pinned_blocks(config, stack):
+        if pin.block in plan.removed:
+            raise UnsupportedArchitectureError(
+                f"Block {pin.block} of a `{stack.owner(config).model_type}` model cannot be removed: {pin.reason}. "
+                f"Choose others, or protect it with `--protect {pin.block}`."
+            )
     smaller = copy.deepcopy(config)
-    # The attribute map carries the write to the stored name (`n_layer`, `n_layers`).
-    smaller.num_hidden_layers = len(plan.kept)
-    for field in family.per_layer:
-        entries = raw.get(field)
-        if entries is not None:
-            setattr(smaller, field, [entries[block] for block in plan.kept])
-    for field in family.thresholds:
-        limit = raw.get(field)
-        if isinstance(limit, int):
-            setattr(smaller, field, limit - sum(block < limit for block in plan.removed))
+    owner = stack.owner(smaller)
+    raw = owner.to_dict()
+    kind = owner.model_type
+    try:
+        changes = _rewritten(raw, family, stack, plan, kind) | family.adjust(raw, plan)
+        if stack.config_path:
+            for field, value in _features_of_tower(config, stack, plan).items():
+                setattr(smaller, field, value)
+    except InexpressibleError as reason:
+        raise UnsupportedArchitectureError(f"This `{kind}` model cannot lose these blocks: {reason}.") from reason
+    for field, value in changes.items():
+        _set(owner, field, value)
+    if isinstance(raw.get("stage_names"), list) and len(raw["stage_names"]) == plan.num_blocks + 1:
+        _renumber_stages(owner, raw, plan)
+    _refuse_without_attention(stack.owner(config), owner)
+    _refuse_short_cache(smaller, stack)
+    _refuse_forgetful(smaller, stack, plan)
     return smaller
 
 
-def _refuse_unknown_lists(raw: Mapping[str, Any], family: Family, *, num_blocks: int) -> None:
-    """A list as long as the stack that nobody has explained would be silently wrong afterwards."""
-    unknown = [
-        field
-        for field, value in raw.items()
-        if isinstance(value, list | tuple)
-        and len(value) == num_blocks
-        and field not in family.per_layer
-        and field not in _NOT_PER_LAYER
-    ]
-    if unknown:
+def _renumber_stages(owner: PretrainedConfig, raw: Mapping[str, Any], plan: Plan) -> None:
+    """A backbone names the state after each block, `stem`, `stage1`, ...; its outputs stay after the same blocks."""
+    taken = [place % (plan.num_blocks + 1) for place in raw.get("out_indices") or [plan.num_blocks]]
+    moved = [place - sum(block < place for block in plan.removed) for place in taken]
+    if len(set(moved)) < len(moved):
         raise UnsupportedArchitectureError(
-            f"The config field{'s' if len(unknown) > 1 else ''} {', '.join(f'`{field}`' for field in unknown)} "
-            f"{'have' if len(unknown) > 1 else 'has'} one entry per block, and how a cut must change it is not "
-            f"known for `{raw.get('model_type')}`. Refused rather than guessed; see CONTRIBUTING to add the fact."
+            f"This `{owner.model_type}` model cannot lose these blocks: two of its outputs (`out_indices` {taken}) "
+            "would be the same. Keep a block between them."
+        )
+    stages: Any = owner
+    stages.stage_names = raw["stage_names"][: len(plan.kept) + 1]
+    stages.set_output_features_output_indices(out_features=None, out_indices=moved)
+
+
+def _kinds(config: PretrainedConfig) -> list[str]:
+    """The kinds of a config's blocks, stored or computed; empty where they are all alike."""
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple) and kinds:
+            return [str(kind) for kind in kinds]
+    return []
+
+
+def _refuse_without_attention(before: PretrainedConfig, after: PretrainedConfig) -> None:
+    """A hybrid asks an attention block how far a text has come: without one it cannot generate."""
+    counts = [
+        sum("attention" in kind and "linear" not in kind for kind in _kinds(config)) for config in (before, after)
+    ]
+    if counts[0] and not counts[1]:
+        raise UnsupportedArchitectureError(
+            f"This `{before.model_type}` model cannot lose these blocks: no block with attention would be left, and "
+            "its cache counts the tokens by one. Keep at least one."
+        )
+
+
+def _refuse_short_cache(smaller: PretrainedConfig, stack: BlockStack) -> None:
+    """Transformers sizes the decoder's cache of T5 and its kin by the number of encoder blocks."""
+    if stack.side != "encoder" or not getattr(smaller, "is_encoder_decoder", False):
+        return
+    raw = smaller.to_dict()
+    needed = next(
+        (raw[field] for field in ("num_decoder_layers", "decoder_layers") if isinstance(raw.get(field), int)), 0
+    )
+    entries = getattr(smaller.get_text_config(decoder=True), NUM_LAYERS_FIELD, needed)
+    if isinstance(entries, int) and entries < needed:
+        raise UnsupportedArchitectureError(
+            f"The encoder of this `{smaller.model_type}` model cannot become shorter ({entries} blocks) than its "
+            f"decoder ({needed}): transformers sizes the decoder's cache by the encoder, and could not generate. Cut "
+            "the decoder first (`--stack decoder`)."
+        )
+
+
+def _set(owner: PretrainedConfig, field: str, value: Any) -> None:
+    try:
+        setattr(owner, field, value)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedArchitectureError(
+            f"The config of `{owner.model_type}` does not let `{field}` be set to {value!r}: {error}. Its smaller "
+            "model cannot be expressed."
+        ) from error
+
+
+def _rewritten(raw: Mapping[str, Any], family: Family, stack: BlockStack, plan: Plan, kind: str) -> dict[str, Any]:
+    """New values of the fields that speak of blocks, by their stored names."""
+    changes: dict[str, Any] = {}
+    unknown: list[str] = []
+    for field, value in raw.items():
+        if field == stack.count_field and not isinstance(value, list):
+            changes[field] = len(plan.kept)
+        elif field in NOT_PER_LAYER or field in family.not_per_layer:
+            continue
+        elif isinstance(value, int) and not isinstance(value, bool):
+            if field in LEADING_COUNTS or field in family.leading_counts:
+                changes[field] = value - sum(block < value for block in plan.removed)
+            elif field in TRAILING_COUNTS:
+                changes[field] = value - sum(block >= plan.num_blocks - value for block in plan.removed)
+        elif isinstance(value, list | tuple):
+            if field in family.encoder_per_layer and stack.side == "decoder":
+                continue
+            new = _rewritten_list(field, value, family, plan)
+            if new is None:
+                unknown.append(field)
+            elif list(new) != list(value):
+                changes[field] = type(value)(new)
+        elif isinstance(value, dict):
+            if field in LAYER_DICTS:
+                changes[field] = _renumbered_keys(value, plan)
+            unknown += [f"{field}.{name}" for name in _unknown_in(field, value, plan)]
+    if unknown:
+        several = len(unknown) > 1
+        raise UnsupportedArchitectureError(
+            f"The config field{'s' if several else ''} {', '.join(f'`{field}`' for field in unknown)} "
+            f"{'speak' if several else 'speaks'} of blocks (one entry per block, or indices of blocks), and how a cut "
+            f"must change {'them' if several else 'it'} is not known for `{kind}`. Refused rather than guessed; see "
+            "CONTRIBUTING to add the fact."
+        )
+    return changes
+
+
+def _rewritten_list(field: str, value: list[Any] | tuple[Any, ...], family: Family, plan: Plan) -> list[Any] | None:
+    """The list after the cut; None where it is not known what it means."""
+    if field in PER_LAYER_LISTS or field in family.per_layer or field in family.encoder_per_layer:
+        return [value[block] for block in plan.kept] if len(value) >= plan.num_blocks else list(value)
+    if field in INDEX_LISTS or field in family.index_lists:
+        # Negative indices count from the end; what lies beyond the stack names no block.
+        blocks = [block + plan.num_blocks if block < 0 else block for block in value]
+        return [plan.index_map[block] for block in blocks if block in plan.index_map]
+    if _speaks_of_blocks(field, value, plan.num_blocks):
+        return None
+    return list(value)
+
+
+def _speaks_of_blocks(field: str, value: Any, num_blocks: int) -> bool:
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    if len(value) == num_blocks:
+        return True
+    numbers = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
+    return numbers and bool(_INDEX_NAME.fullmatch(field)) and all(-num_blocks <= entry < num_blocks for entry in value)
+
+
+def _unknown_in(field: str, value: Mapping[Any, Any], plan: Plan) -> Iterator[str]:
+    """Names in a nested dictionary that seem to speak of blocks. Sub-configs own other stacks and are left alone."""
+    if field in LAYER_DICTS or "model_type" in value:
+        return
+    for name, inner in value.items():
+        if _speaks_of_blocks(str(name), inner, plan.num_blocks):
+            yield str(name)
+        elif isinstance(inner, dict):
+            yield from _unknown_in(str(name), inner, plan)
+    keys = [_as_index(key) for key in value]
+    if len(keys) == plan.num_blocks and keys == list(range(plan.num_blocks)):
+        yield "*"
+
+
+def _as_index(key: Any) -> int | None:
+    return int(key) if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()) else None
+
+
+def _renumbered_keys(value: Mapping[Any, Any], plan: Plan) -> dict[Any, Any]:
+    return {
+        type(key)(plan.index_map[index]): entry
+        for key, entry in value.items()
+        if (index := _as_index(key)) is not None and index in plan.index_map
+    }
+
+
+def _features_of_tower(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> dict[str, Any]:
+    """`vision_feature_layer` of the whole model says after which block of a tower its features are taken."""
+    changes: dict[str, Any] = {}
+    part = stack.config_path[0].removesuffix("_config")
+    for field in (f"{part}_feature_layer", f"{part}_feature_layers", f"{part}_feature_select_layer"):
+        value = getattr(config, field, None)
+        if value is None:
+            continue
+        new = [_shifted(place, plan, field) for place in (value if isinstance(value, list | tuple) else [value])]
+        changes[field] = type(value)(new) if isinstance(value, list | tuple) else new[0]
+    return changes
+
+
+def _shifted(place: int, plan: Plan, field: str) -> int:
+    """The same point between blocks after the cut. Place 0 is before the first block; negative from the end."""
+    if place < 0:
+        after = plan.num_blocks + 1 + place
+        moved = place + sum(block >= after for block in plan.removed)
+        if moved == -1 != place:
+            # The last state is the one that some towers normalise.
+            raise InexpressibleError(
+                f"`{field}` takes features before the removed blocks, which would be the last ones then"
+            )
+        return moved
+    return place - sum(block < place for block in plan.removed)
+
+
+def _refuse_forgetful(smaller: PretrainedConfig, stack: BlockStack, plan: Plan) -> None:
+    """A config that says something else after it was written and read would load as another model."""
+    raw = smaller.to_dict()
+    try:
+        again = type(smaller).from_dict(copy.deepcopy(raw))
+        differing = [change.field for change in config_changes(smaller, again)]
+    except Exception as error:  # whatever a config's own checks raise
+        raise UnsupportedArchitectureError(
+            f"transformers refuses the smaller config of this `{smaller.model_type}` model: "
+            f"{' '.join(str(error).split())[:300]}. Its blocks cannot be removed this way."
+        ) from error
+    if differing:
+        raise UnsupportedArchitectureError(
+            f"The smaller config of this `{smaller.model_type}` model does not survive being written and read: "
+            f"{', '.join(f'`{field}`' for field in differing)} would be computed anew. Its blocks cannot be removed "
+            "this way."
+        )
+    owner = stack.owner(again)
+    counted = owner.to_dict().get(stack.count_field)
+    if (len(counted) if isinstance(counted, list) else counted) != len(plan.kept):
+        raise UnsupportedArchitectureError(
+            f"The config of this `{smaller.model_type}` model does not take another number of blocks "
+            f"(`{stack.count_field}` stays {counted!r}). Its blocks cannot be removed this way."
         )
 
 
 def config_changes(before: PretrainedConfig, after: PretrainedConfig) -> tuple[FieldChange, ...]:
-    """The fields in which two configs differ, by name."""
-    old, new = before.to_dict(), after.to_dict()
-    return tuple(
-        FieldChange(field=field, before=old.get(field), after=new.get(field))
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-    )
+    """The fields in which two configs differ, by name; those of a sub-config as `text_config.num_hidden_layers`."""
+    return tuple(_dict_changes(before.to_dict(), after.to_dict(), ""))
+
+
+def _dict_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[FieldChange]:
+    for field in sorted(old.keys() | new.keys(), key=str):
+        one, other = old.get(field), new.get(field)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict) and "model_type" in one and "model_type" in other:
+            yield from _dict_changes(one, other, f"{prefix}{field}.")
+        else:
+            yield FieldChange(field=f"{prefix}{field}", before=one, after=other)

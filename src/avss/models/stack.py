@@ -1,23 +1,40 @@
-"""Finds the block stack of a model by its structure, and says how hidden states enter and leave a block.
+"""Finds the block stacks of a model by structure, and says how hidden states enter and leave a block.
 
-The stack is the `nn.ModuleList` whose length is the number of layers in the config. Names play no part: `model.layers`,
-`transformer.h`, `bert.encoder.layer` and `distilbert.transformer.layer` are found the same way.
+A stack is an `nn.ModuleList` whose length a config owns: the config of the nearest module around it, and in it the
+field
+that counts layers. Names of modules play no part: `model.layers`, `transformer.h` and `bert.encoder.layer` are found
+the same way, and so are the two stacks of an encoder-decoder and the towers of a vision-language model.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
-from avss.errors import UnsupportedArchitectureError
+from avss.errors import UnsupportedArchitectureError, unknown_name
 
 NUM_LAYERS_FIELD = "num_hidden_layers"
 """The name every config answers to, whatever it stores (`n_layer`, `n_layers`, ...)."""
+
+AUTO = "auto"
+"""Lets avss choose the stack."""
+
+# A config field that may count blocks. Which one does is told by its value and by the side (encoder, decoder) in its
+# name.
+_COUNT_NAME = re.compile(r"(\w+_)?(n_layers?|num_layers|layers|num_hidden_layers|num_blocks|depth)(_per_stack)?")
+# These count something else, whatever their value.
+_COUNTS_SOMETHING_ELSE = re.compile(
+    r"(max_window|num_kv_shared|num_nextn_predict|num_dense|num_conv|num_feat_extract|num_adapter|num_hash|num_mtp|"
+    r"num_hidden_layers_mtp|mtp|num_projection|num_block_records|predictor|adapter|conv|postnet|prenet|feature)_?.*"
+)
+_SIDES = ("encoder", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +44,21 @@ class BlockStack:
     Attributes:
         path: Dotted path of the module list, e.g. `model.layers`.
         blocks: The blocks.
-        count_field: Config field that holds their number, under the name it is stored by.
+        count_field: Config field that holds their number, under the name it is stored by. Where no number is stored,
+            the
+            per-layer list whose length is the number.
+        config_path: Where the config that owns the field lies in the model's config: `()` for the config itself,
+            `("text_config",)` for its text part.
+        name: What `--stack` calls it: `decoder`, `text`, `vision`, ...; `blocks` where there is only one.
+        reason: Why this stack was taken, in words.
     """
 
     path: str
     blocks: nn.ModuleList
     count_field: str
+    config_path: tuple[str, ...] = ()
+    name: str = "blocks"
+    reason: str = ""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -42,51 +68,275 @@ class BlockStack:
         """Class names of the blocks, e.g. `LlamaDecoderLayer`."""
         return ", ".join(dict.fromkeys(type(block).__name__ for block in self.blocks))
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all blocks, shared ones once."""
+        return sum(parameter.numel() for parameter in self.blocks.parameters())
 
-def find_stack(model: PreTrainedModel) -> BlockStack:
-    """The block stack of a model.
+    @property
+    def side(self) -> str | None:
+        """`encoder` or `decoder`, where the path says so."""
+        return _side(self.path)
+
+    def owner(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The part of a model's config that owns this stack."""
+        return sub_config(config, self.config_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectedList:
+    """A module list that is not a stack that can be cut, and why.
+
+    Attributes:
+        path: Dotted path.
+        description: How many of what.
+        reason: Why not.
+    """
+
+    path: str
+    description: str
+    reason: str
+
+
+def sub_config(config: PretrainedConfig, path: tuple[str, ...]) -> PretrainedConfig:
+    """The config at a path of attribute names."""
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def config_tree(config: PretrainedConfig) -> dict[tuple[str, ...], PretrainedConfig]:
+    """A config and every config inside it, by the path of attribute names."""
+    tree = {(): config}
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            tree |= {(name, *path): inner for path, inner in config_tree(value).items()}
+    return tree
+
+
+def find_stacks(model: PreTrainedModel) -> tuple[tuple[BlockStack, ...], tuple[RejectedList, ...]]:
+    """Every block stack of a model, and every other outermost module list with the reason why it is none."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    # A list inside a block (experts, heads) is part of the block, however long it is.
+    outermost = {
+        path: module
+        for path, module in lists.items()
+        if not any(path.startswith(f"{other}.") for other in lists if other != path)
+    }
+    tree = config_tree(model.config)
+    fitting: dict[str, BlockStack] = {}
+    rejected: list[RejectedList] = []
+    for path, module in outermost.items():
+        found = _find_owner(model, path, len(module), tree)
+        if found is None:
+            reason = f"no config says that there are {len(module)} of them"
+        elif len({id(block) for block in module}) < len(module):
+            reason = "one module stands there several times: its repeats share their weights"
+        else:
+            fitting[path] = BlockStack(path=path, blocks=module, count_field=found[1], config_path=found[0])
+            continue
+        rejected.append(RejectedList(path=path, description=_describe(module), reason=reason))
+    stacks, parallel = _without_parallel(fitting)
+    rejected += parallel
+    return _named(stacks, _text_config(model.config), model.config), tuple(rejected)
+
+
+def find_stack(model: PreTrainedModel, wanted: str = AUTO) -> BlockStack:
+    """The block stack to work on.
+
+    Args:
+        model: The model.
+        wanted: `auto`, or a stack's name or path. `auto` takes the decoder of an encoder-decoder, the text tower of a
+            model with several towers, and otherwise the only stack.
 
     Raises:
-        UnsupportedArchitectureError: None or several module lists fit; the message lists what was found.
+        UnsupportedArchitectureError: There is no stack, or none of that name; the message lists what was found.
     """
-    config = model.config
-    name = type(model).__name__
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    found = ", ".join(
-        f"`{path}` ({len(module)} x {type(module[0]).__name__})" for path, module in lists.items() if module
+    stacks, rejected = find_stacks(model)
+    if not stacks:
+        found = "; ".join(f"`{one.path}` ({one.description}): {one.reason}" for one in rejected)
+        counts = getattr(model.config, NUM_LAYERS_FIELD, None)
+        raise UnsupportedArchitectureError(
+            f"`{type(model).__name__}` has no stack of blocks that can be told for sure"
+            + (f" ({counts} layers by its config)" if isinstance(counts, int) else "")
+            + f". Found: {found or 'no module list'}. A stack is a list of blocks whose number the config owns."
+        )
+    if wanted != AUTO:
+        return _pick(stacks, wanted)
+    return _default(model, stacks, rejected)
+
+
+def _pick(stacks: Sequence[BlockStack], wanted: str) -> BlockStack:
+    exact = [stack for stack in stacks if wanted in (stack.name, stack.path)]
+    partial = [stack for stack in stacks if wanted in stack.name.split("-")]
+    for fitting in (exact, partial):
+        if len(fitting) == 1:
+            return dataclasses.replace(fitting[0], reason="asked for by name")
+    allowed = [AUTO, *(stack.name for stack in stacks), *(stack.path for stack in stacks)]
+    raise UnsupportedArchitectureError(unknown_name("stack", wanted, dict.fromkeys(allowed)))
+
+
+def _default(model: PreTrainedModel, stacks: Sequence[BlockStack], rejected: Sequence[RejectedList]) -> BlockStack:
+    doubtful = [one for one in rejected if one.reason.endswith(_UNTOLD)]
+    text = _text_config(model.config)
+    if doubtful and not any(stack.owner(model.config) is text for stack in stacks):
+        raise UnsupportedArchitectureError(
+            f"`{type(model).__name__}` has no stack of text blocks that can be told for sure: "
+            f"`{doubtful[0].path}` ({doubtful[0].description}): {doubtful[0].reason}. Other stacks can be named with "
+            f"`--stack`: {', '.join(stack.name for stack in stacks)}."
+        )
+    if len(stacks) == 1:
+        return dataclasses.replace(stacks[0], reason="the only stack of blocks")
+    if getattr(model.config, "is_encoder_decoder", False):
+        decoders = [stack for stack in stacks if stack.side == "decoder"]
+        if len(decoders) == 1:
+            return dataclasses.replace(decoders[0], reason="the decoder of an encoder-decoder; `--stack` names another")
+    speaking = [stack for stack in stacks if stack.owner(model.config) is text]
+    candidates = speaking or list(stacks)
+    largest = max(candidates, key=lambda stack: stack.num_parameters)
+    what = "the tower that reads text" if speaking and len(speaking) < len(stacks) else "the largest stack"
+    return dataclasses.replace(largest, reason=f"{what}; `--stack` names another")
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig | None:
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError:  # several, and no way to tell
+        return None
+
+
+def _find_owner(
+    model: PreTrainedModel, path: str, length: int, tree: Mapping[tuple[str, ...], PretrainedConfig]
+) -> tuple[tuple[str, ...], str] | None:
+    """Config path and field that count a list: those of the nearest module around it that has a config."""
+    seen: list[tuple[str, ...]] = []
+    parent = path
+    while parent:
+        parent = parent.rpartition(".")[0]
+        config = getattr(model.get_submodule(parent), "config", None)
+        if not isinstance(config, PretrainedConfig):
+            continue
+        place = _place_of(config, tree)
+        if place is None or place in seen:
+            continue
+        seen.append(place)
+        field = _count_field(tree[place], path, length)
+        if field is not None:
+            return place, field
+    return None
+
+
+def _place_of(config: PretrainedConfig, tree: Mapping[tuple[str, ...], PretrainedConfig]) -> tuple[str, ...] | None:
+    """Where a module's config lies in the model's. Some models give their parts a changed copy (T5's two stacks)."""
+    same = [place for place, other in tree.items() if other is config]
+    alike = [place for place, other in tree.items() if type(other) is type(config)]
+    return same[0] if same else alike[0] if len(alike) == 1 else None
+
+
+def _count_field(config: PretrainedConfig, path: str, length: int) -> str | None:
+    raw = config.to_dict()
+    preferred = config.attribute_map.get(NUM_LAYERS_FIELD, NUM_LAYERS_FIELD)
+    fields = [
+        field
+        for field, value in raw.items()
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and value == length
+        and _COUNT_NAME.fullmatch(field)
+        and not _COUNTS_SOMETHING_ELSE.fullmatch(field)
+    ]
+    side = _side(path)
+    others = [other for other in _SIDES if other != side]
+    named = [field for field in fields if side is not None and side in field]
+    plain = [field for field in fields if not any(other in field for other in _SIDES)]
+    # A decoder counted by the encoder's field would be cut out of the encoder.
+    has_own = side is not None and any(side in field and _COUNT_NAME.fullmatch(field) for field in raw)
+    general = [] if has_own else [field for field in (preferred, *plain) if field in fields]
+    rest = [field for field in fields if side is None or not any(other in field for other in others)]
+    if named or general or (rest and not has_own):
+        return [*named, *general, *rest][0]
+    # Some configs store no number, only a list of the blocks' kinds.
+    if getattr(config, NUM_LAYERS_FIELD, None) == length and preferred not in raw:
+        kinds = [
+            field
+            for field, value in raw.items()
+            if isinstance(value, list) and len(value) == length and field in _KIND_LISTS
+        ]
+        return kinds[0] if kinds else None
+    return None
+
+
+_UNTOLD = ", and which of them is a block cannot be told"
+_KIND_LISTS = ("layers_block_type", "layer_types", "block_types")
+
+
+def _side(path: str) -> str | None:
+    sides = [side for part in path.split(".") for side in _SIDES if side in part]
+    return sides[-1] if sides else None
+
+
+def _describe(module: nn.ModuleList) -> str:
+    return f"{len(module)} x {', '.join(dict.fromkeys(type(block).__name__ for block in module))}"
+
+
+def _without_parallel(fitting: Mapping[str, BlockStack]) -> tuple[list[BlockStack], list[RejectedList]]:
+    """Of several lists counted by the same field, the one that holds blocks; none where that cannot be told."""
+    groups: dict[tuple[tuple[str, ...], str], list[BlockStack]] = {}
+    for stack in fitting.values():
+        groups.setdefault((stack.config_path, stack.count_field), []).append(stack)
+    kept: list[BlockStack] = []
+    rejected: list[RejectedList] = []
+    for group in groups.values():
+        blocks = [stack for stack in group if all(_is_block(block) for block in stack.blocks)]
+        chosen = group if len(group) == 1 else blocks if len(blocks) == 1 else []
+        kept += chosen
+        for stack in group:
+            if stack in chosen:
+                continue
+            together = ", ".join(f"`{other.path}`" for other in group if other is not stack)
+            reason = f"`{stack.count_field}` also counts {together}" + (
+                ", which holds the blocks" if chosen else _UNTOLD
+            )
+            rejected.append(RejectedList(path=stack.path, description=_describe(stack.blocks), reason=reason))
+    return kept, rejected
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Transformers marks its blocks: they can be recomputed in training."""
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _named(
+    stacks: Sequence[BlockStack], text: PretrainedConfig | None, config: PretrainedConfig
+) -> tuple[BlockStack, ...]:
+    if len(stacks) == 1:
+        return tuple(stacks)
+    parts = [[name.removesuffix("_config").replace("_", "-") for name in stack.config_path] for stack in stacks]
+    for part, stack in zip(parts, stacks, strict=True):
+        if not part and stack.owner(config) is text and stack.side is None:
+            part.append("text")
+    names = ["-".join(part) for part in parts]
+    for place, stack in enumerate(stacks):
+        alone = names.count(names[place]) == 1 and names[place]
+        if not alone and stack.side is not None:
+            parts[place].append(stack.side)
+    names = ["-".join(dict.fromkeys(part)) for part in parts]
+    return tuple(
+        dataclasses.replace(stack, name=name if name and names.count(name) == 1 else stack.path)
+        for stack, name in zip(stacks, names, strict=True)
     )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedArchitectureError(
-            f"`{name}` has an encoder and a decoder stack, which this version cannot cut. Found: {found or 'nothing'}. "
-            "Use a decoder-only or an encoder-only model."
-        )
-    count = getattr(config, NUM_LAYERS_FIELD, None)
-    if not isinstance(count, int):
-        raise UnsupportedArchitectureError(
-            f"The config of `{name}` does not say how many layers it has (no `{NUM_LAYERS_FIELD}`), so the block stack "
-            f"cannot be told from other lists. Found: {found or 'no module list'}. Models with several towers are not "
-            "supported by this version."
-        )
-    fitting = [path for path, module in lists.items() if len(module) == count]
-    # A list inside a block (experts, heads) is not the stack, however long it is.
-    outermost = [path for path in fitting if not any(path.startswith(f"{other}.") for other in lists if other != path)]
-    if len(outermost) != 1:
-        raise UnsupportedArchitectureError(
-            f"`{name}` has {count} layers by its config, and {len(outermost)} module lists of that length: "
-            f"{', '.join(f'`{path}`' for path in outermost) or 'none'}. Found: {found or 'no module list'}. "
-            "A stack must be one list of that length."
-        )
-    field = getattr(config, "attribute_map", {}).get(NUM_LAYERS_FIELD, NUM_LAYERS_FIELD)
-    return BlockStack(path=outermost[0], blocks=lists[outermost[0]], count_field=field)
+
+
+_HIDDEN_KEYWORDS = ("hidden_states", "hidden_state", "x", "inputs", "input_tensor")
 
 
 def hidden_from_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden state a block was called with, by position or as the keyword `hidden_states`.
+    """The hidden state a block was called with: by position, or by one of the keywords that transformers uses for it.
 
     Raises:
         UnsupportedArchitectureError: It was called with neither.
     """
-    value = args[0] if args else kwargs.get("hidden_states")
+    value = args[0] if args else next((kwargs[name] for name in _HIDDEN_KEYWORDS if name in kwargs), None)
     if not isinstance(value, Tensor):
         raise UnsupportedArchitectureError(
             f"A block was called without a hidden state (position 0 or `hidden_states`): {len(args)} positional "
@@ -132,8 +382,15 @@ BlockHook = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 @contextlib.contextmanager
-def hooked(stack: BlockStack, hook: BlockHook) -> Iterator[None]:
+def hooked(stack: BlockStack, hook: BlockHook, *, dims: tuple[int, ...] = (3,)) -> Iterator[None]:
     """Calls `hook` after every block while the context is open. No hook survives it, even when the forward raises.
+
+    Args:
+        stack: The blocks.
+        hook: What to call.
+        dims: Numbers of dimensions that a hidden state may have. Statistics need `[batch, token, hidden]`; a bypass
+            does
+            not care (Gemma 3n carries four streams beside each other, images are maps).
 
     Raises:
         UnsupportedArchitectureError: A block's output has another shape than its input: not a residual block.
@@ -143,7 +400,13 @@ def hooked(stack: BlockStack, hook: BlockHook) -> Iterator[None]:
     def attach(index: int, block: nn.Module) -> None:
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             before, result = hidden_from_call(args, kwargs), hidden_from_output(output)
-            if before.shape != result.shape or before.dim() != 3:
+            if before.dim() not in dims and before.shape == result.shape and before.dim() > 3:
+                raise UnsupportedArchitectureError(
+                    f"Block {index} (`{type(block).__name__}`) carries several streams beside each other, "
+                    f"{tuple(before.shape)}; statistics of a block are defined for one, [batch, token, hidden]. It can "
+                    "be cut, not scored."
+                )
+            if before.shape != result.shape or before.dim() not in dims:
                 raise UnsupportedArchitectureError(
                     f"Block {index} (`{type(block).__name__}`) takes {tuple(before.shape)} and returns "
                     f"{tuple(result.shape)}; a removable block returns the shape it takes, [batch, token, hidden]."
@@ -169,5 +432,5 @@ def bypassed(stack: BlockStack, removed: tuple[int, ...]) -> Iterator[None]:
     The blocks still compute (their result is thrown away), so this saves no time; it only defines the truth.
     """
     gone = frozenset(removed)
-    with hooked(stack, lambda index, before, _: before if index in gone else None):
+    with hooked(stack, lambda index, before, _: before if index in gone else None, dims=(2, 3, 4)):
         yield

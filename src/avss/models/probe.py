@@ -1,0 +1,146 @@
+"""Inputs that any model can be run on: drawn token ids, images or sound, of the shapes its config asks for."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from avss.errors import UnsupportedArchitectureError
+from avss.models.load import Loaded
+from avss.models.stack import config_tree
+
+Inputs = dict[str, Tensor]
+"""Keyword arguments of a model's forward."""
+
+LENGTH = 12
+"""Tokens of a probe: beyond the windows of tiny models, and cheap for large ones."""
+
+
+def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH, seed: int = 0) -> Inputs:
+    """Inputs on which every block of the chosen stack runs, the last sequence padded where the model reads a mask.
+
+    Args:
+        loaded: The model, and the stack that must run.
+        num_sequences: Sequences, images or sounds.
+        length: Tokens of each.
+        seed: Of the draw.
+
+    Raises:
+        UnsupportedArchitectureError: The model asks for something that avss cannot make up.
+    """
+    model = loaded.model
+    generator = torch.Generator().manual_seed(seed)
+    accepted = inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    inputs: Inputs = {}
+    length = min(length, loaded.max_len or length)
+    if loaded.head == "classifier" and _pad_id(model.config) is None:
+        num_sequences = 1  # such heads cannot tell where a padded text ends
+    if main in ("input_ids", "decoder_input_ids"):
+        inputs["input_ids"] = _token_ids(loaded, num_sequences, length, generator)
+        keep = _keep(num_sequences, length)
+        if "attention_mask" in accepted:
+            inputs["attention_mask"] = keep
+        if loaded.head == "classifier":
+            _end(inputs["input_ids"], keep, model.config)
+    elif main == "pixel_values":
+        inputs["pixel_values"] = _pixels(model, num_sequences, generator)
+    elif main in ("input_features", "input_values"):
+        inputs[main] = _sound(model, main, num_sequences, generator)
+    else:
+        raise UnsupportedArchitectureError(
+            f"`{type(model).__name__}` reads `{main}`, which avss cannot make up, so a cut could not be proven. Text, "
+            "images and sound can be."
+        )
+    if "input_ids" not in inputs and _must_have(accepted, "input_ids"):
+        inputs["input_ids"] = _token_ids(loaded, num_sequences, length, generator)
+    if "pixel_values" not in inputs and _needs_pixels(model, loaded):
+        inputs["pixel_values"] = _pixels(model, num_sequences, generator)
+    if (
+        "decoder_input_ids" in accepted
+        and getattr(model.config, "is_encoder_decoder", False)
+        and (loaded.head != "classifier")
+    ):
+        inputs["decoder_input_ids"] = _token_ids(loaded, num_sequences, length, generator)
+    return {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
+
+
+def _must_have(accepted: Any, name: str) -> bool:
+    return name in accepted and accepted[name].default is inspect.Parameter.empty
+
+
+def _needs_pixels(model: PreTrainedModel, loaded: Loaded) -> bool:
+    """CLIP and its kin compare text with images, and run on nothing less than both."""
+    return (
+        "pixel_values" in inspect.signature(model.forward).parameters
+        and hasattr(model, "get_image_features")
+        and (hasattr(model, "logit_scale"))
+    )
+
+
+def _token_ids(loaded: Loaded, num_sequences: int, length: int, generator: torch.Generator) -> Tensor:
+    special = _special_ids(loaded.model.config)
+    usual = [token for token in range(min(loaded.vocabulary, 50_000)) if token not in special]
+    chosen = torch.randint(len(usual), (num_sequences, length), generator=generator)
+    return torch.tensor(usual)[chosen]
+
+
+def _special_ids(config: PretrainedConfig) -> set[int]:
+    """Ids that stand for something else than text: padding, image places, ends."""
+    found: set[int] = set()
+    for inner in config_tree(config).values():
+        for name, value in vars(inner).items():
+            if name.endswith(("token_id", "token_index")):
+                found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+    return found
+
+
+def _keep(num_sequences: int, length: int) -> Tensor:
+    keep = torch.ones((num_sequences, length), dtype=torch.long)
+    if num_sequences > 1:
+        keep[-1, length - max(1, length // 4) :] = 0
+    return keep
+
+
+def _pad_id(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(decoder=True), "pad_token_id", None)
+
+
+def _end(token_ids: Tensor, keep: Tensor, config: PretrainedConfig) -> None:
+    """Ends every text as a classifier expects: with the end token, then padding."""
+    text = config.get_text_config(decoder=True)
+    end, pad = getattr(text, "eos_token_id", None), _pad_id(config)
+    if isinstance(end, int):
+        token_ids[torch.arange(len(keep)), keep.sum(1) - 1] = end
+    if pad is not None:
+        token_ids[keep == 0] = pad
+
+
+def _size(config: PretrainedConfig, *names: str, default: int) -> int:
+    for inner in config_tree(config).values():
+        for name in names:
+            value = getattr(inner, name, None)
+            if isinstance(value, list | tuple) and value:
+                value = value[0]
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return default
+
+
+def _pixels(model: PreTrainedModel, num_sequences: int, generator: torch.Generator) -> Tensor:
+    side = _size(model.config, "image_size", "img_size", default=32)
+    channels = _size(model.config, "num_channels", "in_channels", "num_image_channels", default=3)
+    return torch.randn((num_sequences, channels, side, side), generator=generator).to(model.dtype)
+
+
+def _sound(model: PreTrainedModel, name: str, num_sequences: int, generator: torch.Generator) -> Tensor:
+    config = model.config
+    if name == "input_values" and not hasattr(config, "num_mel_bins"):
+        return torch.randn((num_sequences, 2000), generator=generator).to(model.dtype)
+    bins = _size(config, "num_mel_bins", "input_feat_per_channel", "input_dim", default=80)
+    if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
+        # Whisper reads windows of one fixed length, two frames a position, bins first.
+        return torch.randn((num_sequences, bins, 2 * config.max_source_positions), generator=generator).to(model.dtype)
+    return torch.randn((num_sequences, 64, bins), generator=generator).to(model.dtype)

@@ -1,0 +1,95 @@
+"""Models with several stacks on the command line: naming one, cutting it, and what travels with the smaller model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from tools.sweep.shrink import small_model
+
+from tests.support.tokenizers import word_tokenizer
+
+
+def save(class_name: str, model_type: str, folder: Path, **settings: object) -> Path:
+    small_model(getattr(transformers, class_name), model_type, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save("T5ForConditionalGeneration", "t5", tmp_path_factory.mktemp("models") / "t5", num_decoder_layers=3)
+    word_tokenizer(adds="cls").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save("ViTForImageClassification", "vit", tmp_path_factory.mktemp("models") / "vit")
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor", "size": 16}')
+    return folder
+
+
+def test_inspect_lists_every_stack_and_says_why_one_was_taken(avss_command, t5_folder):
+    answer = avss_command("inspect", t5_folder)
+    assert answer.code == 0
+    for text in (
+        "encoder.block",
+        "decoder.block",
+        "num_decoder_layers",
+        "the decoder of an encoder-decoder",
+        "--stack",
+    ):
+        assert text in answer.out
+    raw = json.loads(avss_command("inspect", t5_folder, "--stack", "encoder", "--json").out)
+    assert raw["model"]["stack"] == "encoder.block"
+    assert [found["name"] for found in raw["stacks"]] == ["encoder", "decoder"]
+    assert [change["field"] for change in raw["changes"]] == ["num_layers"]
+
+
+def test_prune_cuts_the_stack_that_is_named(avss_command, t5_folder, text_file, tmp_path):
+    out = tmp_path / "smaller"
+    size = ("--count", "2", "--samples", "4", "--seq-len", "16", "--protect", "none", "--data", text_file)
+    answer = avss_command("prune", t5_folder, "--stack", "encoder", *size, "--out", out)
+    assert answer.code == 0, answer.err
+    assert "Verified" in answer.out
+    assert "cached = uncached generation" in answer.out
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (3, 3)
+    assert transformers.AutoModelForSeq2SeqLM.from_pretrained(out).config.num_layers == 3
+
+
+def test_an_unknown_stack_is_refused_with_the_names(avss_command, t5_folder, tmp_path):
+    answer = avss_command("prune", t5_folder, "--stack", "vision", "--blocks", "0", "--out", tmp_path / "x")
+    assert answer.code == 2
+    assert "Unknown stack `vision`" in answer.err
+    assert "decoder, decoder.block, encoder, encoder.block" in answer.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_vision_encoder_is_cut_and_its_image_processor_travels(avss_command, vit_folder, tmp_path):
+    out = tmp_path / "smaller"
+    answer = avss_command("prune", vit_folder, "--blocks", "0,3", "--out", out)
+    assert answer.code == 0, answer.err
+    assert "Verified" in answer.out
+    assert (out / "preprocessor_config.json").read_text() == (vit_folder / "preprocessor_config.json").read_text()
+    assert transformers.AutoModelForImageClassification.from_pretrained(out).config.num_hidden_layers == 3
+
+
+def test_a_vision_encoder_cannot_be_scored_on_text(avss_command, vit_folder, tmp_path):
+    answer = avss_command("prune", vit_folder, "--count", "1", "--out", tmp_path / "x")
+    assert answer.code == 2
+    assert "tokenizer" in answer.err
+
+
+def test_planning_leaves_out_what_the_architecture_cannot_lose(avss_command, text_file, tmp_path):
+    folder = save("ModernBertForMaskedLM", "modernbert", tmp_path / "modernbert")
+    word_tokenizer(adds="cls").save_pretrained(folder)
+    size = ("--count", "2", "--samples", "4", "--seq-len", "16", "--protect", "none", "--criterion", "first")
+    answer = avss_command("prune", folder, *size, "--data", text_file, "--out", tmp_path / "smaller")
+    assert answer.code == 0, answer.err
+    record = json.loads((tmp_path / "smaller" / "record.json").read_text())
+    assert record["cuts"][0]["plan"]["removed"] == [1, 2]
+    assert "Block 0 cannot go" in avss_command("inspect", folder).out
+    refused = avss_command("prune", folder, "--blocks", "0", "--out", tmp_path / "x")
+    assert refused.code == 2
+    assert "Block 0 of a `modernbert` model cannot be removed" in refused.err
