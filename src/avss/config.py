@@ -386,6 +386,14 @@ class RunConfig(Settings):
     plan: PlanConfig = PlanConfig(fraction=0.25)
     search: SearchConfig = SearchConfig()
     """How hard to look, where `plan.select` names a search."""
+    compensate: CompensationMethod = "none"
+    """Repair without training; see `avss.compensation`."""
+    heal: HealConfig | None = None
+    """Repair by training, after that; None for none. Its text is the calibration text, unless it names another."""
+    quality: Literal["plain", "best"] = "plain"
+    """`best`: choose by search, repair and heal, within `time`; settings given for any of the three stay."""
+    time: Annotated[float | None, BeforeValidator(_seconds)] = Field(default=None, gt=0)
+    """Seconds for search, repair and healing together under `best`, 30 minutes by default; `40m` is understood."""
     compare: tuple[str, ...] = ()
     """Criteria whose cut of the same size is evaluated beside the plan's, in memory."""
     tasks: tuple[TaskConfig, ...] = ()

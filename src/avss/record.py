@@ -1041,8 +1041,10 @@ class Cut(FrozenValue):
 
     @property
     def name(self) -> str:
-        """How tables call it: the method that chose its blocks, and whether it was healed."""
-        return f"{self.plan.method}, healed" if self.healing else self.plan.method
+        """How tables call it: the method that chose its blocks, and what was done to it last."""
+        if self.healing:
+            return f"{self.plan.method}, healed"
+        return f"{self.plan.method}, repaired" if self.compensation and self.compensation.applied else self.plan.method
 
 
 class RunRecord(FrozenValue):

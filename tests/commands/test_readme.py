@@ -42,12 +42,14 @@ def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder)
     small["compare"] = ("--samples", "4", "--damage-samples", "3", "--seq-len", "16")
     small["run"] = ("--samples", "4", "--seq-len", "16", "--limit", "4")
     small["heal"] = ("--budget", "200 tokens", "--seq-len", "16", "--validations", "1")
+    best = ("--time", "10s", "--heal", "1k")
     small["evaluate"] = ("--seq-len", "16", "--limit", "4")
     for line in commands():
         if line[0] == "demo":  # minutes on the real model: `make demo`
             continue
         arguments = [str(llama_folder) if word == MODEL else word for word in line]
-        answer = avss_command(*arguments, *small.get(line[0], ()))
+        settings = (*small.get(line[0], ()), *(best if "--quality" in line else ()))
+        answer = avss_command(*arguments, *settings)
         assert answer.code == 0, (line, answer.err)
 
 

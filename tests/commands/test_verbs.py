@@ -239,3 +239,37 @@ def test_the_api_takes_model_objects_and_leaves_them_alone(llama_folder: Path, t
     html = table._repr_html_()
     assert "<table" in html
     assert "<svg" in html
+
+
+def test_run_at_its_best_searches_repairs_heals_and_measures_every_stage(
+    avss_command, llama_folder, text_file, tmp_path
+):
+    out = tmp_path / "best"
+    answer = avss_command(
+        "run", llama_folder, "--quality", "best", "--time", "20s", "--heal", "3k", "--count", 2, "--data", text_file,
+        "--task", f"perplexity={text_file}", "--limit", 4, "--compare", "last", "--out", out,
+        "--samples", 12, "--seq-len", 16, "--batch-size", 4,
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    record = RunRecord.read(out)
+    final, *others = record.cuts
+    assert record.search is not None
+    assert final.healing is not None
+    assert final.healing.num_tokens > 0
+    assert final.name == "greedy, healed"
+    assert final.verification.of_raw_cut
+    assert final.verification.passed
+    # Each stage before it stands beside it, on the same items, and the rival last.
+    names = [cut.name for cut in others]
+    assert names[-2:] == ["greedy", "last"]
+    assert {cut.plan.removed for cut in record.cuts[:-1]} == {final.plan.removed}
+    assert all(cut.measurements and cut.path is None for cut in others)
+    page = (out / "report.html").read_text()
+    assert "greedy, healed" in page
+
+
+def test_run_refuses_an_unknown_quality(avss_command, llama_folder, tmp_path):
+    answer = avss_command("run", llama_folder, "--quality", "worst", "--out", tmp_path / "x")
+    assert answer.code == 2
+    assert "quality" in answer.err
+    assert "Traceback" not in answer.err

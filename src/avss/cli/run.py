@@ -48,6 +48,21 @@ def command(
     width: opt.Width = None,
     beam: opt.Beam = None,
     resume: opt.Resume = True,
+    compensate: Annotated[
+        str | None, typer.Option(help="Repair without training: auto, refit, linear, ...", show_default="none")
+    ] = None,
+    heal: Annotated[
+        str | None, typer.Option(help="Repair by training: a budget such as 30m or 2M.", show_default="none")
+    ] = None,
+    heal_data: Annotated[
+        str | None, typer.Option(help="Text to train on.", show_default="the calibration text")
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="best: search, repair and heal within --time.", show_default="plain")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="For search, repair and healing under best, e.g. 40m.", show_default="30m")
+    ] = None,
     compare: Annotated[
         str | None, typer.Option(help="Criteria whose cut of the same size is measured beside it, comma-separated.")
     ] = None,
@@ -71,7 +86,7 @@ def command(
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Score, choose, cut, verify, evaluate before and after, and report: MODEL -> a smaller model and its proof."""
+    """Score, choose, cut, repair, heal, verify, evaluate, report: MODEL -> a smaller model and its proof."""
     from avss.cli.execute import execute, merge_flags
 
     settings = merge_flags(
@@ -121,6 +136,10 @@ def command(
                 compare=compare.split(",") if compare else None,
                 prompts=prompt or None,
                 first_token=opt.first_token(first_token) if first_token else None,
+                compensate=compensate,
+                heal=_healing(heal, heal_data, data),
+                quality=quality,
+                time=time,
                 out=str(out) if out else None,
                 force=force or None,
             ),
@@ -129,3 +148,11 @@ def command(
         task_settings=opt.given(limit=limit, seq_len=seq_len, batch_size=batch_size, seed=seed),
     )
     execute(settings, command=opt.this_command(), as_json=json, quiet=quiet)
+
+
+def _healing(budget: str | None, text: str | None, calibration: str | None) -> dict[str, str] | None:
+    """The settings of healing that the flags give; its text is the calibration text unless it has its own."""
+    if budget is None and text is None:
+        return None
+    source = text or calibration
+    return {**({"budget": budget} if budget else {}), **({"source": source} if source else {})}

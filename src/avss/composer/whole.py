@@ -1,31 +1,53 @@
 """`avss.run`: the whole path."""
 
+import dataclasses
+import time
 from pathlib import Path
 
 from avss.composer.choosing import choose, with_pinned
 from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
-from avss.composer.pruning import describe_cut, save_verified
+from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
-from avss.config import PlanConfig, RunConfig
+from avss.config import Budget, HealConfig, PlanConfig, RunConfig
 from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
+from avss.data.batches import Batches
+from avss.data.sources import read_texts
 from avss.errors import DegenerateStatisticError
+from avss.healing import heal as heal_cut
 from avss.models.forward import can_generate
 from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_search, make_plan
 from avss.progress import Stages, Timed, silent
-from avss.record import Plan, RunRecord, ScoreTable
+from avss.record import Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
 DEFAULT_PROMPTS = ("The three states of matter are", "Once upon a time, in a small village by the sea,")
 
+BEST_SECONDS = 1800.0
+"""Time for search, repair and healing under `best` where none is given."""
+
+_SEARCH_SHARE = 0.2
+"""Share of that time that a search may take: healing brings more from the same seconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Version:
+    """One state of the chosen cut: as cut, repaired, or healed."""
+
+    model: Loaded
+    told: Cut
+
 
 def run(config: RunConfig, *, command: str | None = None, stages: Stages = silent) -> RunRecord:
-    """The whole path: score, choose, cut, verify, evaluate before and after, report. Writes `config.out`.
+    """The whole path: score, choose, cut, repair, heal, verify, evaluate, report. Writes `config.out`.
+
+    Every stage that changes the weights (repair, healing) leaves the state before it as a cut of its own in the record,
+    measured on the same items: what each stage gave can be read off.
 
     Args:
         config: The run.
@@ -36,6 +58,8 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         UserError: Anything the caller can fix, in one sentence; nothing has been written.
         VerificationError: The saved model was not what it should be; nothing has been published.
     """
+    config = _at_its_best(config)
+    began = time.monotonic()
     out = Path(config.out)
     check_one_target(config.plan)
     check_search(config.search)
@@ -63,15 +87,18 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
     others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
-    plans = [chosen.plan, *others]
-    smaller = [cut(loaded, plan) for plan in plans]
-    cuts = tuple(describe_cut(loaded, model, plan) for model, plan in zip(smaller, plans, strict=True))
+    raw = cut(loaded, chosen.plan)
+    versions = _versions(loaded, raw, chosen.plan, batches, config, timed, began)
+    rivals = [cut(loaded, plan) for plan in others]
+    smaller = [*(version.model for version in versions), *rivals]
+    told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
+    cuts = (*(version.told for version in versions), *told)
     with fresh_folder(out, force=config.force) as folder:
         record = begin_record(loaded, command or "avss.run(...)", timed, table).model_copy(
             update={"cuts": cuts, "search": chosen.search, "settings": config.model_dump(mode="json")}
         )
         (folder / "model").mkdir()
-        record = save_verified(folder / "model", loaded, smaller[0], record, timed, path="model")
+        record = save_verified(folder / "model", loaded, smaller[0], record, timed, path="model", raw=raw)
         results = evaluate_all([loaded, *smaller], tasks, timed)
         prompts = config.prompts or (DEFAULT_PROMPTS if can_generate(loaded.head) else ())
         with timed("Writing samples"):
@@ -96,6 +123,53 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         with timed("Drawing the report"):
             write_record(record, folder)
     return record
+
+
+def _at_its_best(config: RunConfig) -> RunConfig:
+    """What `quality = best` stands for, under the settings that were given."""
+    if config.quality == "plain":
+        return config
+    searches = config.plan.select == "scores" and config.plan.blocks is None and config.plan.from_search is None
+    plan = config.plan.model_copy(update={"select": "greedy"}) if searches else config.plan
+    search = config.search
+    if search.seconds is None and search.max_passes is None:
+        search = search.model_copy(update={"seconds": _SEARCH_SHARE * (config.time or BEST_SECONDS)})
+    heal = config.heal or HealConfig(source=config.data.source)
+    repair = "auto" if config.compensate == "none" else config.compensate
+    return config.model_copy(update={"plan": plan, "search": search, "compensate": repair, "heal": heal})
+
+
+def _versions(
+    loaded: Loaded, raw: Loaded, plan: Plan, batches: Batches, config: RunConfig, timed: Timed, began: float
+) -> list[_Version]:
+    """The states of the chosen cut, the last one first: it is the one that is saved."""
+    versions = [_Version(raw, describe_cut(loaded, raw, plan))]
+    if config.compensate != "none":
+        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed)
+        told = describe_cut(loaded, repaired, plan).model_copy(update={"compensation": story})
+        if story.applied:
+            versions.insert(0, _Version(repaired, told))
+        else:
+            versions = [_Version(raw, told)]
+    if config.heal is not None:
+        heal = config.heal
+        if config.quality == "best" and heal.budget == HealConfig().budget:
+            left = (config.time or BEST_SECONDS) - (time.monotonic() - began)
+            heal = heal.model_copy(update={"budget": Budget(seconds=max(left, 1.0))})
+        with timed("Healing") as advance:
+            healed, healing, _ = heal_cut(
+                loaded,
+                versions[0].model,
+                plan,
+                read_texts(heal.source),
+                heal,
+                report=lambda done, total, note: advance(done, total, note),
+            )
+        told = describe_cut(loaded, healed, plan).model_copy(
+            update={"compensation": versions[0].told.compensation, "healing": healing}
+        )
+        versions.insert(0, _Version(healed, told))
+    return versions
 
 
 def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, loaded: Loaded) -> Plan:

@@ -23,7 +23,8 @@ from avss.models.load import Loaded, dtype_name, in_dtype
 from avss.record import Healing, Plan
 
 LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
-"""Peak learning rate by what is trained; the first three measured (docs/log.md), the last the usual factor above."""
+"""Peak learning rate by what is trained. That of `after` rests on measurements (docs/log.md), `all` and `blocks` follow
+it; adapters take the usual factor more."""
 
 
 def heal(
