@@ -141,8 +141,8 @@ def _module_differences(
     for name in sorted(mine.keys() & theirs.keys() if only_shared else mine.keys() | theirs.keys()):
         one, other = mine.get(name), theirs.get(name)
         if _equal(one, other) or (only_shared and isinstance(one, tuple | bool)):
-            # Lists and flags around the stack (which kinds of blocks there are) follow from the config's lists, which are
-            # rewritten; what they do is seen in the outputs.
+            # Lists and flags around the stack (which kinds of blocks there are) follow from the config's lists, which
+            # are rewritten; what they do is seen in the outputs.
             continue
         if skip_flags and isinstance(one, bool) and isinstance(other, bool):
             continue
