@@ -19,7 +19,7 @@ CRITERIA = {
     "block-influence": "block-influence",
     "update-norm": "update-norm",
     "avss": "avss",
-    "avss-update": "avss-update",
+    "avss-paper": "avss-paper",
     "avss-reference": "avss-reference",
     "all of them": "all",
 }

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
         stability,
         verify,
     )
+    from avss.composer.layer_table import LayerTable, from_csv
     from avss.config import DataConfig, HealConfig, ModelConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
     from avss.criteria import CRITERIA
     from avss.errors import AvssError
-    from avss.layer_table import LayerTable, from_csv
     from avss.record import (
         BlockScores,
         CheckReport,
@@ -64,7 +64,7 @@ _PLACES = {
     "HealConfig": "avss.config",
     "Healing": "avss.record",
     "Inspection": "avss.composer",
-    "LayerTable": "avss.layer_table",
+    "LayerTable": "avss.composer",
     "Measurement": "avss.record",
     "ModelConfig": "avss.config",
     "Plan": "avss.record",
@@ -81,7 +81,7 @@ _PLACES = {
     "compare": "avss.composer",
     "damage": "avss.composer",
     "evaluate": "avss.composer",
-    "from_csv": "avss.layer_table",
+    "from_csv": "avss.composer",
     "heal": "avss.composer",
     "inspect": "avss.composer",
     "load": "avss.composer",

@@ -4,6 +4,7 @@ One forward pass serves every statistic of activations, one more serves every st
 weights need no pass at all.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -17,7 +18,7 @@ from avss.models.gradients import watched_gradients
 from avss.models.load import Loaded
 from avss.models.loss import own_loss
 from avss.models.stack import hooked
-from avss.models.sublayers import weight_matrices
+from avss.models.sublayers import SubLayerStates, weight_matrices
 from avss.statistics.angles import WindowAngles
 from avss.statistics.base import AbstractStatistic, Rows
 from avss.statistics.collected import Collected
@@ -55,7 +56,7 @@ def collect(
 
     Raises:
         NoObservationsError: There was no batch, or none had a target to predict.
-        UnsupportedArchitectureError: The blocks are not residual blocks.
+        UnsupportedArchitectureError: The blocks are not residual blocks, or lack the parts a statistic looks at.
     """
     wanted = tuple(dict.fromkeys(statistics))
     forward = tuple(one for one in wanted if one.probe in ("block", "stack"))
@@ -108,14 +109,18 @@ def _forward(
         previous = Hidden(after)
         fitting = _fitting(current_keep, after, family)
         if by_block:
-            observation = Observation(hidden_in, previous, fitting.to(before.device))
+            sublayers = inside.take(index, before) if inside is not None else None
+            observation = Observation(hidden_in, previous, fitting.to(before.device), sublayers)
             for statistic in by_block:
                 seen[statistic, index] = statistic.observe(observation)
         for passage in passages.values():
             passage.record(index, before, after)
 
     num_batches = 0
-    with hooked(stack, observe):
+    with contextlib.ExitStack() as hooks:
+        looks_inside = any(statistic.looks_inside for statistic in by_block)
+        inside = hooks.enter_context(SubLayerStates.watched(loaded)) if looks_inside else None
+        hooks.enter_context(hooked(stack, observe))
         for token_ids, keep in batches:
             current_keep, previous, num_batches = keep, None, num_batches + 1
             seen = {}

@@ -379,7 +379,7 @@ class RunConfig(Settings):
 
     model: ModelConfig
     data: DataConfig = DataConfig()
-    criteria: tuple[str, ...] = ("avss", "avss-product", "avss-update", "block-influence", "update-norm")
+    criteria: tuple[str, ...] = ("avss", "avss-paper", "avss-product", "block-influence", "update-norm")
     """What to score by; the plan's criterion is added if missing."""
     first_token: bool = True
     """Whether the first token of each sequence counts in the scores."""

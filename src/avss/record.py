@@ -271,6 +271,20 @@ class StabilityStudy(FrozenValue):
         return study_html(self)
 
 
+class SiteFigures(FrozenValue):
+    """What a site inside every block carries, for analysis.
+
+    Attributes:
+        site: `block`, `attention`, `mlp` or `mlp-activation`.
+        title: For people.
+        values: Figure -> one value per block; see `avss.criteria.sites.site_values`.
+    """
+
+    site: str
+    title: str
+    values: dict[str, tuple[JsonFloat, ...]]
+
+
 class ScoreTable(FrozenValue):
     """The scores of several criteria on one model and text, in the order asked for.
 
@@ -280,11 +294,13 @@ class ScoreTable(FrozenValue):
         data: The text it was scored on.
         warnings: What the reader should know, one sentence each.
         stability: Whether the text suffices, one entry per criterion that reads text.
+        sites: Figures of sub-layers, where these were asked for.
     """
 
     scores: tuple[BlockScores, ...] = Field(min_length=1)
     model: ModelFacts | None = None
     data: DataFacts | None = None
+    sites: tuple[SiteFigures, ...] = ()
     stability: tuple[Stability, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -1047,6 +1063,7 @@ class RunRecord(FrozenValue):
         damage: What leaving out each block costs, where it was measured.
         comparison: Every criterion against that damage, where it was asked for.
         published: What the published script measures, where it was reproduced.
+        sites: Figures of the blocks' sub-layers, where these were asked for.
         dense: Measurements of the dense model.
         cuts: The smaller models; the first one is the one that was asked for, the others are for comparison.
         prompts: What both models were asked to continue.
@@ -1069,6 +1086,7 @@ class RunRecord(FrozenValue):
     damage: DamageTable | None = None
     comparison: Comparison | None = None
     published: PublishedMetrics | None = None
+    sites: tuple[SiteFigures, ...] = ()
     dense: tuple[Measurement, ...] = ()
     cuts: tuple[Cut, ...] = ()
     prompts: tuple[str, ...] = ()

@@ -57,13 +57,27 @@ def test_damage_suits_the_head(avss_command, text_file, request, folder):
 def test_compare_judges_every_criterion(avss_command, llama_folder, text_file, tmp_path):
     out = tmp_path / "comparison"
     answer = avss_command(
-        "compare", llama_folder, "--data", text_file, "--count", 2, "--damage-samples", 6, "--out", out, *SMALL
+        "compare",
+        llama_folder,
+        "--data",
+        text_file,
+        "--count",
+        2,
+        "--damage-samples",
+        6,
+        "--greedy",
+        "--out",
+        out,
+        *SMALL,
     )
     assert answer.code == 0, answer.err
     assert "block-influence" in answer.out
     record = RunRecord.read(out)
     comparison = record.comparison
-    assert {verdict.method for verdict in comparison.verdicts} == {scores.criterion for scores in record.scores}
+    scored = {scores.criterion for scores in record.scores}
+    assert {verdict.method for verdict in comparison.verdicts} == {*scored, "greedy"}
+    assert comparison["greedy"].kind == "search"
+    assert comparison["greedy"].spearman is None
     distances = [verdict.damage.distance for verdict in comparison.verdicts]
     assert distances == sorted(distances)
     assert all(len(verdict.damage.removed) == 2 for verdict in comparison.verdicts)

@@ -35,7 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "scoring",
         "search",
     ),
-    ("composer", "layer_table"),
+    ("composer",),
     ("cli", "__main__"),
 )
 """From the ground up. A room may import from lower levels only; rooms of one level do not know each other."""
@@ -54,7 +54,6 @@ LIGHT_ROOMS = (
     "record",
     "config",
     "plan",
-    "layer_table",
     "criteria",
     "scoring",
     "search",

@@ -20,7 +20,9 @@ from avss.statistics import (
     NearZero,
     PublishedAverages,
     RelativeUpdate,
+    RelativeVariance,
     Rows,
+    Unchanged,
     WindowAngles,
 )
 from avss.statistics.collected import Collected
@@ -37,6 +39,9 @@ SETTINGS: tuple[AbstractStatistic, ...] = (
     NearZero("output", 1e-5, relative=False),
     PublishedAverages(),
     RelativeUpdate(),
+    RelativeVariance(),
+    Unchanged(),
+    Unchanged(0.5),
     WindowAngles("last"),
     WindowAngles("all"),
 )

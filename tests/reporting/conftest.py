@@ -96,7 +96,7 @@ def criteria(num_blocks=30):
             reference_url="https://arxiv.org/abs/2411.02117",
             note="On pre-norm decoders this ratio grows with depth and ranks blocks by position.",
         ),
-        block_scores("avss-update", "AVSS of the update", [value**0.5 + 0.05 for value in bowl]),
+        block_scores("avss-other", "Another AVSS", [value**0.5 + 0.05 for value in bowl]),
         block_scores(
             "leave-one-out",
             "Measured damage, one block at a time",

@@ -18,8 +18,10 @@ from avss.statistics import (
     NearZero,
     PublishedAverages,
     RelativeUpdate,
+    RelativeVariance,
     Rows,
     Site,
+    Unchanged,
     WindowAngles,
 )
 from avss.statistics.observation import Hidden, Observation, Passage
@@ -139,6 +141,14 @@ def oracle(statistic: AbstractStatistic, batches: Sequence[Batch], *, first_toke
         if statistic.token == "last":
             tokens = [pair for batch in batches for pair in _last_kept(batch, first_token)]
         return {"window_1": float(np.mean([angle(before, after) for before, after in tokens]))}
+    if isinstance(statistic, RelativeVariance):
+        ratios = [(after - before).var() / before.var() for before, after in tokens if before.var()]
+        return {"ratio": float(np.mean(ratios))}
+    if isinstance(statistic, Unchanged):
+        kept = [np.abs(after - before) < statistic.threshold * np.abs(before) for before, after in tokens]
+        below, count = int(np.sum(kept)), int(np.size(kept))
+        share = {"share": below / count, "smoothed_share": (below + 1) / (count + 2)}
+        return {"below": below, "count": count, **share}
     if isinstance(statistic, PublishedAverages):
         return _published([batch.after for batch in batches])
     raise NotImplementedError(f"write the slow way to get {type(statistic).__name__}")

@@ -20,7 +20,7 @@ from avss.statistics.resampling import (
 )
 from tests.support.observations import Batch, observe
 
-READING = ("variance", "avss", "avss-update", "block-influence", "update-norm")
+READING = ("variance", "avss-paper", "avss", "block-influence", "update-norm")
 
 
 def population(num_sequences, *, length=8, width=32, spread=0.25, seed=0):

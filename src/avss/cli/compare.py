@@ -20,6 +20,9 @@ def command(
     protect: opt.Protect = "auto",
     samples: opt.Samples = 64,
     damage_samples: Annotated[int, typer.Option(help="Sequences to measure damage on.")] = 16,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Search by measured damage as well: the ceiling. Takes longest.")
+    ] = False,
     seq_len: opt.SeqLen = 512,
     batch_size: opt.BatchSize = 8,
     seed: opt.Seed = 0,
@@ -58,6 +61,7 @@ def command(
             count=count,
             protect=protect,
             damage_samples=damage_samples,
+            greedy=greedy,
             stages=stages,
             samples=samples,
             seq_len=seq_len,

@@ -51,9 +51,9 @@ def command(
     config = RunConfig(
         model=ModelConfig(source=str(find_demo_model())),
         data=DataConfig(source="builtin", samples=samples, batch_size=4),
-        criteria=("avss", "avss-product", "avss-update", "block-influence", "update-norm"),
+        criteria=("avss", "avss-paper", "avss-product", "block-influence", "update-norm"),
         plan=PlanConfig(criterion="block-influence", fraction=0.25),
-        compare=("avss",),
+        compare=("avss-paper",),
         tasks=(
             TaskConfig(kind="perplexity", batch_size=4),
             TaskConfig(kind="choice", limit=limit),

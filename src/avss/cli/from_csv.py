@@ -28,7 +28,7 @@ def command(
     quiet: opt.Quiet = False,
 ) -> None:
     """Compute AVSS, normalised and cumulated, and the layers to remove, from tables of variance and sparsity."""
-    from avss.layer_table import from_csv, published_note, write_layer_table
+    from avss.composer.layer_table import from_csv, published_note, write_layer_table
     from avss.output import check_free
 
     if out is not None:

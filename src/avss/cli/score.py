@@ -7,7 +7,7 @@ import typer
 
 from avss.cli import options as opt
 
-DEFAULT_CRITERIA = "avss,avss-product,avss-update,block-influence,update-norm"
+DEFAULT_CRITERIA = "avss,avss-paper,avss-product,block-influence,update-norm"
 
 _REFERENCE = "The published script"
 
@@ -17,7 +17,7 @@ def command(
     data: opt.Data = "builtin",
     criteria: str = typer.Option(
         DEFAULT_CRITERIA,
-        help="Names, comma-separated, or all: avss, avss-reference, avss-product, avss-update, variance, sparsity, "
+        help="Names, comma-separated, or all: avss, avss-paper, avss-product, avss-reference, variance, sparsity, "
         "block-influence, update-norm, angular, angular-all, taylor, gradient-l1, gradient-l2, magnitude, "
         "magnitude-l2, first, last, random.",
     ),
@@ -28,6 +28,10 @@ def command(
     seed: opt.AnySeed = None,
     first_token: opt.FirstToken = "keep",
     fraction: float = typer.Option(0.25, help="Share of blocks whose choice the warnings speak of."),
+    sites: Annotated[
+        str,
+        typer.Option(help="Where in the blocks to look: block, attention, mlp, mlp-activation (a list), or all."),
+    ] = "block",
     reference: Annotated[
         bool,
         typer.Option(
@@ -58,6 +62,7 @@ def command(
     """Score every block of MODEL by each criterion, from one forward pass over the text."""
     from avss import composer
     from avss.criteria import find_criteria
+    from avss.criteria.sites import find_sites
     from avss.errors import ConfigError
     from avss.output import check_free
 
@@ -83,6 +88,7 @@ def command(
     if weights is not None:
         raise ConfigError("`--weights` belongs to `--reference`; add it, or leave `--weights` out.")
     find_criteria(criteria)
+    find_sites(sites)
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(model, **loading)
@@ -92,6 +98,7 @@ def command(
             criteria=criteria,
             first_token=count_first_token,
             fraction=fraction,
+            sites=sites,
             stages=stages,
             batch_size=batch_size,
             **opt.given(samples=samples, seq_len=seq_len, seed=seed),
@@ -104,9 +111,11 @@ def command(
         return
     if quiet:
         return
-    from avss.cli.show import show_path, show_scores, show_warnings
+    from avss.cli.show import show_path, show_scores, show_sites, show_warnings
 
     show_scores(table)
+    if table.sites:
+        show_sites(table.sites)
     show_warnings(table.warnings)
     if out is not None:
         show_path("Scores", out / "scores.csv")

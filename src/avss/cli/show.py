@@ -1,6 +1,7 @@
 """Prints values as tables. Everything shown is read from a record; nothing is computed here."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -17,6 +18,7 @@ from avss.record import (
     RunRecord,
     ScoreTable,
     SearchResult,
+    SiteFigures,
     Verification,
 )
 from avss.reporting.repair import compensation_rows, compensation_sentences
@@ -24,7 +26,7 @@ from avss.reporting.tables import ComparisonCell, comparison_rows, cut_labels, s
 
 if TYPE_CHECKING:
     from avss.composer import Inspection
-    from avss.layer_table import LayerTable
+    from avss.composer.layer_table import LayerTable
 
 _MAX_BLOCKS_ON_SCREEN = 200
 
@@ -62,6 +64,18 @@ def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
         marks = ["[red]x[/red]" if block in plan.removed else "" for plan in plans]
         grid.add_row(str(block), *cells, *marks)
     console.print(grid)
+
+
+def show_sites(sites: Sequence[SiteFigures]) -> None:
+    """The figures of sub-layers, one table a site."""
+    for one in sites:
+        grid = _table(f"{one.title} of each block")
+        for name in ("block", *one.values):
+            grid.add_column(name, justify="right")
+        for block, row in enumerate(zip(*one.values.values(), strict=True)):
+            if block < _MAX_BLOCKS_ON_SCREEN:
+                grid.add_row(str(block), *(f"{value:.3g}" for value in row))
+        _console().print(grid)
 
 
 def show_published(metrics: PublishedMetrics) -> None:

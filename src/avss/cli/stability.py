@@ -15,7 +15,7 @@ def command(
     ] = None,
     criteria: Annotated[
         str, typer.Option(help="Names, comma-separated, or all.")
-    ] = "avss,avss-product,avss-update,block-influence,update-norm",
+    ] = "avss,avss-paper,avss-product,block-influence,update-norm",
     fraction: Annotated[float, typer.Option(help="Share of blocks whose choice is compared.")] = 0.25,
     seeds: Annotated[int, typer.Option(help="Draws of each text.")] = 3,
     sizes: Annotated[

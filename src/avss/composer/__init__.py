@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from avss.composer.healing import heal
     from avss.composer.inputs import AnyModel, calibration, load
     from avss.composer.inspection import Inspection, inspect
+    from avss.composer.layer_table import LayerTable, from_csv, write_layer_table
     from avss.composer.pruning import Pruned, prune
     from avss.composer.records import report, write_record
     from avss.composer.reproducing import reproduce, write_reproduction
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 _PLACES = {
     "AnyModel": "inputs",
     "Inspection": "inspection",
+    "LayerTable": "layer_table",
     "Pruned": "pruning",
     "calibration": "inputs",
     "compare": "comparison",
     "damage": "damages",
     "evaluate": "evaluating",
+    "from_csv": "layer_table",
     "heal": "healing",
     "inspect": "inspection",
     "load": "inputs",
@@ -44,6 +47,7 @@ _PLACES = {
     "verify": "checking",
     "write_comparison": "comparison",
     "write_damage": "damages",
+    "write_layer_table": "layer_table",
     "write_record": "records",
     "write_reproduction": "reproducing",
     "write_scores": "scores",
@@ -54,11 +58,13 @@ _PLACES = {
 __all__ = [
     "AnyModel",
     "Inspection",
+    "LayerTable",
     "Pruned",
     "calibration",
     "compare",
     "damage",
     "evaluate",
+    "from_csv",
     "heal",
     "inspect",
     "load",
@@ -71,6 +77,7 @@ __all__ = [
     "verify",
     "write_comparison",
     "write_damage",
+    "write_layer_table",
     "write_record",
     "write_reproduction",
     "write_scores",

@@ -11,13 +11,14 @@ from avss.composer.damages import DAMAGE_BATCH_SIZE, DAMAGE_SAMPLES
 from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.records import now, versions, write_record
 from avss.composer.scores import score_loaded
-from avss.config import DataConfig, PlanConfig, build
+from avss.composer.searching import search_loaded
+from avss.config import DataConfig, PlanConfig, SearchConfig, build
 from avss.criteria import CRITERIA, find_criteria
 from avss.data.batches import Batches
 from avss.errors import DataError
 from avss.models.load import Loaded
 from avss.output import fresh_folder
-from avss.plan import make_plan
+from avss.plan import make_plan, protected_blocks
 from avss.progress import Stages, silent
 from avss.record import BlockScores, Comparison, CriterionVerdict, Plan, RunRecord, ScoreTable, describe_blocks
 from avss.statistics.agreement import agreement_with, depth_correlation, overlap
@@ -39,6 +40,7 @@ def compare(
     count: int | None = None,
     protect: str = "auto",
     damage_samples: int = DAMAGE_SAMPLES,
+    greedy: bool = False,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     stages: Stages = silent,
     **settings: Any,
@@ -47,7 +49,7 @@ def compare(
 
     For each: how its scores rank the blocks against what leaving out each block costs, how many of its lowest blocks
     are among the cheapest, what removing its lowest blocks together costs, and whether it only ranks by depth. The
-    first blocks, the last and random draws are the floor.
+    first blocks, the last and random draws are the floor; a greedy search is the ceiling.
 
     Args:
         model: Hub id, folder, GGUF file, or a model object.
@@ -58,6 +60,7 @@ def compare(
         count: their number.
         protect: Blocks that stay, see `avss.prune`; `auto` follows each criterion's own habit.
         damage_samples: Sequences that damage is measured on.
+        greedy: Whether to search as well, on as many sequences of the scores' text: takes longer than all the rest.
         tokenizer: For a model object.
         stages: Where progress goes.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout` of the scores' text.
@@ -76,7 +79,9 @@ def compare(
     table, _ = score_loaded(loaded, scoring, wanted, True, fraction or (count or 1) / len(loaded.stack), stages)
     plans = {one.criterion: _plan(one, config) for one in table.scores}
     draws = _draws(config, len(loaded.stack), judging.facts.seed) if "random" in plans else []
-    comparison = _judge(loaded, judging, table, plans, draws, stages)
+    count = len(next(iter(plans.values())).removed)
+    searched = _search(loaded, scoring, config, count, damage_samples, stages) if greedy else None
+    comparison = _judge(loaded, judging, table, plans, draws, searched, stages)
     return RunRecord(
         created=now(),
         command=f"avss.compare({loaded.source!r}, ...)",
@@ -152,6 +157,7 @@ def _judge(
     table: ScoreTable,
     plans: Mapping[str, Plan],
     draws: Sequence[Plan],
+    searched: tuple[int, ...] | None,
     stages: Stages,
 ) -> Comparison:
     judge = Judge(loaded, batches)
@@ -160,13 +166,45 @@ def _judge(
     single = table_of(judge, alone, model=loaded.facts(), data=batches.facts)
     named = [name for name in plans if name != "random"]
     with stages("Removing each criterion's choice") as advance:
-        sets = judge.judge([plan.removed for plan in (*(plans[name] for name in named), *draws)], on_step=advance)
+        wanted = [plan.removed for plan in (*(plans[name] for name in named), *draws)]
+        sets = judge.judge([*wanted, *([searched] if searched else ())], on_step=advance)
     costs = dict(zip(named, sets, strict=False))
     verdicts = [_verdict(table[name], alone, costs[name]) for name in named]
     if draws:
-        verdicts.append(_floor(table["random"].title, sets[len(named) :]))
+        verdicts.append(_floor(table["random"].title, sets[len(named) : len(wanted)]))
+    if searched:
+        distances = [one.mean for one in alone]
+        verdicts.append(
+            CriterionVerdict(
+                method="greedy",
+                title="Greedy search by measured damage",
+                kind="search",
+                overlap=overlap(searched, distances),
+                damage=summarise(sets[-1]),
+            )
+        )
     verdicts.sort(key=lambda verdict: (verdict.damage.distance != verdict.damage.distance, verdict.damage.distance))
     return Comparison(count=len(next(iter(plans.values())).removed), verdicts=tuple(verdicts), damage=single)
+
+
+def _search(
+    loaded: Loaded, scoring: Batches, config: PlanConfig, count: int, num_sequences: int, stages: Stages
+) -> tuple[int, ...]:
+    """What a greedy search finds on the text of the scores: what looking at damage is worth, fairly."""
+    num = len(scoring.sequences)
+    text = scoring if num <= num_sequences else scoring.split(num_sequences)[0]
+    protected = protected_blocks(config.protect, len(loaded.stack), protects_ends=True)
+    result = search_loaded(
+        loaded,
+        text.in_batches_of(DAMAGE_BATCH_SIZE),
+        config.model_copy(update={"select": "greedy"}),
+        SearchConfig(resume=False),
+        count=count,
+        protected=protected,
+        prior=None,
+        stages=stages,
+    )
+    return result.points[-1].removed
 
 
 def _verdict(scores: BlockScores, alone: Sequence[Damage], cost: Damage) -> CriterionVerdict:

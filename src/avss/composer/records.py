@@ -10,7 +10,7 @@ from avss.progress import Timed
 from avss.record import RunRecord, ScoreTable
 from avss.reporting.charts import save_figures
 from avss.reporting.page import render_page
-from avss.reporting.tables import damage_csv, published_csv, scores_csv, search_csv
+from avss.reporting.tables import damage_csv, published_csv, scores_csv, search_csv, sites_csv
 
 
 def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable | None) -> RunRecord:
@@ -36,6 +36,8 @@ def write_record(record: RunRecord, folder: Path) -> None:
         (folder / "scores.csv").write_text(scores_csv(table), encoding="utf-8")
     if record.damage:
         (folder / "damage.csv").write_text(damage_csv(record.damage), encoding="utf-8")
+    if record.sites:
+        (folder / "sites.csv").write_text(sites_csv(record.sites), encoding="utf-8")
     if record.published:
         (folder / "published.csv").write_text(published_csv(record.published), encoding="utf-8")
     if record.search is not None:

@@ -10,20 +10,21 @@ from avss.composer.provenance import now, versions
 from avss.composer.records import write_record
 from avss.config import DataConfig
 from avss.criteria import CRITERIA, AbstractCriterion, find_criteria
+from avss.criteria.sites import SITES, find_sites, site_needs, site_values
 from avss.data.batches import Batches
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.models.load import Loaded
 from avss.output import fresh_folder
 from avss.plan import protected_blocks
 from avss.progress import Stages, silent
-from avss.record import BlockScores, RunRecord, ScoreTable
+from avss.record import BlockScores, RunRecord, ScoreTable, SiteFigures
 from avss.scoring import score_blocks, score_warnings, with_certainty
 from avss.statistics.collected import Collected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_CRITERIA = ("avss", "avss-product", "avss-update", "block-influence", "update-norm")
+DEFAULT_CRITERIA = ("avss", "avss-paper", "avss-product", "block-influence", "update-norm")
 
 
 def score(
@@ -33,6 +34,7 @@ def score(
     criteria: str | Sequence[str] = DEFAULT_CRITERIA,
     first_token: bool = True,
     fraction: float = 0.25,
+    sites: str | Sequence[str] = "block",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     stack: str = "auto",
     stages: Stages = silent,
@@ -46,6 +48,8 @@ def score(
         criteria: Names from `avss.CRITERIA`, or `all`.
         first_token: Whether the first token of each sequence counts.
         fraction: Share of blocks whose choice the warnings speak of.
+        sites: Where in the blocks to look as well: `attention`, `mlp`, `mlp-activation`, `block`, or `all`. Anything
+            but `block` alone gives the figures of each site in the table's `sites`.
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
@@ -59,7 +63,9 @@ def score(
     """
     wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
     loaded = load(model, tokenizer, stack=stack)
-    return score_loaded(loaded, calibration(loaded, data, **settings), wanted, first_token, fraction, stages)[0]
+    looked_at = find_sites(sites)
+    batches = calibration(loaded, data, **settings)
+    return score_loaded(loaded, batches, wanted, first_token, fraction, stages, sites=looked_at)[0]
 
 
 def score_loaded(
@@ -69,11 +75,15 @@ def score_loaded(
     first_token: bool,
     fraction: float,
     stages: Stages,
+    *,
+    sites: tuple[str, ...] = (),
 ) -> tuple[ScoreTable, Collected]:
     """Scores a loaded model; also returns what was collected, for whoever wants to score again or save it."""
     with stages("Scoring blocks") as advance:
         done = 0
+        sites = () if sites == ("block",) else sites
         needs = [need for criterion in criteria for need in criterion.needs]
+        needs += [need for site in sites for need in site_needs(site)]
         total = len(batches) * num_passes(needs)
 
         def on_batch() -> None:
@@ -106,8 +116,18 @@ def score_loaded(
         data=batches.facts,
         warnings=(*problems, *score_warnings(scores, collected, count=count), *unsettled),
         stability=stability,
+        sites=tuple(_figures(site, collected, first_token=first_token) for site in sites),
     )
     return table, collected
+
+
+def _figures(site: str, collected: Collected, *, first_token: bool) -> SiteFigures:
+    values = site_values(site, lambda statistic: collected.summarise(statistic, first_token=first_token))
+    return SiteFigures(
+        site=site,
+        title=SITES[site][0],
+        values={name: tuple(float(value) for value in column) for name, column in values.items()},
+    )
 
 
 def guarded(criterion: str, num_blocks: int) -> tuple[int, ...]:
@@ -148,6 +168,7 @@ def write_scores(table: ScoreTable, out: str | Path, *, command: str, force: boo
         scores=table.scores,
         warnings=table.warnings,
         stability=table.stability,
+        sites=table.sites,
     )
     with fresh_folder(Path(out), force=force) as folder:
         write_record(record, folder)

@@ -5,10 +5,10 @@ share of them near zero. Its script computes something else in detail, its figur
 on pre-norm decoders the ratio mostly ranks blocks by depth, because the residual stream's variance grows with depth.
 All four are here, in one file, so that nobody has to guess which one a table means:
 
-    avss-reference   to the digit what the published script computes, padding and quirks included
-    avss             the paper's ratio, measured properly: masked, token-weighted, threshold relative to each token
+    avss             the ratio of what the block *adds* to the residual stream, relative to what it received
+    avss-paper       the paper's ratio, measured properly: masked, token-weighted, threshold relative to each token
     avss-product     the same two factors multiplied, each divided by its sum over blocks: what the figure plots
-    avss-update      the ratio of what the block *adds* to the residual stream, relative to what it received
+    avss-reference   to the digit what the published script computes, padding and quirks included
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 
 from avss.criteria.base import AVSS_PAPER, AVSS_URL, AbstractCriterion, Evidence, Scored, ratio
 from avss.statistics.base import AbstractStatistic
+from avss.statistics.change import RelativeVariance, Unchanged
 from avss.statistics.moments import Moments
 from avss.statistics.near_zero import NearZero
 from avss.statistics.published import PublishedAverages
@@ -60,6 +61,46 @@ class AvssReference(AbstractCriterion):
 @final
 @dataclasses.dataclass(frozen=True)
 class Avss(AbstractCriterion):
+    r"""AVSS of what a block adds to the stream, relative to what it received.
+
+    $$\frac{\mathbb E_t\left[\operatorname{Var}_d(y_t - x_t) / \operatorname{Var}_d(x_t)\right]}
+           {P(|y - x| < \varepsilon |x|)}$$
+
+    Both factors of the paper, asked of the block instead of the residual stream: the variance of the update over that
+    of the input, token by token, over the share of activations that the block leaves nearly as they were. Dividing by
+    the input takes out the growth of the stream with depth, which the published ratio takes for importance; a mean of
+    ratios keeps massive activations of a few tokens from deciding alone. Our formulation, chosen by its agreement with
+    measured damage among some 100 (docs/formulations.md), for pre-norm decoders and post-norm encoders alike.
+
+    Attributes:
+        threshold: Share of its own value below which a unit counts as unchanged; 0.003 to 0.1 order blocks alike.
+    """
+
+    threshold: float = 0.03
+
+    name: ClassVar[str] = "avss"
+    title: ClassVar[str] = "AVSS of the update"
+    paper: ClassVar[str | None] = AVSS_PAPER + "; our reformulation on the block's relative update"
+    reference_url: ClassVar[str | None] = AVSS_URL
+    note: ClassVar[str | None] = (
+        "Our reformulation: variance and sparsity of what the block adds, relative to its input. The paper's own "
+        "definition is `avss-paper`."
+    )
+
+    @property
+    def needs(self) -> tuple[AbstractStatistic, ...]:
+        return (RelativeVariance(), Unchanged(self.threshold))
+
+    def score(self, evidence: Evidence) -> Scored:
+        variance = evidence.summaries[RelativeVariance()]["ratio"]
+        sparsity = evidence.summaries[Unchanged(self.threshold)]["smoothed_share"]
+        values = ratio(variance, sparsity, criterion=self.name, remedy="Check the model's activations for inf or nan.")
+        return Scored(values, {"relative_variance": variance, "unchanged_share": sparsity})
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class AvssPaper(AbstractCriterion):
     r"""$\sigma^2_i / S_i$ of the block's output, over all real tokens and hidden units.
 
     Differs from the published script in that padding never counts, every token weighs the same, variance and sparsity
@@ -71,8 +112,8 @@ class Avss(AbstractCriterion):
 
     threshold: float = 1e-2
 
-    name: ClassVar[str] = "avss"
-    title: ClassVar[str] = "AVSS (ratio)"
+    name: ClassVar[str] = "avss-paper"
+    title: ClassVar[str] = "AVSS (paper's ratio)"
     paper: ClassVar[str | None] = AVSS_PAPER
     reference_url: ClassVar[str | None] = AVSS_URL
     note: ClassVar[str | None] = (
@@ -94,7 +135,7 @@ class Avss(AbstractCriterion):
 @final
 @dataclasses.dataclass(frozen=True)
 class AvssProduct(AbstractCriterion):
-    r"""$\tilde\sigma^2_i \cdot \tilde S_i$: the factors of `avss`, each divided by its sum over blocks, multiplied.
+    r"""$\tilde\sigma^2_i \cdot \tilde S_i$: the factors of `avss-paper`, each over its sum of all blocks, multiplied.
 
     The curve in the paper's figure is labelled a normalised product and behaves like one; the formula beside it is a
     ratio. Both are offered.
@@ -128,41 +169,3 @@ class AvssProduct(AbstractCriterion):
             remedy="The activations do not vary at all, or are nan or infinite; check the model.",
         )
         return Scored(normalised, {"variance": variance, "sparsity": sparsity})
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class AvssUpdate(AbstractCriterion):
-    r"""AVSS of what the block adds, relative to what it received.
-
-    $$\frac{\sigma^2(y_i - x_i) / \sigma^2(x_i)}{S(y_i - x_i)}$$
-
-    Dividing by the input's variance takes out the growth of the residual stream with depth, which the published ratio
-    mistakes for importance. Our formulation; both factors of the paper are kept.
-
-    Attributes:
-        threshold: Near-zero threshold as a share of the root mean square of the token's update.
-    """
-
-    threshold: float = 1e-2
-
-    name: ClassVar[str] = "avss-update"
-    title: ClassVar[str] = "AVSS of the update"
-    paper: ClassVar[str | None] = AVSS_PAPER + "; our reformulation on the block's relative update"
-    reference_url: ClassVar[str | None] = AVSS_URL
-    note: ClassVar[str | None] = "Our reformulation: variance and sparsity of the update, relative to the input."
-
-    @property
-    def needs(self) -> tuple[AbstractStatistic, ...]:
-        return (Moments("input"), Moments("update"), NearZero("update", self.threshold))
-
-    def score(self, evidence: Evidence) -> Scored:
-        relative = ratio(
-            evidence.summaries[Moments("update")]["variance"],
-            evidence.summaries[Moments("input")]["variance"],
-            criterion=self.name,
-            remedy="The block's input does not vary at all; check the text and the model.",
-        )
-        sparsity = evidence.summaries[NearZero("update", self.threshold)]["smoothed_share"]
-        values = ratio(relative, sparsity, criterion=self.name, remedy="Check the model's activations for inf or nan.")
-        return Scored(values, {"relative_variance": relative, "sparsity": sparsity})

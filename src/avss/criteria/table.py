@@ -1,7 +1,7 @@
 """The explicit list of criteria. A new one is added here and nowhere else; the law tests pick it up."""
 
 from avss.criteria.angles import Angular, AngularAll
-from avss.criteria.avss import Avss, AvssProduct, AvssReference, AvssUpdate
+from avss.criteria.avss import Avss, AvssPaper, AvssProduct, AvssReference
 from avss.criteria.base import AbstractCriterion
 from avss.criteria.baselines import First, Last, Random
 from avss.criteria.change import BlockInfluence, UpdateNorm
@@ -14,9 +14,9 @@ CRITERIA: dict[str, AbstractCriterion] = {
     criterion.name: criterion
     for criterion in (
         Avss(),
+        AvssPaper(),
         AvssReference(),
         AvssProduct(),
-        AvssUpdate(),
         Variance(),
         Sparsity(),
         BlockInfluence(),

@@ -80,6 +80,12 @@ def _findings(record: RunRecord) -> list[tuple[str, str, str, list[str], list[li
     if record.study:
         words = "Scores from other draws, amounts and kinds of text, against the largest draw of the first text."
         found.append(("study", "Stability over seeds, amounts and texts", words, tables.study_texts(record.study)))
+    if record.sites:
+        words = (
+            "Inside the blocks, for analysis: what each part writes (before any norm or scale of the architecture), "
+            "and how much it turns and changes the residual stream."
+        )
+        found.append(("sites", "Sub-layers", words, tables.site_texts(record.sites)))
     if record.damage:
         words = "What leaving out each block costs, measured. Rank 0 is the cheapest to lose."
         found.append(("damage", "Measured damage of each block", words, tables.damage_texts(record.damage)))

@@ -20,6 +20,7 @@ from avss.record import (
     RunRecord,
     ScoreTable,
     SearchResult,
+    SiteFigures,
     Stability,
     StabilityStudy,
     describe_blocks,
@@ -80,6 +81,28 @@ def scores_csv(table: ScoreTable) -> str:
     places = {f"{scores.criterion}.rank": ranks(scores) for scores in table.scores}
     return _csv([
         row | {name: column[block] for name, column in places.items()} for block, row in enumerate(table.rows())
+    ])  # fmt: skip
+
+
+def site_texts(sites: Sequence[SiteFigures]) -> tuple[list[str], list[list[str]]]:
+    """The figures of sub-layers as plain text: column titles, then one row per block."""
+    header = ["block", *(f"{one.title.lower()}: {name}" for one in sites for name in one.values)]
+    columns = [values for one in sites for values in one.values.values()]
+    body = [
+        [str(block), *(numbers.number(value, digits=3) for value in row)]
+        for block, row in enumerate(zip(*columns, strict=True))
+    ]
+    return header, body
+
+
+def sites_csv(sites: Sequence[SiteFigures]) -> str:
+    """The figures of sub-layers as CSV: one row per block and site; floats read back exactly, what lacks is empty."""
+    names = list(dict.fromkeys(name for one in sites for name in one.values))
+    return _csv([
+        {"block": block, "site": one.site}
+        | {name: one.values[name][block] if name in one.values else None for name in names}
+        for one in sites
+        for block in range(len(one.values[names[0]]))
     ])  # fmt: skip
 
 

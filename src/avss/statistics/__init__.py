@@ -2,7 +2,7 @@
 
 from avss.statistics.angles import WindowAngles
 from avss.statistics.base import AbstractStatistic, Rows, Site
-from avss.statistics.change import CosineSimilarity, RelativeUpdate
+from avss.statistics.change import CosineSimilarity, RelativeUpdate, RelativeVariance, Unchanged
 from avss.statistics.gradients import GradientNorms, WeightNorms
 from avss.statistics.moments import Moments
 from avss.statistics.near_zero import NearZero
@@ -16,6 +16,8 @@ STATISTICS: tuple[type[AbstractStatistic], ...] = (
     PublishedAverages,
     PublishedGradients,
     RelativeUpdate,
+    RelativeVariance,
+    Unchanged,
     WeightNorms,
     WindowAngles,
 )
@@ -31,8 +33,10 @@ __all__ = [
     "PublishedAverages",
     "PublishedGradients",
     "RelativeUpdate",
+    "RelativeVariance",
     "Rows",
     "Site",
+    "Unchanged",
     "WeightNorms",
     "WindowAngles",
 ]

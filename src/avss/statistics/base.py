@@ -25,8 +25,15 @@ from avss.errors import NoObservationsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Site = Literal["input", "output", "update"]
-"""Where a block is observed: the residual stream before it, after it, or what it adds (output minus input)."""
+Site = Literal["input", "output", "update", "attention", "mlp", "mlp-activation"]
+"""Where a block is observed: the residual stream before it, after it, or what it adds (output minus input); inside it,
+the output of its attention, of its feed-forward part, or the activations inside the latter."""
+
+Part = Literal["block", "attention", "mlp"]
+"""What is between two states of the residual stream: the whole block, its attention, or its feed-forward part."""
+
+INSIDE = frozenset({"attention", "mlp", "mlp-activation"})
+"""Sites and parts inside a block."""
 
 Probe = Literal["block", "stack", "backward", "weights"]
 """What feeds a statistic: each block's states in the forward pass, the states of all blocks of a batch together, the
@@ -89,6 +96,11 @@ class AbstractStatistic(abc.ABC):
     counts_padding: ClassVar[bool] = False
     has_first_token: ClassVar[bool] = True
     row_is: ClassVar[Literal["sequence", "batch", "model"]] = "sequence"
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it needs the states of a block's sub-layers."""
+        return any(value in INSIDE for value in dataclasses.astuple(self) if isinstance(value, str))
 
     @abc.abstractmethod
     def observe(self, seen: Any) -> "dict[str, Tensor]":

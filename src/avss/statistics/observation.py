@@ -10,13 +10,13 @@ Shape letters: B batch, T token, D hidden unit.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from avss.statistics.base import Site
+from avss.statistics.base import Part, Site
 
 
 class Hidden:
@@ -87,9 +87,15 @@ class Observation:
         output: Residual stream after the block.
         keep: `[B, T]`, True for real tokens.
         first: `[B, T]`, True at the first real token of each sequence.
+        inside: States of its sub-layers by site, and the residual stream between them as `middle`, where there is one;
+            empty where nobody asked.
     """
 
-    def __init__(self, hidden_in: Hidden, hidden_out: Hidden, keep: Tensor) -> None:
+    def __init__(
+        self, hidden_in: Hidden, hidden_out: Hidden, keep: Tensor, inside: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.inside = {name: Hidden(state) for name, state in (inside or {}).items()}
+        self._parts: dict[Part, Observation] = {}
         self.input = hidden_in
         self.output = hidden_out
         self.keep = keep
@@ -102,12 +108,38 @@ class Observation:
 
     def at(self, site: Site) -> Hidden:
         """The hidden state at a site."""
+        if site in self.inside:
+            return self.inside[site]
         return self.input if site == "input" else self.output if site == "output" else self.update
+
+    def around(self, part: Part) -> "Observation":
+        """The residual stream before and after a part of the block.
+
+        Where the block has a stream between its parts, the attention lies before it and the feed-forward part after it;
+        in blocks with norms after their parts, the norms belong to them. In a parallel block both parts read its input,
+        and each is taken as if it were the only one: the input, and the input plus what the part adds.
+        """
+        if part == "block":
+            return self
+        if part not in self._parts:
+            before, after = self.input, self.output
+            if "middle" in self.inside:
+                middle = self.inside["middle"]
+                before, after = (before, middle) if part == "attention" else (middle, after)
+            else:
+                after = Hidden(before.values + self.inside[part].values)
+            self._parts[part] = Observation(before, after, self.keep)
+        return self._parts[part]
 
     @functools.cached_property
     def token_dot(self) -> Tensor:
         """Dot product of input and output of each token."""
         return torch.linalg.vecdot(self.input.values, self.output.values)
+
+    def count_unchanged(self, threshold: float) -> Tensor:
+        """Hidden units of each token that the block changes by less than this share of what they were, `[B, T]`."""
+        small = self.update.magnitude < self.input.magnitude * threshold
+        return small.to(torch.float32).sum(-1)
 
     @functools.cached_property
     def num_tokens(self) -> Tensor:
