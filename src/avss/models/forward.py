@@ -36,12 +36,20 @@ def model_inputs(
         # Without padding no mask: attention then takes its fastest path.
         if keep is not None and not bool(keep.all()):
             inputs["attention_mask"] = keep.to(loaded.device, torch.long)
-        if loaded.head == "seq2seq":
+        if _needs_decoder_ids(loaded, part):
             # Both sides read the same text; the decoder sees each token before it predicts it.
             inputs["decoder_input_ids"] = inputs["input_ids"]
     if loaded.head in ("causal", "seq2seq") and takes(part or loaded.model, "use_cache"):
         inputs["use_cache"] = False
     return inputs
+
+
+def _needs_decoder_ids(loaded: Loaded, part: PreTrainedModel | None) -> bool:
+    """A classifier makes up what its decoder reads by itself; its body alone does not."""
+    if loaded.head == "classifier" and part is None:
+        return False
+    is_both = getattr(loaded.model.config, "is_encoder_decoder", False)
+    return bool(is_both) and takes(part or loaded.model, "decoder_input_ids")
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:

@@ -130,8 +130,7 @@ def _module_differences(
         counts: Old and new place of the block, or old and new number of blocks: integers may go from one to the other.
         skip_flags: Whether truth values may differ.
         only_shared: Whether only what both have is compared: what serves one kind of block is not built once no block
-            of
-            that kind is left (rotary tables for full attention).
+            of that kind is left (rotary tables for full attention).
     """
     if any("Drop" in type(module).__name__ for module in (old, new)):
         return  # only training drops anything
@@ -141,8 +140,9 @@ def _module_differences(
     mine, theirs = _settings(old), _settings(new)
     for name in sorted(mine.keys() & theirs.keys() if only_shared else mine.keys() | theirs.keys()):
         one, other = mine.get(name), theirs.get(name)
-        if _equal(one, other) or (only_shared and isinstance(one, tuple)):
-            # Lists around the stack mirror the config's, which are rewritten; what they do is seen in the outputs.
+        if _equal(one, other) or (only_shared and isinstance(one, tuple | bool)):
+            # Lists and flags around the stack (which kinds of blocks there are) follow from the config's lists, which
+            # are rewritten; what they do is seen in the outputs.
             continue
         if skip_flags and isinstance(one, bool) and isinstance(other, bool):
             continue
