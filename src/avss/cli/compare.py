@@ -79,7 +79,10 @@ def command(
     from avss.cli.show import show_path, show_texts, show_warnings
     from avss.reporting.tables import verdict_texts
 
-    show_texts("Criteria against measured damage (best first)", verdict_texts(record.comparison))
+    show_texts(
+        "Criteria against measured damage (agreement, depth: rank correlation with damage, index)",
+        verdict_texts(record.comparison),
+    )
     show_warnings(record.warnings)
     if out is not None:
         show_path("Report", out / "report.html")

@@ -76,7 +76,8 @@ def compare(
     config = build(PlanConfig, {**size, "protect": protect})
     loaded = load(model, tokenizer)
     scoring, judging = _texts(loaded, data, damage_data, damage_samples, settings)
-    table, _ = score_loaded(loaded, scoring, wanted, True, fraction or (count or 1) / len(loaded.stack), stages)
+    share = config.fraction or (config.count or 1) / len(loaded.stack)
+    table, _ = score_loaded(loaded, scoring, wanted, True, share, stages)
     plans = {one.criterion: _plan(one, config) for one in table.scores}
     draws = _draws(config, len(loaded.stack), judging.facts.seed) if "random" in plans else []
     count = len(next(iter(plans.values())).removed)

@@ -165,9 +165,9 @@ def damage_texts(table: DamageTable) -> tuple[list[str], list[list[str]]]:
 def verdict_texts(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Each criterion against measured damage as plain text: column titles, then one row per method, the best first."""
     count, has_loss = comparison.count, comparison.damage.dense_loss is not None
-    damage = "KL of its set, nats" if comparison.damage.measure == "kl" else "1 - cosine of its set"
+    damage = "KL, nats" if comparison.damage.measure == "kl" else "1 - cosine"
     header = ["chosen by", damage, *(["perplexity"] if has_loss else [])]
-    header += ["agreement with single-block damage", f"overlap of {count}", "correlation with depth", "removes"]
+    header += ["agreement", "overlap", "depth", "removes"]
     body = []
     for one in comparison.verdicts:
         error = one.spread if one.num_draws > 1 else one.damage.stderr
