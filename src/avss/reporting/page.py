@@ -68,8 +68,8 @@ def _findings(record: RunRecord) -> list[tuple[str, str, str, list[str], list[li
         words = (
             "What each criterion is worth on this model: the measured damage of the blocks it would remove, together "
             "and before any repair. Agreement: Spearman's correlation of its scores with the damage of leaving out "
-            "each block alone; overlap: of its lowest blocks with the cheapest; depth: correlation of its scores with the "
-            "block's index. Damage was measured on other sequences than the scores."
+            "each block alone; overlap: of its lowest blocks with the cheapest; depth: correlation of its scores with "
+            "the index. Damage was measured on other sequences than the scores."
         )
         found.append(("verdicts", "Criteria against measured damage", words, tables.verdict_texts(record.comparison)))
     if record.stability:
