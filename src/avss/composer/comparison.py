@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avss.ablation import Damage, Judge, leave_one_out, summarise, table_of
+from avss.composer.choosing import with_pinned
 from avss.composer.damages import DAMAGE_BATCH_SIZE, DAMAGE_SAMPLES
 from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.records import now, versions, write_record
@@ -78,8 +79,8 @@ def compare(
     scoring, judging = _texts(loaded, data, damage_data, damage_samples, settings)
     share = config.fraction or (config.count or 1) / len(loaded.stack)
     table, _ = score_loaded(loaded, scoring, wanted, True, share, stages)
-    plans = {one.criterion: _plan(one, config) for one in table.scores}
-    draws = _draws(config, len(loaded.stack), judging.facts.seed) if "random" in plans else []
+    plans = {one.criterion: _plan(one, config, loaded) for one in table.scores}
+    draws = _draws(config, loaded, judging.facts.seed) if "random" in plans else []
     count = len(next(iter(plans.values())).removed)
     searched = _search(loaded, scoring, config, count, damage_samples, stages) if greedy else None
     comparison = _judge(loaded, judging, table, plans, draws, searched, stages)
@@ -137,18 +138,19 @@ def _texts(
     return scoring, judging.in_batches_of(DAMAGE_BATCH_SIZE)
 
 
-def _plan(scores: BlockScores, config: PlanConfig) -> Plan:
-    return make_plan(scores, config, protects_ends=CRITERIA[scores.criterion].protects_ends)
+def _plan(scores: BlockScores, config: PlanConfig, loaded: Loaded) -> Plan:
+    protects_ends = CRITERIA[scores.criterion].protects_ends
+    return make_plan(scores, with_pinned(config, loaded, protects_ends=protects_ends), protects_ends=protects_ends)
 
 
-def _draws(config: PlanConfig, num_blocks: int, seed: int) -> list[Plan]:
+def _draws(config: PlanConfig, loaded: Loaded, seed: int) -> list[Plan]:
     """Random plans of the same size."""
     random = CRITERIA["random"]
     plans = []
     for draw in range(NUM_DRAWS):
-        values = np.random.default_rng((seed, draw)).random(num_blocks)
+        values = np.random.default_rng((seed, draw)).random(len(loaded.stack))
         scores = BlockScores(criterion=random.name, title=random.title, values=tuple(values.tolist()))
-        plans.append(_plan(scores, config))
+        plans.append(_plan(scores, config, loaded))
     return plans
 
 
@@ -194,7 +196,8 @@ def _search(
     """What a greedy search finds on the text of the scores: what looking at damage is worth, fairly."""
     num = len(scoring.sequences)
     text = scoring if num <= num_sequences else scoring.split(num_sequences)[0]
-    protected = protected_blocks(config.protect, len(loaded.stack), protects_ends=True)
+    guarded = with_pinned(config, loaded, protects_ends=True)
+    protected = protected_blocks(guarded.protect, len(loaded.stack), protects_ends=True)
     result = search_loaded(
         loaded,
         text.in_batches_of(DAMAGE_BATCH_SIZE),
