@@ -13,6 +13,12 @@ import statistics as st
 import time
 
 from avss.cli.demo import find_demo_model
+from avss.criteria import CRITERIA as ALL_CRITERIA
+
+FORWARD = ",".join(
+    name for name, one in ALL_CRITERIA.items() if one.needs and all(need.probe == "block" for need in one.needs)
+)
+"""Those that a forward pass with a look at each block serves: no gradients, no angles across runs."""
 
 CRITERIA = {
     "body alone (= 1)": None,
@@ -21,7 +27,9 @@ CRITERIA = {
     "avss": "avss",
     "avss-paper": "avss-paper",
     "avss-reference": "avss-reference",
-    "all of them": "all",
+    "all of these kinds": FORWARD,
+    "angular": "angular",
+    "taylor (backward)": "taylor",
 }
 
 

@@ -76,8 +76,8 @@ class Judge:
 
     Args:
         loaded: The model; left as it was.
-        batches: The text. Holding one batch's hidden states at all blocks is what this costs in memory, and two float32
-            numbers for each token and word.
+        batches: The text. Holding one batch's hidden states at all blocks is what this costs in memory, and one float32
+            number for each token and word.
         share: False runs every model from its first block: the slow way, for checks.
         holds_all: Whether to hold that for all batches, so that the whole model runs only once on each; see
             `bytes_to_hold`.
@@ -139,7 +139,7 @@ class Judge:
             on_step(done, total)
             for one in order:
                 logits = whole.shared.without(one)
-                rows[one].append((whole.answers.distance(logits), whole.answers.loss(logits)))
+                rows[one].append(whole.answers.row(logits))
                 done += 1
                 on_step(done, total)
             self.num_blocks_run += whole.shared.num_blocks_run - before
@@ -154,7 +154,7 @@ class Judge:
         token_ids, keep = self._batches[index]
         shared = SharedPrefix(self._loaded, token_ids, keep, share=self._share)
         answers = _Answers(self._loaded, shared.dense, token_ids, keep)
-        row = answers.distance(shared.dense), answers.loss(shared.dense)
+        row = answers.row(shared.dense)
         return _Whole(shared, answers, row)
 
 
@@ -168,10 +168,10 @@ class _Whole:
 
 
 def bytes_to_hold(loaded: Loaded, batches: Batches) -> int:
-    """Memory that a `Judge` which holds all batches needs, roughly: hidden states twice, and the answers thrice."""
+    """Memory that a `Judge` which holds all batches needs, roughly: hidden states twice, and the answers twice."""
     width, words = cast(Tensor, loaded.model.get_input_embeddings().weight).shape[1], loaded.vocabulary
     is_by_word = loaded.head in ("causal", "masked", "seq2seq")
-    return batches.facts.num_tokens * 4 * (2 * (len(loaded.stack) + 1) * width + (3 * words if is_by_word else 0))
+    return batches.facts.num_tokens * 4 * (2 * (len(loaded.stack) + 1) * width + (2 * words if is_by_word else 0))
 
 
 def leave_one_out(judge: Judge, num_blocks: int, *, on_step: OnStep = lambda done, total: None) -> list[Damage]:
@@ -197,23 +197,26 @@ class _Answers:
         self._by_token = dense.dim() == 3
         places = keep.flatten().nonzero()[:, 0] if self._by_token else torch.arange(len(dense))
         self._sequence = places // keep.shape[1] if self._by_token else places
-        self._reference = predictions.Reference(dense.flatten(0, -2), places)
-        # A token is predicted by the place before it, if both are real.
-        follows = keep[:, 1:] & keep[:, :-1]
-        self._has_loss = loaded.head == "causal" and self._by_token and bool(follows.any())
-        rows, columns = follows.nonzero(as_tuple=True)
-        self._asked, self._targets, self._asked_by = rows * keep.shape[1] + columns, token_ids[rows, columns + 1], rows
+        targets = None
+        if loaded.head == "causal" and self._by_token:
+            # A token is predicted by the place before it, if both are real.
+            following = torch.full_like(token_ids, -1)
+            following[:, :-1] = token_ids[:, 1:].where(keep[:, 1:] & keep[:, :-1], -1)
+            targets = following.flatten()[places]
+        self._targets = targets if targets is not None and bool((targets >= 0).any()) else None
+        self._reference = predictions.Reference(dense.flatten(0, -2), places, self._targets)
 
-    def distance(self, answers: Tensor) -> FloatArray:
+    def row(self, answers: Tensor) -> _Row:
+        """Distance and loss of each sequence."""
         if self._measure == "cosine":
-            return (1 - torch.cosine_similarity(self._embed(answers), self._embedding, dim=-1)).cpu().numpy()
-        return self._by_sequence(self._reference.divergence(answers.flatten(0, -2)), self._sequence)
-
-    def loss(self, answers: Tensor) -> FloatArray | None:
-        if self._measure == "cosine" or not self._has_loss:
-            return None
-        likelihood = predictions.log_likelihood(answers.flatten(0, 1), self._asked, self._targets)
-        return self._by_sequence(-likelihood, self._asked_by)
+            near = torch.cosine_similarity(self._embed(answers), self._embedding, dim=-1)
+            return (1 - near).cpu().numpy(), None
+        divergences, likelihoods = self._reference.compare(answers.flatten(0, -2))
+        distance = self._by_sequence(divergences, self._sequence)
+        if likelihoods is None or self._targets is None:
+            return distance, None
+        asked = self._targets >= 0
+        return distance, self._by_sequence(-likelihoods.cpu()[asked], self._sequence[asked])
 
     def _embed(self, hidden: Tensor) -> Tensor:
         # Float64: one minus a cosine near one keeps few digits of float32.

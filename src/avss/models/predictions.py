@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_VALUES_AT_ONCE = 2**22
-"""Logits turned into float32 probabilities at a time: 16 MB, however large the vocabulary."""
+_VALUES_AT_ONCE = 2**20
+"""Logits turned into float32 probabilities at a time: 4 MB, which a processor's cache holds."""
 
 
 def log_likelihood(logits_RV: Tensor, places_N: Tensor, targets_N: Tensor) -> Tensor:
@@ -31,41 +31,62 @@ def log_likelihood(logits_RV: Tensor, places_N: Tensor, targets_N: Tensor) -> Te
 
 
 class Reference:
-    r"""The dense model's predictions at some places, kept to compare many models with: two float32 numbers a word.
+    r"""The dense model's predictions at some places, kept to compare many models with: one float32 number a word.
 
     Args:
         dense_RV: All logits.
         places_N: Rows to read.
+        targets_N: What truly stands at each of them, -1 where nobody asks; None if nobody asks anywhere.
     """
 
-    def __init__(self, dense_RV: Tensor, places_N: Tensor) -> None:
-        self._places = places_N.to(dense_RV.device)
-        self._log_p = _log_softmax(dense_RV[self._places])
-        self._p = self._log_p.exp()
+    def __init__(self, dense_RV: Tensor, places_N: Tensor, targets_N: Tensor | None = None) -> None:
+        places = places_N.to(dense_RV.device)
+        # All rows in order are read as they lie, others are gathered piece by piece.
+        self._places = None if len(places) == len(dense_RV) and bool((places.diff() == 1).all()) else places
+        self._targets = None if targets_N is None else targets_N.to(dense_RV.device)
+        self._p = torch.empty((len(places), dense_RV.shape[-1]), device=dense_RV.device)
+        entropies = []
+        for piece in _pieces(dense_RV, places):
+            log_p = torch.log_softmax(self._rows(dense_RV, piece), dim=-1)
+            self._p[piece] = log_p.exp()
+            entropies.append(torch.linalg.vecdot(self._p[piece], _finite(log_p)))
+        self._p_log_p = torch.cat(entropies)
 
-    def divergence(self, logits_RV: Tensor) -> Tensor:
-        r"""KL divergence $\sum_v p_v (\ln p_v - \ln q_v)$ of `logits_RV` at each place, `[N]`.
+    def compare(self, logits_RV: Tensor) -> tuple[Tensor, Tensor | None]:
+        r"""Another model's predictions at the same places, in one reading of its logits.
 
-        Zero, to the bit, for equal logits. A word that the dense model rules out (`-inf`) adds nothing, whatever the
-        other makes of it.
+        Returns:
+            KL divergence $\sum_v p_v (\ln p_v - \ln q_v)$ of each, `[N]`: zero, to the bit, for equal logits; a word
+            that the dense model rules out (`-inf`) adds nothing, whatever the other makes of it. And the natural logarithm
+            of the probability of each target, `[N]`, 0 where nobody asks; None if nobody asks anywhere.
         """
-        places = self._places.to(logits_RV.device)
-        rows = []
-        for piece in _pieces(logits_RV, places):
-            log_q = _log_softmax(logits_RV[places[piece]]).to(self._p.device)
-            rows.append(torch.linalg.vecdot(self._p[piece], self._log_p[piece] - log_q))
-        return torch.cat(rows)
+        logits = logits_RV.to(self._p.device)
+        crosses, likelihoods = [], []
+        for piece in _pieces(logits, self._p):
+            log_q = torch.log_softmax(self._rows(logits, piece), dim=-1)
+            if self._targets is not None:
+                targets = self._targets[piece]
+                found = log_q.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+                likelihoods.append(found.masked_fill(targets < 0, 0.0))
+            cross = torch.linalg.vecdot(self._p[piece], log_q)
+            if bool(cross.isnan().any()):  # zero times -inf: a word that both, or the dense model alone, rule out
+                cross = torch.linalg.vecdot(self._p[piece], _finite(log_q))
+            crosses.append(cross)
+        divergences = self._p_log_p - torch.cat(crosses)
+        return divergences, torch.cat(likelihoods) if likelihoods else None
+
+    def _rows(self, logits_RV: Tensor, piece: slice) -> Tensor:
+        return (logits_RV[piece] if self._places is None else logits_RV[self._places[piece]]).float()
 
 
 def divergence(dense_RV: Tensor, logits_RV: Tensor, places_N: Tensor) -> Tensor:
-    """`Reference.divergence` for a single comparison, a few places at a time."""
+    """The divergence of `Reference.compare` for a single comparison, a few places at a time."""
     pieces = [places_N[piece] for piece in _pieces(dense_RV, places_N)]
-    return torch.cat([Reference(dense_RV, places).divergence(logits_RV) for places in pieces])
+    return torch.cat([Reference(dense_RV, places).compare(logits_RV)[0] for places in pieces])
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    # Finite everywhere: a probability of zero times a logarithm of -inf would be nan instead of nothing.
-    return torch.log_softmax(logits.float(), dim=-1).clamp_(min=torch.finfo(torch.float32).min)
+def _finite(log_probabilities: Tensor) -> Tensor:
+    return log_probabilities.clamp(min=torch.finfo(torch.float32).min)
 
 
 def _pieces(logits_RV: Tensor, places_N: Tensor) -> Iterator[slice]:

@@ -72,7 +72,9 @@ def verdicts_chart(comparison: Comparison) -> alt.Chart:
             tooltip=["method:N", alt.Tooltip("text:N", title="damage"), "agreement:N", "removes:N"],
         )
     )
-    colors = alt.Scale(domain=list(kinds.values()), range=[theme.ASKED, theme.OTHERS, theme.SERIES[2]])
+    shades = dict(zip(kinds, (theme.ASKED, theme.OTHERS, theme.SERIES[2]), strict=True))
+    shown = [kind for kind in kinds if any(one.kind == kind for one in comparison.verdicts)]
+    colors = alt.Scale(domain=[kinds[kind] for kind in shown], range=[shades[kind] for kind in shown])
     dots = base.mark_circle(size=90, opacity=1).encode(
         color=alt.Color("kind:N", scale=colors, title=None, legend=alt.Legend(orient="bottom"))
     )
