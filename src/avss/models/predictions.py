@@ -57,8 +57,8 @@ class Reference:
 
         Returns:
             KL divergence $\sum_v p_v (\ln p_v - \ln q_v)$ of each, `[N]`: zero, to the bit, for equal logits; a word
-            that the dense model rules out (`-inf`) adds nothing, whatever the other makes of it. And the natural logarithm
-            of the probability of each target, `[N]`, 0 where nobody asks; None if nobody asks anywhere.
+            that the dense model rules out (`-inf`) adds nothing, whatever the other makes of it. And the natural
+            logarithm of the probability of each target, `[N]`, 0 where nobody asks; None if nobody asks anywhere.
         """
         logits = logits_RV.to(self._p.device)
         crosses, likelihoods = [], []
