@@ -90,6 +90,8 @@ def test_compare_judges_every_criterion(avss_command, llama_folder, text_file, t
     assert (record.data.num_sequences, comparison.damage.data.num_sequences) == (12, 6)
     page = (out / "report.html").read_text()
     assert "Criteria against measured damage" in page
+    best = next(verdict for verdict in comparison.verdicts if verdict.kind != "baseline")
+    assert f"By measured damage, {best.method} chooses best here" in page
     assert (out / "figures" / "verdicts.svg").is_file()
 
 

@@ -30,6 +30,7 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
     published script measures), `windows-CRITERION` (distances across runs of neighbours).
     """
     drawn: dict[str, alt.Chart | None] = {
+        "verdicts": verdicts_chart(record.comparison) if record.comparison else None,
         "language": language_chart(record) if record.cuts else None,
         "retention": retention_chart(record),
         "search": search_chart(record.search) if record.search is not None else None,
@@ -37,7 +38,6 @@ def figures(record: RunRecord) -> dict[str, alt.Chart]:
         "scores": scores_chart(record.scores, record.cuts) if record.scores else None,
         "ranks": ranks_chart(record.scores, record.cuts) if len(record.scores) > 1 else None,
         "cuts": cuts_chart(record.cuts) if record.cuts else None,
-        "verdicts": verdicts_chart(record.comparison) if record.comparison else None,
         "damage": damage_chart(record.damage) if record.damage else None,
         "cost": cost_chart(record),
         "published": published_chart(record.published) if record.published else None,

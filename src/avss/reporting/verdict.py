@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from avss.record import Cut, Measurement, RunRecord, Verification
+from avss.record import Comparison, Cut, Measurement, RunRecord, Verification, describe_blocks
 from avss.reporting import numbers, tables
 from avss.reporting.repair import compensation_sentences
 
@@ -185,10 +185,31 @@ def _against_promise(mean: MeanRetention) -> str:
     return f"{'above' if mean.ratio >= PROMISE else 'below'} the 90 % that the AVSS paper reports"
 
 
+def _comparison_sentences(comparison: Comparison) -> list[str]:
+    """Which choice costs least by measurement, and which criterion does no better than looking at nothing."""
+    unit = "nats" if comparison.damage.measure == "kl" else "in cosine"
+    told = [one for one in comparison.verdicts if one.kind != "baseline"]
+    floor = [one.damage.distance for one in comparison.verdicts if one.kind == "baseline"]
+    said = []
+    if told:
+        best = told[0]
+        cost = numbers.with_error(best.damage.distance, best.damage.stderr)
+        said.append(
+            f"By measured damage, {best.method} chooses best here: removing its {_blocks(comparison.count)} "
+            f"({describe_blocks(best.damage.removed)}) costs {cost} {unit}, before any repair."
+        )
+    poor = [one.method for one in told if floor and one.damage.distance >= min(floor)]
+    if poor:
+        said.append(f"No better than choosing without looking: {', '.join(poor)}.")
+    return said
+
+
 def _score_sentences(record: RunRecord) -> list[str]:
     if not record.scores:
         return ["Nothing was scored and nothing was removed."]
     said = [f"{_blocks(record.model.num_blocks)} were scored; nothing was removed."]
+    if record.comparison:
+        return said + _comparison_sentences(record.comparison)
     for scores in record.scores[:4]:
         places = tables.ranks(scores)
         first = sorted((rank, block) for block, rank in enumerate(places) if rank is not None)[:4]
