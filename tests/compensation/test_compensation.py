@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from avss.compensation import METHODS, compensate
-from avss.compensation.divergence import divergence, mean_divergence
+from avss.compensation.divergence import Yardstick, divergence
 from avss.compensation.equations import choose_ridge
 from avss.compensation.least_squares import refit, residual_error
 from avss.compensation.magnitude import magnitude_ratio, scale
@@ -19,6 +19,7 @@ from avss.compensation.streams import ordinary, read_block, split
 from avss.compensation.sweep import sweep
 from avss.compensation.workpiece import Workpiece
 from avss.cut import cut
+from avss.data.batches import Batches
 from avss.errors import ConfigError
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded, adopt
@@ -41,6 +42,13 @@ def begin(name: str, *removed: int) -> Workpiece:
     plan = without(len(loaded.stack), *removed)
     smaller = cut(loaded, plan)
     return Workpiece.begin(loaded, smaller, plan, find_projections(smaller))
+
+
+@torch.no_grad()
+def mean_divergence(dense: Loaded, smaller: Loaded, batches: Batches) -> float:
+    """What a yardstick measures, by running both models on everything."""
+    found = [divergence(dense, smaller, token_ids, keep) for token_ids, keep in batches]
+    return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 
 
 def zero(module: nn.Module) -> None:
@@ -468,6 +476,18 @@ def test_unknown_method_is_refused_with_a_near_name():
 
 
 # --- what is measured ---
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("gone", [(2,), (1, 3)])
+def test_a_yardstick_measures_what_running_both_models_does(name, gone):
+    loaded = adopt(stored(name))
+    smaller = cut(loaded, without(len(loaded.stack), *gone))
+    text = random_text(5)
+    measure = Yardstick(loaded, text, num_shared=gone[0] - 1)
+    for _ in range(2):  # the second time from memory
+        assert measure(smaller) == pytest.approx(mean_divergence(loaded, smaller, text), rel=1e-5)
+        assert measure(smaller) > 1e-6
 
 
 def test_divergence_is_the_mean_kl_of_kept_places():

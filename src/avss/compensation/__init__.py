@@ -8,8 +8,17 @@ Nothing is kept that does not bring the predictions nearer to the dense model's 
 
 from collections.abc import Callable
 
-from avss.compensation.divergence import kind_of, mean_divergence
-from avss.compensation.least_squares import Run, linear, refit, residual_error
+from avss.compensation.divergence import Yardstick, kind_of
+from avss.compensation.least_squares import (
+    Readings,
+    Run,
+    Solved,
+    cosine,
+    dense_states,
+    linear,
+    refit,
+    residual_error,
+)
 from avss.compensation.magnitude import scale
 from avss.compensation.rounds import steer
 from avss.compensation.streams import num_tokens, split
@@ -27,7 +36,7 @@ METHODS = COMPENSATION_METHODS
 ROUNDS = 6
 """Rounds towards the dense model's predictions, at most."""
 
-Solve = Callable[[Workpiece, Run, Batches, Batches], CutRepair]
+Solve = Callable[[Workpiece, Run, Batches, Batches, Readings], CutRepair]
 
 
 def compensate(
@@ -72,7 +81,9 @@ def compensate(
         return smaller, Compensation(method=method, note=reason)
     work = Workpiece.begin(original, smaller, plan, facts)
     fit, choose, judge = split(batches)
-    before = mean_divergence(original, smaller, judge)
+    num_shared = max(0, plan.removed[0] - 1)
+    by_choice, by_judge = (Yardstick(original, text, num_shared) for text in (choose, judge))
+    before = by_judge(smaller)
     runs = runs_of(plan.removed)
     num_rounds = rounds if wanted in ("auto", "steer") else 0
     sweeps = wanted == "sweep"
@@ -87,13 +98,15 @@ def compensate(
     repairs: list[CutRepair] = []
     if wanted in _CANDIDATES:
         for run in runs:
-            repairs.append(_repair_cut(work, run, wanted, fit, choose, judge))
+            repairs.append(_repair_cut(work, run, wanted, fit, choose, judge, by_choice))
             advance()
     num_swept = 0
     if sweeps:
-        num_swept = _swept(work, fit, choose)
+        num_swept = _swept(work, fit, choose, by_choice)
         advance()
-    steps = [step.step for step in steer(work, fit, choose, rounds=num_rounds, on_step=advance)] if num_rounds else []
+    steps = (
+        [step.step for step in steer(work, fit, by_choice, rounds=num_rounds, on_step=advance)] if num_rounds else []
+    )
     on_step(total, total)
     story = Compensation(
         method=method,
@@ -109,7 +122,7 @@ def compensate(
     )
     if not work.changed:
         return smaller, story.model_copy(update={"note": "No repair brought the predictions nearer; the cut is raw."})
-    after = mean_divergence(original, work.smaller, judge)
+    after = by_judge(work.smaller)
     if not after < before:
         note = f"The repair was thrown away: on held-out text it took the divergence from {before:.4g} to {after:.4g}."
         kept_out = tuple(repair.model_copy(update={"applied": False}) for repair in repairs)
@@ -117,11 +130,11 @@ def compensate(
     return work.smaller, story.model_copy(update={"after": after, "weights": tuple(work.changed)})
 
 
-def _swept(work: Workpiece, fit: Batches, choose: Batches) -> int:
+def _swept(work: Workpiece, fit: Batches, choose: Batches, by_choice: Yardstick) -> int:
     """Sweeps, and undoes it where the answers are no nearer afterwards; returns how many blocks it changed."""
-    before, begin = mean_divergence(work.original, work.smaller, choose), work.snapshot()
+    before, begin = by_choice(work.smaller), work.snapshot()
     changed = sweep_blocks(work, fit, choose)
-    if changed and mean_divergence(work.original, work.smaller, choose) < before:
+    if changed and by_choice(work.smaller) < before:
         return changed
     work.restore(begin)
     return 0
@@ -152,7 +165,13 @@ def _reason_against(method: CompensationMethod, smaller: Loaded, plan: Plan) -> 
 
 
 def _repair_cut(
-    work: Workpiece, run: Run, method: CompensationMethod, fit: Batches, choose: Batches, judge: Batches
+    work: Workpiece,
+    run: Run,
+    method: CompensationMethod,
+    fit: Batches,
+    choose: Batches,
+    judge: Batches,
+    by_choice: Yardstick,
 ) -> CutRepair:
     """Repairs one cut by the best of the method's candidates, or not at all."""
     start, stop = run
@@ -161,11 +180,12 @@ def _repair_cut(
     assert work.facts is not None
     if work.facts.obstacle:
         return CutRepair(start=start, stop=stop, note=f"Nothing to solve for here: {work.facts.obstacle}.")
-    raw = mean_divergence(work.original, work.smaller, choose)
+    raw = by_choice(work.smaller)
+    readings, aims = Readings(work, run, _SOLVED.get(method, ())), dense_states(work, run, judge)
     untouched = CutRepair(
         start=start,
         stop=stop,
-        error_before=residual_error(work, run, judge),
+        error_before=residual_error(work, run, judge, aims),
         divergence_before=raw,
         note="Thrown away: it did not bring the predictions nearer on held-out text.",
     )
@@ -173,12 +193,12 @@ def _repair_cut(
     best_state = raw_state
     for solve in _CANDIDATES[method]:
         work.restore(raw_state)
-        solved = solve(work, run, fit, choose)
-        value = mean_divergence(work.original, work.smaller, choose)
+        solved = solve(work, run, fit, choose, readings)
+        value = by_choice(work.smaller)
         tried = untouched.model_copy(
             update={
                 **solved.model_dump(include={"method", "ridge", "factor"}),
-                "error_after": residual_error(work, run, judge),
+                "error_after": residual_error(work, run, judge, aims),
                 "divergence_after": value,
             }
         )
@@ -191,19 +211,19 @@ def _repair_cut(
     return best
 
 
-def _refit(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
-    return CutRepair(start=run[0], stop=run[1], method="refit", ridge=refit(work, run, fit, choose))
+def _refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="refit", ridge=refit(work, run, fit, choose, readings))
 
 
-def _linear(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
-    return CutRepair(start=run[0], stop=run[1], method="linear", ridge=linear(work, run, fit, choose))
+def _linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="linear", ridge=linear(work, run, fit, choose, readings))
 
 
-def _cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
-    return CutRepair(start=run[0], stop=run[1], method="cosine", ridge=linear(work, run, fit, choose, cosine=True))
+def _cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches, _: Readings) -> CutRepair:
+    return CutRepair(start=run[0], stop=run[1], method="cosine", ridge=cosine(work, run, fit, choose))
 
 
-def _scale(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> CutRepair:
+def _scale(work: Workpiece, run: Run, fit: Batches, _: Batches, __: Readings) -> CutRepair:
     return CutRepair(start=run[0], stop=run[1], method="scale", factor=scale(work, run, fit))
 
 
@@ -213,6 +233,11 @@ _CANDIDATES: dict[CompensationMethod, tuple[Solve, ...]] = {
     "cosine": (_cosine,),
     "refit": (_refit,),
     "auto": (_refit, _linear),
+}
+_SOLVED: dict[CompensationMethod, tuple[Solved, ...]] = {
+    "linear": ("linear",),
+    "refit": ("refit",),
+    "auto": ("refit", "linear"),
 }
 
 __all__ = ["METHODS", "ROUNDS", "compensate"]

@@ -20,12 +20,13 @@ References:
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from avss.compensation.equations import NormalEquations, choose_ridge
-from avss.compensation.streams import Written, ordinary, read_block
+from avss.compensation.streams import Written, ordinary, read_block, read_blocks
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
 from avss.models.projections import Projections, bias_of, matrix_of
@@ -37,61 +38,100 @@ COSINE_ROUNDS = 4
 """Reweighted solves of the `cosine` variant; the angle has settled by then."""
 
 
-def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
+Solved = Literal["refit", "linear"]
+
+
+class Readings:
+    """The sums that repairs of one cut are solved from, read in one pass over each text for all of them.
+
+    They are of the model as it stands when a text is read first: before any repair of this cut.
+
+    Args:
+        work: The cut under repair.
+        run: The cut.
+        methods: What will be solved for.
+    """
+
+    def __init__(self, work: Workpiece, run: Run, methods: Sequence[Solved]) -> None:
+        self._work, self._run, self._methods = work, run, methods
+        self._read: list[tuple[Batches, dict[Solved, NormalEquations]]] = []
+
+    def of(self, text: Batches, method: Solved) -> NormalEquations:
+        """The sums over a text."""
+        for known, sums in self._read:
+            if known is text:
+                return sums[method]
+        self._read.append((text, self._sums(text)))
+        return self._read[-1][1][method]
+
+    def _sums(self, text: Batches) -> dict[Solved, NormalEquations]:
+        work, facts = self._work, _facts(self._work)
+        module = work.linear(self._run[0] - 1, facts.mlp)
+        matrix, bias, gain = matrix_of(module), bias_of(module), facts.gain(work.smaller.model.config)
+        sizes: dict[Solved, int] = {"refit": matrix.shape[1], "linear": matrix.shape[0]}
+        sums: dict[Solved, NormalEquations] = {
+            method: NormalEquations.empty((sizes[method],), matrix.shape[0], affine=bias is not None)
+            for method in self._methods
+        }
+        for patched, wanted, usual, anchor in _pairs(work, self._run, (facts.mlp,), text):
+            missing = wanted - patched.state
+            for method, equations in sums.items():
+                features = patched.features[0]
+                if method == "linear":
+                    features = _apply(features.double(), matrix.double(), bias)
+                equations.add(gain * features[usual], missing[usual])
+                equations.add_anchors(gain * features[anchor], missing[anchor])
+        return sums
+
+
+def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings | None = None) -> float:
     """Solves for the MLP's output projection of the block before a cut; returns the ridge."""
     facts = _facts(work)
     block = run[0] - 1
     _take_closing_norm(work, run)
-    module = work.linear(block, facts.mlp)
-    matrix = matrix_of(module)
-    gain = facts.gain(work.smaller.model.config)
-    affine = bias_of(module) is not None
-    equations = []
-    for text in (fit, choose):
-        sums = NormalEquations.empty((matrix.shape[1],), matrix.shape[0], affine=affine)
-        for patched, wanted, usual, anchor in _pairs(work, run, (facts.mlp,), text):
-            features, missing = gain * patched.features[0], wanted - patched.state
-            sums.add(features[usual], missing[usual])
-            sums.add_anchors(features[anchor], missing[anchor])
-        equations.append(sums)
-    ridge, solution = choose_ridge(*equations)
-    constant = solution[-1] / gain if affine else None
+    readings = readings or Readings(work, run, ("refit",))
+    matrix, old_bias = matrix_of(work.linear(block, facts.mlp)), bias_of(work.linear(block, facts.mlp))
+    ridge, solution = choose_ridge(readings.of(fit, "refit"), readings.of(choose, "refit"))
+    constant = None if old_bias is None else solution[-1] / facts.gain(work.smaller.model.config)
     work.add(block, facts.mlp, solution[: matrix.shape[1]].T, constant)
     return ridge
 
 
-def linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, *, cosine: bool = False) -> float:
+def linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings | None = None) -> float:
     r"""Folds a linear map $T$ of the MLP's output into the MLP's projection of the block before a cut.
 
-    Args:
-        work: The cut under repair; its block before the cut is changed.
-        run: The cut.
-        fit: Text to fit on.
-        choose: Text to choose the ridge on.
-        cosine: Maximise the cosine between $T^\top m_t$ and what it should be, rather than minimise the distance: the
-            tokens' lengths then do not matter. Solved by reweighting: with $p_t$ the last round's $T^\top m_t$,
-            $1 - \cos = \tfrac12 \lVert T^\top m_t / |p_t| - z_t / |z_t| \rVert^2$ is again a least-squares problem.
+    Returns:
+        The ridge.
+    """
+    _take_closing_norm(work, run)
+    readings = readings or Readings(work, run, ("linear",))
+    ridge, solution = choose_ridge(readings.of(fit, "linear"), readings.of(choose, "linear"))
+    _fold(work, run, solution)
+    return ridge
+
+
+def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
+    r"""As `linear`, but maximises the cosine between $T^\top m_t$ and what it should be.
+
+    The tokens' lengths then do not matter. Solved by reweighting: with $p_t$ the last round's $T^\top m_t$,
+    $1 - \cos = \tfrac12 \lVert T^\top m_t / |p_t| - z_t / |z_t| \rVert^2$ is again a least-squares problem.
 
     Returns:
         The ridge.
     """
     facts = _facts(work)
-    block = run[0] - 1
     _take_closing_norm(work, run)
-    module = work.linear(block, facts.mlp)
-    matrix, old_bias = matrix_of(module).double(), bias_of(module)
-    gain = facts.gain(work.smaller.model.config)
+    module = work.linear(run[0] - 1, facts.mlp)
+    matrix, bias, gain = matrix_of(module).double(), bias_of(module), facts.gain(work.smaller.model.config)
     solution: Tensor | None = None
     ridge = 0.0
-    for _ in range(COSINE_ROUNDS if cosine else 1):
+    for _ in range(COSINE_ROUNDS):
         equations = []
         for text in (fit, choose):
-            sums = NormalEquations.empty(
-                (matrix.shape[0],), matrix.shape[0], affine=old_bias is not None and not cosine
-            )
+            sums = NormalEquations.empty((matrix.shape[0],), matrix.shape[0], affine=False)
             for patched, wanted, usual, anchor in _pairs(work, run, (facts.mlp,), text):
                 outputs, anchors = (
-                    gain * _apply(patched.features[0][chosen].double(), matrix, old_bias) for chosen in (usual, anchor)
+                    gain * _apply(patched.features[0][chosen].double(), matrix, bias) for chosen in (usual, anchor)
                 )
                 missing, anchors_missing = ((wanted - patched.state)[chosen].double() for chosen in (usual, anchor))
                 if solution is None:
@@ -99,7 +139,7 @@ def linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, *, cosine: 
                     sums.add_anchors(anchors, anchors_missing)
                     continue
                 aim = outputs + missing
-                mapped = outputs + outputs @ solution[: matrix.shape[0]]
+                mapped = outputs + outputs @ solution
                 lengths = mapped.norm(dim=1).clamp_min(1e-12)
                 scaled = aim * (lengths / aim.norm(dim=1).clamp_min(1e-12))[:, None]
                 sums.add(outputs, scaled - outputs, lengths**-2)
@@ -108,24 +148,45 @@ def linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, *, cosine: 
             equations.append(sums)
         ridge, solution = choose_ridge(*equations)
     assert solution is not None
-    change = solution[: matrix.shape[0]].T.to(matrix.device)
-    bias_change = None
-    if old_bias is not None:
-        bias_change = change @ old_bias.double()
-        if len(solution) > matrix.shape[0]:
-            bias_change = bias_change + solution[-1].to(matrix.device) / gain
-    work.add(block, facts.mlp, change @ matrix, bias_change)
+    _fold(work, run, solution)
     return ridge
 
 
-def residual_error(work: Workpiece, run: Run, text: Batches) -> float:
+def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
+    """Multiplies the projection before a cut by one plus the map found; a last row of it is a constant."""
+    facts = _facts(work)
+    block = run[0] - 1
+    module = work.linear(block, facts.mlp)
+    matrix, bias = matrix_of(module).double(), bias_of(module)
+    change = solution[: matrix.shape[0]].T.to(matrix.device)
+    bias_change = None
+    if bias is not None:
+        bias_change = change @ bias.double()
+        if len(solution) > matrix.shape[0]:
+            bias_change = bias_change + solution[-1].to(matrix.device) / facts.gain(work.smaller.model.config)
+    work.add(block, facts.mlp, change @ matrix, bias_change)
+
+
+def dense_states(work: Workpiece, run: Run, text: Batches) -> list[Tensor]:
+    """The dense model's stream after the last removed block of a cut, `[B, T, D]` for each batch."""
+    facts = _facts(work)
+    return [read_block(work.original, run[1] - 1, facts, (), *batch).state for batch in text]
+
+
+def residual_error(work: Workpiece, run: Run, text: Batches, aims: Sequence[Tensor] | None = None) -> float:
     """How far the stream after a cut is from the dense model's: mean square of the difference over the variance.
 
     0 is equal, 1 is as bad as the dense stream's mean would be. Over ordinary tokens (`streams.ordinary`).
+
+    Args:
+        work: The cut under repair.
+        run: The cut.
+        text: What passes through.
+        aims: `dense_states` of it, where they are known.
     """
     distance, total, square, count = 0.0, 0.0, 0.0, 0
     mean: Tensor | float = 0.0
-    for patched, wanted, usual, _ in _pairs(work, run, (), text):
+    for patched, wanted, usual, _ in _pairs(work, run, (), text, aims):
         aim = wanted[usual].double()
         distance += float((aim - patched.state[usual].double()).square().sum())
         square += float(aim.square().sum())
@@ -150,7 +211,7 @@ def _take_closing_norm(work: Workpiece, run: Run) -> None:
 
 
 def _pairs(
-    work: Workpiece, run: Run, paths: Sequence[str], text: Batches
+    work: Workpiece, run: Run, paths: Sequence[str], text: Batches, aims: Sequence[Tensor] | None = None
 ) -> Iterator[tuple[Written, Tensor, Tensor, Tensor]]:
     """For each batch what the block before the cut read and wrote, the dense stream, and which tokens are which.
 
@@ -158,9 +219,16 @@ def _pairs(
         What was written; the dense model's state `[B, T, D]`; ordinary tokens `[B, T]`; anchors `[B, T]`.
     """
     facts = _facts(work)
-    for token_ids, keep in text:
-        wanted = read_block(work.original, run[1] - 1, facts, (), token_ids, keep).state
-        patched = read_block(work.smaller, work.place(run[0] - 1), facts, paths, token_ids, keep)
+    before, last = run[0] - 1, run[1] - 1
+    for number, (token_ids, keep) in enumerate(text):
+        batch = (facts, token_ids, keep)
+        if aims is None and not work.changed and before == work.place(before):
+            # Up to its first cut, a raw one is the dense model: one run shows both ends of it.
+            both = read_blocks(work.original, {before: paths, last: ()}, *batch)
+            patched, wanted = both[before], both[last].state
+        else:
+            wanted = aims[number] if aims is not None else read_block(work.original, last, facts, (), *batch[1:]).state
+            patched = read_block(work.smaller, work.place(before), facts, paths, token_ids, keep)
         wanted = wanted.to(patched.state.device)
         usual = ordinary(wanted, keep)
         yield patched, wanted, usual, keep.to(usual.device) & ~usual

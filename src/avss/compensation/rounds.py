@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avss.compensation.divergence import divergence, mean_divergence
+from avss.compensation.divergence import Yardstick, divergence
 from avss.compensation.streams import ordinary
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
@@ -57,23 +57,23 @@ class Round:
 
 
 def steer(
-    work: Workpiece, fit: Batches, choose: Batches, *, rounds: int, on_step: Callable[[], None] = lambda: None
+    work: Workpiece, fit: Batches, measure: Yardstick, *, rounds: int, on_step: Callable[[], None] = lambda: None
 ) -> list[Round]:
     """Takes up to `rounds` rounds; stops at the first that no step size makes useful.
 
     Args:
         work: The cut under repair.
         fit: Text whose predictions are brought nearer; shared out among the rounds.
-        choose: Text for the line search.
+        measure: What the line search goes by, on text of its own.
         rounds: At most.
         on_step: Called after each round, for progress.
     """
     keys = targets(work)
     done: list[Round] = []
-    best = mean_divergence(work.original, work.smaller, choose)
+    best = measure(work.smaller)
     for text in _shares(fit, rounds):
         aim = _aim(work, keys, text)
-        step, best = _line_search(work, aim, choose, best=best)
+        step, best = _line_search(work, aim, measure, best=best)
         done.append(Round(step=step, divergence=best))
         on_step()
         if not step:
@@ -189,7 +189,7 @@ def _aim(work: Workpiece, keys: list[Key], text: Batches) -> _Aim:
     return _Aim(directions=directions, divergence=whole / num_places, slope=slope)
 
 
-def _line_search(work: Workpiece, aim: _Aim, choose: Batches, *, best: float) -> tuple[float, float]:
+def _line_search(work: Workpiece, aim: _Aim, measure: Yardstick, *, best: float) -> tuple[float, float]:
     """Keeps the best step found: doubles the first while that helps, or divides it by three until it does.
 
     Returns:
@@ -205,7 +205,7 @@ def _line_search(work: Workpiece, aim: _Aim, choose: Batches, *, best: float) ->
     chosen, step = 0.0, aim.first_step
     for _ in range(STEPS if step else 0):
         take(step)
-        found = mean_divergence(work.original, work.smaller, choose)
+        found = measure(work.smaller)
         if found < best:
             best, chosen, step = found, step, 2 * step
         elif chosen:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,35 +49,54 @@ def read_block(
         token_ids: `[B, T]`.
         keep: `[B, T]`.
     """
-    block = loaded.stack.blocks[index]
-    features: dict[str, Tensor] = {}
-    states: list[Tensor] = []
+    return read_blocks(loaded, {index: paths}, facts, token_ids, keep)[index]
 
-    def finish(_: nn.Module, __: Any, output: Any) -> None:
-        if not facts.closing_norm:
-            states.append(hidden_from_output(output))
-        raise _Seen
 
-    def before_norm(_: nn.Module, args: tuple[Any, ...]) -> None:
-        states.append(args[0])
+def read_blocks(
+    loaded: Loaded, wanted: Mapping[int, Sequence[str]], facts: Projections, token_ids: Tensor, keep: Tensor
+) -> dict[int, Written]:
+    """The same for several blocks in one run: each block's place -> what it read and wrote."""
+    features: dict[tuple[int, str], Tensor] = {}
+    states: dict[int, Tensor] = {}
+    last = max(wanted)
 
-    def reader(path: str) -> Any:
+    def finish(index: int) -> Any:
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if not facts.closing_norm:
+                states[index] = hidden_from_output(output)
+            if index == last:
+                raise _Seen
+
+        return after
+
+    def before_norm(index: int) -> Any:
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-            features[path] = args[0]
+            states[index] = args[0]
 
         return read
 
-    handles = [block.register_forward_hook(finish)]
-    if facts.closing_norm:
-        handles.append(block.get_submodule(facts.closing_norm).register_forward_pre_hook(before_norm))
-    handles += [block.get_submodule(path).register_forward_pre_hook(reader(path)) for path in paths]
-    try:
+    def reader(index: int, path: str) -> Any:
+        def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+            features[index, path] = args[0]
+
+        return read
+
+    with contextlib.ExitStack() as hooks:
+        for index, paths in wanted.items():
+            block = loaded.stack.blocks[index]
+            handles = [block.register_forward_hook(finish(index))]
+            if facts.closing_norm:
+                norm = block.get_submodule(facts.closing_norm)
+                handles.append(norm.register_forward_pre_hook(before_norm(index)))
+            handles += [block.get_submodule(path).register_forward_pre_hook(reader(index, path)) for path in paths]
+            for handle in handles:
+                hooks.callback(handle.remove)
         with contextlib.suppress(_Seen):
             run_body(loaded, token_ids, keep)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Written(features=tuple(features[path] for path in paths), state=states[0])
+    return {
+        index: Written(features=tuple(features[index, path] for path in paths), state=states[index])
+        for index, paths in wanted.items()
+    }
 
 
 def ordinary(state: Tensor, keep: Tensor) -> Tensor:
