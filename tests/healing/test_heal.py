@@ -12,7 +12,7 @@ from avss.config import HealConfig
 from avss.cut import cut
 from avss.data.sources import Texts
 from avss.errors import ConfigError, DataError, InvalidPlanError, NumericalError, UnsupportedArchitectureError
-from avss.healing import heal
+from avss.healing import heal, weights
 from avss.healing.objectives import find_objective
 from avss.healing.pace import Pace, learning_rate_factor
 from avss.healing.pair import Pair
@@ -42,7 +42,7 @@ def parts(patient, config: HealConfig, text: Texts, *, choice="all", labels=None
         recompute=config.recompute,
         precision=None,
     )
-    objective = find_objective(patient.dense, model, config, pair.autocast, has_labels=labels is not None)
+    objective = find_objective(pair, model, config, has_labels=labels is not None)
     return pair, objective, trained, prepare_text(model, text, config, labels=labels)
 
 
@@ -167,7 +167,8 @@ def test_padding_and_parts_of_a_batch_do_not_matter(patient, text, small, name):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_sharing_the_first_blocks_changes_nothing(patient, text, small, name):
+def test_sharing_the_first_blocks_changes_nothing(patient, text, small, name, monkeypatch):
+    monkeypatch.setattr(weights, "LEAD", 1)
     one = patient(name)
     config = small()
     found = []
@@ -181,7 +182,19 @@ def test_sharing_the_first_blocks_changes_nothing(patient, text, small, name):
         torch.testing.assert_close(found[1][key], gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_blocks_that_are_not_the_dense_models_are_not_shared(patient):
+@pytest.mark.parametrize(("lead", "shared"), [(1, 2), (2, 1), (3, 0), (weights.LEAD, 0)])
+def test_blocks_before_the_first_cut_are_trained_too(patient, monkeypatch, lead, shared):
+    monkeypatch.setattr(weights, "LEAD", lead)
+    one = patient("llama", removed=(3,))
+    model = dataclasses.replace(one.smaller, model=copy.deepcopy(one.smaller.model))
+    trained = choose_weights(one.dense, model, one.plan, "after", rank=4)
+    assert trained.num_shared == shared
+    assert any(f"layers.{shared}." in name for name in trained.parameters)
+    assert not any(f"layers.{place}." in name for name in trained.parameters for place in range(shared))
+
+
+def test_blocks_that_are_not_the_dense_models_are_not_shared(patient, monkeypatch):
+    monkeypatch.setattr(weights, "LEAD", 1)
     one = patient("llama", removed=(3,))
     model = dataclasses.replace(one.smaller, model=copy.deepcopy(one.smaller.model))
     assert choose_weights(one.dense, model, one.plan, "after", rank=4).num_shared == 2
@@ -229,13 +242,14 @@ def test_the_held_out_loss_is_that_of_the_model_that_comes_back(patient, text, s
     assert healing.num_tokens == healing.num_steps * 4 * 16
 
 
-def test_embeddings_and_head_stay_unless_all_is_trained(patient, text, small):
+def test_embeddings_and_head_stay_unless_all_is_trained(patient, text, small, monkeypatch):
+    monkeypatch.setattr(weights, "LEAD", 1)
     one = patient("llama")
-    for weights, moves in (("blocks", False), ("after", False), ("all", True)):
-        healed, _, _ = heal(one.dense, one.smaller, one.plan, text, small(weights=weights))
+    for choice, moves in (("blocks", False), ("after", False), ("all", True)):
+        healed, _, _ = heal(one.dense, one.smaller, one.plan, text, small(weights=choice))
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             same = torch.equal(healed.model.state_dict()[name], one.dense.model.state_dict()[name])
-            assert same is not moves, (weights, name)
+            assert same is not moves, (choice, name)
     first = "model.layers.0.mlp.up_proj.weight"
     after, _, _ = heal(one.dense, one.smaller, one.plan, text, small(weights="after"))
     assert torch.equal(after.model.state_dict()[first], one.dense.model.state_dict()[first])

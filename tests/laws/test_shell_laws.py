@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avss.models.load import adopt
-from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks
+from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
 from tests.support.architectures import ARCHITECTURES, stored, token_batch
 from tests.support.oracles import hook_count, run, state_copy
 
@@ -38,6 +38,27 @@ def test_a_shell_with_known_and_recomputed_blocks_answers_as_the_model(name):
     assert loaded.stack.blocks is blocks
     assert hook_count(model) == 0
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_shell_with_narrow_maps_answers_as_the_model_under_autocast(name):
+    model = stored(name)
+    before = state_copy(model)
+    token_ids, keep = token_batch()
+    shell = with_narrow_maps(model, torch.bfloat16, lambda _: True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(shell, token_ids, keep), run(model, token_ids, keep))
+    narrow = [value for value in shell.state_dict().values() if value.dtype == torch.bfloat16]
+    assert bool(narrow) == any(type(module) is torch.nn.Linear for module in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_trained_weights_are_not_narrowed():
+    model = ARCHITECTURES["llama"]()
+    model.requires_grad_(False).lm_head.requires_grad_(True)
+    shell = with_narrow_maps(model, torch.bfloat16, lambda value: not value.requires_grad)
+    assert shell.lm_head.weight is model.lm_head.weight
+    assert shell.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def test_recomputed_blocks_give_the_same_gradient():

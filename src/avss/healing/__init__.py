@@ -90,7 +90,7 @@ def heal(
         recompute=config.recompute,
         precision=precision,
     )
-    objective = find_objective(dense, model, config, pair.autocast, has_labels=labels is not None)
+    objective = find_objective(pair, model, config, has_labels=labels is not None)
     loop = Loop(
         pair,
         objective,

@@ -24,18 +24,21 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, dense_MV: Tensor) -> Tensor:
-        log_q = logits_MV - logits_MV.logsumexp(-1, keepdim=True)
-        log_p = dense_MV - dense_MV.logsumexp(-1, keepdim=True)
+        log_q, log_p = logits_MV.log_softmax(-1), dense_MV.log_softmax(-1)
         p = log_p.exp()
-        # A token that the dense model rules out (-inf) adds nothing, whatever the other makes of it.
-        rows = torch.where(p == 0, 0.0, p * log_p.sub_(log_q)).sum(-1)
+        difference = log_p.sub_(log_q)
+        rows = torch.linalg.vecdot(p, difference)
+        if not bool(rows.isfinite().all()):
+            # A token that the dense model rules out (-inf) adds nothing, whatever the other makes of it.
+            rows = torch.where(p == 0, 0.0, p * difference).sum(-1)
         ctx.save_for_backward(log_q.exp_().sub_(p))
         return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (difference_MV,) = ctx.saved_tensors
-        return difference_MV * grads[0][:, None], None
+        # In place: the largest tensor of a step. The graph is gone after one backward pass, so nobody reads it again.
+        return difference_MV.mul_(grads[0][:, None]), None
 
 
 def divergence(logits_MV: Tensor, dense_MV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -5,20 +5,17 @@ Shape letters: B batch, T token, D hidden, M places asked about, V vocabulary, C
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from avss.config import HealConfig
 from avss.healing.divergence import chunk_size, divergence
-from avss.healing.pair import Sides
+from avss.healing.pair import Pair, Sides
 from avss.healing.text import Batch
 from avss.models.load import Loaded
 from avss.models.pooling import find_pooling
-from avss.models.shell import HeadShell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +67,13 @@ class WordObjective(AbstractObjective):
     the negative log-likelihood of the text's own tokens instead.
     """
 
-    def __init__(
-        self,
-        dense: Loaded,
-        model: Loaded,
-        config: HealConfig,
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
+    def __init__(self, pair: Pair, model: Loaded, config: HealConfig) -> None:
         where = "masked" if model.head == "masked" else "next"
         self.title = f"KL divergence of the {where}-token predictions from the dense model's, nats"
         if config.label_weight:
             self.title += f", with a share of {config.label_weight:g} on the text's own tokens"
-        self._heads = HeadShell(model.model), HeadShell(dense.model)
-        self._temperature, self._label_weight, self._autocast = config.temperature, config.label_weight, autocast
+        self._heads, self._autocast = pair.heads(), pair.autocast
+        self._temperature, self._label_weight = config.temperature, config.label_weight
         self._rows = chunk_size(model.model.config.get_text_config().vocab_size, model.device)
 
     def count(self, batch: Batch) -> int:
@@ -212,17 +203,10 @@ def _whole(value: Tensor) -> Loss:
     return Loss(float(value.detach()), value)
 
 
-def find_objective(
-    dense: Loaded,
-    model: Loaded,
-    config: HealConfig,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    *,
-    has_labels: bool,
-) -> AbstractObjective:
+def find_objective(pair: Pair, model: Loaded, config: HealConfig, *, has_labels: bool) -> AbstractObjective:
     """What a model with this head is healed towards."""
     if model.head in ("causal", "masked") and not has_labels:
-        return WordObjective(dense, model, config, autocast)
+        return WordObjective(pair, model, config)
     if model.head == "encoder":
         return StateObjective(model)
     return AnswerObjective(model, config, has_labels=has_labels)

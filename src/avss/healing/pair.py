@@ -6,15 +6,16 @@ Shape letters: B batch, T token, D hidden.
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from avss.healing.text import Batch
 from avss.models.load import Loaded
-from avss.models.shell import KnownBlock, RecomputedBlock, with_blocks
+from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
 from avss.models.stack import BlockStack, find_stack, hidden_from_output, hooked, replace_hidden
 from avss.record import Plan
 
@@ -58,8 +59,12 @@ class Pair:
         recompute: bool,
         precision: torch.dtype | None,
     ) -> None:
-        self._dense, self._head, self._precision = dense, model.head, precision
+        self._head, self._precision, self._dense_device = model.head, precision, dense.device
         self._model = model.model
+        self._dense = self._narrowed(dense.model, is_frozen=lambda _: True)
+        self._dense_stack = dataclasses.replace(
+            dense.stack, blocks=cast(nn.ModuleList, self._dense.get_submodule(dense.stack.path))
+        )
         stack = find_stack(model.model)
         self._known = [KnownBlock(block) for block in stack.blocks[:num_shared]]
         rest = [RecomputedBlock(block) if recompute else block for block in stack.blocks[num_shared:]]
@@ -74,7 +79,7 @@ class Pair:
     def run_dense(self, batch: Batch) -> Tensor:
         """The dense model's answer alone, without gradient."""
         with self.autocast(), torch.no_grad():
-            return self._answer(self._dense.model, batch, self._dense.device).to(self._device)
+            return self._answer(self._dense, batch, self._dense_device).to(self._device)
 
     def run_beside(self, batch: Batch, dense: Tensor) -> Sides:
         """The smaller model beside an answer of the dense one that is known already; no states are compared."""
@@ -86,8 +91,8 @@ class Pair:
         dense_states: dict[int, Tensor] = {}
         states: dict[int, Tensor] = {}
         with self.autocast():
-            with torch.no_grad(), self._watching(self._dense.stack, dense_states, {old for _, old in self._compared}):
-                dense = self._answer(self._dense.model, batch, self._dense.device)
+            with torch.no_grad(), self._watching(self._dense_stack, dense_states, {old for _, old in self._compared}):
+                dense = self._answer(self._dense, batch, self._dense_device)
             with self._watching(self._stack, states, {new for new, _ in self._compared}):
                 output = self._answer(self._shell, batch, self._device)
         for known in self._known:
@@ -100,6 +105,16 @@ class Pair:
         if self._precision is None:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=self._precision)
+
+    def heads(self) -> tuple[HeadShell, HeadShell]:
+        """What turns last hidden states into logits, in the smaller model and in the dense one."""
+        ours = self._narrowed(self._model, is_frozen=lambda value: not value.requires_grad)
+        return HeadShell(ours), HeadShell(self._dense)
+
+    def _narrowed(self, model: PreTrainedModel, *, is_frozen: Callable[[Tensor], bool]) -> PreTrainedModel:
+        if self._precision is None:
+            return model
+        return cast(PreTrainedModel, with_narrow_maps(model, self._precision, is_frozen))
 
     def _answer(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": batch.token_ids.to(device)}
@@ -115,7 +130,7 @@ class Pair:
     @contextlib.contextmanager
     def _watching(self, stack: BlockStack, states: dict[int, Tensor], wanted: set[int]) -> Iterator[None]:
         """Keeps the states after the wanted blocks, and hands the last shared block's output to the smaller model."""
-        shares = bool(self._known) and stack is self._dense.stack
+        shares = bool(self._known) and stack is self._dense_stack
         if not wanted and not shares:
             yield
             return

@@ -15,9 +15,12 @@ Choice = Literal["all", "blocks", "after", "lora"]
 _TITLES: dict[str, str] = {
     "all": "all weights",
     "blocks": "the blocks and what follows them, not the embeddings and the head",
-    "after": "the blocks from the one before the first cut on and what follows them, not the embeddings and the head",
-    "lora": "adapters of rank {rank} on the matrices of the blocks from the one before the first cut on, merged",
+    "after": "the blocks from {lead} before the first cut on and what follows them, not the embeddings and the head",
+    "lora": "adapters of rank {rank} on the matrices of the blocks from {lead} before the first cut on, merged",
 }
+
+LEAD = 5
+"""Blocks before the first cut that `after` and `lora` train with those after it (measured, see docs/log.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,9 @@ def choose_weights(dense: Loaded, model: Loaded, plan: Plan, choice: Choice, *, 
     Raises:
         ConfigError: Adapters are asked for, and peft is not installed or finds no matrix in the blocks.
     """
-    frozen = max(0, min(plan.removed, default=0) - 1) if choice in ("after", "lora") else 0
+    frozen = max(0, min(plan.removed, default=0) - LEAD) if choice in ("after", "lora") else 0
     shared = _count_shared(dense, model, frozen) if frozen else 0
-    title = _TITLES[choice].format(rank=rank)
+    title = _TITLES[choice].format(rank=rank, lead=LEAD)
     if choice == "lora":
         adapters = _attach(model, range(frozen, len(model.stack)), rank)
         chosen = {name: value for name, value in model.model.named_parameters() if value.requires_grad}
