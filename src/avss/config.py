@@ -301,8 +301,8 @@ class HealConfig(Settings):
     """When to stop, e.g. `30m`, `2M` tokens; see `Budget.parse`."""
     weights: Literal["auto", "all", "blocks", "after", "lora"] = "auto"
     """What is trained. `all`: every weight. `blocks`: all blocks and the last norm, not the embeddings and the head.
-    `after`: of these, the blocks from the one before the first cut on; those before it are the dense model's still and
-    are computed once for both. `lora`: adapters of low rank on the matrices of the blocks, merged at the end (needs
+    `after`: of these, the blocks from five before the first cut on; those before are the dense model's still and are
+    computed once for both. `lora`: adapters of low rank on the matrices of the blocks, merged at the end (needs
     peft). `auto`: `after`."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak; by default 3e-4, for `lora` 1e-3."""
@@ -366,6 +366,8 @@ class SearchConfig(Settings):
     """Rounds of exchanging single blocks at the end."""
     error: float = Field(default=0.1, gt=0, lt=1)
     """Bound on the probability that a race drops its true best."""
+    finalists: int = Field(default=3, ge=1)
+    """Where the cut is repaired: sets that are repaired and judged again before the last choice; 1 for none."""
     seed: int = Field(default=0, ge=0)
     """Of the evolution's draws."""
     resume: bool = True

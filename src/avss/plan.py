@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from avss.config import TARGETS, PlanConfig, SearchConfig
 from avss.errors import ConfigError, InvalidPlanError
@@ -72,6 +72,15 @@ def protected_blocks(protect: str, num_blocks: int, *, protects_ends: bool) -> t
     if protect == "auto":
         return (0, num_blocks - 1) if protects_ends and num_blocks > 2 else ()
     return () if protect == "none" else parse_blocks(protect, num_blocks)
+
+
+def protecting(config: PlanConfig, pinned: Iterable[int], num_blocks: int, *, protects_ends: bool) -> PlanConfig:
+    """The settings with some more blocks protected, whatever `protect` says."""
+    more = set(pinned)
+    if not more:
+        return config
+    asked = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
+    return config.model_copy(update={"protect": ",".join(map(str, sorted({*asked, *more})))})
 
 
 def explicit_plan(config: PlanConfig, num_blocks: int) -> Plan:

@@ -635,6 +635,22 @@ class CurvePoint(SetDamage):
     num_sequences: int = 0
 
 
+class Finalist(FrozenValue):
+    """A set of blocks that was repaired and judged again before the last choice.
+
+    Attributes:
+        removed: Block indices in the original numbering.
+        source: `search`, `runner-up`, or the criterion whose choice it is.
+        before: Divergence of the raw cut from the dense model on text that no repair saw; see `Compensation.measure`.
+        after: The same after a repair by least squares.
+    """
+
+    removed: tuple[int, ...]
+    source: str
+    before: JsonFloat
+    after: JsonFloat
+
+
 class SearchResult(FrozenValue):
     """What a search by measured damage found: the best set of every size, and what that took.
 
@@ -650,6 +666,9 @@ class SearchResult(FrozenValue):
         num_blocks: Blocks of the original model.
         protected: Blocks that could not be chosen.
         points: One entry per size, 1 first.
+        others: Sets that came close: up to three of each size, the best first.
+        finalists: Sets of the size asked for that were repaired and judged again, the chosen one first; empty where
+            no repair was asked for.
         dense_loss: Next-token loss of the dense model on the same text, nats a token.
         num_blocks_run: Blocks computed, in units of one block on one batch.
         passes: The same in passes of the whole model over the whole text.
@@ -672,6 +691,8 @@ class SearchResult(FrozenValue):
     num_blocks: int = Field(ge=1)
     protected: tuple[int, ...] = ()
     points: tuple[CurvePoint, ...] = Field(min_length=1)
+    others: tuple[CurvePoint, ...] = ()
+    finalists: tuple[Finalist, ...] = ()
     dense_loss: JsonFloat | None = None
     num_blocks_run: int
     passes: float

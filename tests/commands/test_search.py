@@ -8,11 +8,15 @@ import pytest
 import avss
 from avss import composer
 from avss.ablation import Judge
+from avss.compensation import compensate
 from avss.composer.choosing import read_search
 from avss.composer.searching import passes_of_all, search_loaded
-from avss.config import PlanConfig, SearchConfig
+from avss.config import PlanConfig, RunConfig, SearchConfig
+from avss.cut import cut
+from avss.models.load import load_model
+from avss.plan import make_plan
 from avss.progress import silent
-from avss.record import RunRecord
+from avss.record import Plan, RunRecord
 from tests.commands.test_bad_input import refused
 
 SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2, "--quiet")
@@ -152,6 +156,42 @@ def test_the_loss_and_the_accuracy_of_a_task_can_be_the_objective(pruned, choice
     )
     assert 1 - by_task.points[1].cost == pytest.approx(record.dense[0].value)
     assert by_task.points[1].num_sequences == 12
+
+
+def test_the_best_sets_are_judged_again_after_a_repair(pruned, llama_folder, text_file):
+    arguments = ("--select", "greedy", "--count", 2, "--protect", "none", "--compensate", "refit")
+    record = pruned(*arguments)
+    search, loaded = record.search, load_model(llama_folder)
+    assert len(search.finalists) == 3
+    assert record.cuts[0].plan.removed == search.finalists[0].removed
+    assert [one.after for one in search.finalists] == sorted(one.after for one in search.finalists)
+    near = {one.removed for one in search.others if len(one.removed) == 2}
+    assert {one.removed for one in search.finalists} <= near | {search.points[1].removed}
+    batches = composer.calibration(loaded, text_file, samples=6, seq_len=16, batch_size=2)
+    for one in search.finalists:
+        plan = Plan(num_blocks=len(loaded.stack), removed=one.removed, method="explicit", rule="by hand")
+        _, story = compensate(loaded, cut(loaded, plan), plan, batches, method="refit")
+        assert (one.before, one.after) == pytest.approx((story.before, story.after), rel=1e-4)
+    assert pruned(*arguments, "--finalists", 1).search.finalists == ()
+    assert pruned(*arguments[:-2]).search.finalists == ()
+
+
+def test_sets_that_scores_choose_are_finalists_too(llama_folder, text_file, tmp_path):
+    config = RunConfig(
+        model={"source": str(llama_folder)},
+        data={"source": str(text_file), "samples": 6, "seq_len": 16, "batch_size": 2},
+        criteria=("avss-paper",),
+        plan={"count": 2, "select": "greedy", "criterion": "last"},
+        search={"finalists": 12},
+        compensate="refit",
+        out=str(tmp_path / "out"),
+    )
+    record = avss.run(config)
+    sources = {one.removed: one.source for one in record.search.finalists}
+    assert set(sources.values()) <= {"search", "runner-up", "avss-paper", "last"}
+    count = len(record.search.points[1].removed)
+    by_score = {make_plan(scores, PlanConfig(count=count)).removed for scores in record.scores}
+    assert by_score <= set(sources)
 
 
 def test_a_criterion_can_screen(pruned):

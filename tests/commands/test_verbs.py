@@ -268,6 +268,33 @@ def test_run_at_its_best_searches_repairs_heals_and_measures_every_stage(
     assert "greedy, healed" in page
 
 
+def test_a_run_that_dies_in_healing_goes_on_there(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    from avss.healing.loop import Loop
+    from avss.healing.state import Checkpoint
+
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
+    out = tmp_path / "healed"
+    arguments = (
+        "run", llama_folder, "--heal", "6k", "--count", 1, "--compensate", "refit", "--data", text_file,
+        "--task", f"perplexity={text_file}", "--limit", 2, "--out", out, "--samples", 12, "--seq-len", 16, "--quiet",
+    )  # fmt: skip
+    step, calls = Loop._step, []
+
+    def dies(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        step(self)
+
+    monkeypatch.setattr(Loop, "_step", dies)
+    assert avss_command(*arguments).code == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".healed.healing"]
+    assert avss_command(*arguments).code == 0
+    healing = RunRecord.read(out).cuts[0].healing
+    assert len(calls) - 3 == healing.num_steps - 2
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_run_refuses_an_unknown_quality(avss_command, llama_folder, tmp_path):
     answer = avss_command("run", llama_folder, "--quality", "worst", "--out", tmp_path / "x")
     assert answer.code == 2

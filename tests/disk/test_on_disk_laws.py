@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tools.sweep.shrink import small_model
 
 from avss.composer.disk import prune_on_disk
 from avss.config import PlanConfig
@@ -54,6 +56,13 @@ def same(on_disk: Path, in_memory: Path) -> None:
 def test_on_disk_and_in_memory_give_the_same_bits_and_the_same_config(name, tmp_path):
     stored(name).save_pretrained(tmp_path / "model")
     same(*both_ways(tmp_path / "model", tmp_path, (0, 2)))
+
+
+def test_a_block_that_cannot_go_is_not_chosen(tmp_path):
+    small_model(transformers.ModernBertForMaskedLM, "modernbert").save_pretrained(tmp_path / "model")
+    settings = PlanConfig(criterion="first", count=2, protect="none")
+    record = prune_on_disk(str(tmp_path / "model"), settings, out=tmp_path / "out", max_memory=NOTHING_RUN)
+    assert record.cuts[0].plan.removed == (1, 2)  # block 0 has no norm before its attention
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "bert-masked"])

@@ -200,6 +200,14 @@ Beam = Annotated[
     int | None,
     typer.Option(help="Sets of each size to build the next on.", show_default="1", rich_help_panel=_SEARCH),
 ]
+Finalists = Annotated[
+    int | None,
+    typer.Option(
+        help="With a repair: best sets that are repaired and judged again; 1 for none.",
+        show_default="3",
+        rich_help_panel=_SEARCH,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume/--no-resume", help="Go on where a killed search of the same was.", rich_help_panel=_SEARCH),
@@ -284,6 +292,7 @@ def search_settings(
     screen: str | None,
     width: int | None,
     beam: int | None,
+    finalists: int | None,
     resume: bool,
 ) -> dict[str, Any]:
     """The flags about a search as settings of `avss.config.SearchConfig`, those given only."""
@@ -295,6 +304,7 @@ def search_settings(
         screen=screen,
         width=width,
         beam=beam,
+        finalists=finalists,
         resume=None if resume else False,
     )
 

@@ -35,6 +35,7 @@ def command(
     screen: opt.Screen = None,
     width: opt.Width = None,
     beam: opt.Beam = None,
+    finalists: opt.Finalists = None,
     resume: opt.Resume = True,
     scores: opt.Scores = None,
     compensate: opt.Compensate = "none",
@@ -83,6 +84,7 @@ def command(
         screen=screen,
         width=width,
         beam=beam,
+        finalists=finalists,
         resume=resume,
     )
     # Refused before the model is loaded.

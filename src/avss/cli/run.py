@@ -47,6 +47,7 @@ def command(
     screen: opt.Screen = None,
     width: opt.Width = None,
     beam: opt.Beam = None,
+    finalists: opt.Finalists = None,
     resume: opt.Resume = True,
     compensate: Annotated[
         str | None, typer.Option(help="Repair without training: auto, refit, linear, ...", show_default="none")
@@ -129,6 +130,7 @@ def command(
                 screen=screen,
                 width=width,
                 beam=beam,
+                finalists=finalists,
                 resume=resume,
             ),
             **opt.given(

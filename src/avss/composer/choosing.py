@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from avss.composer.finals import judge_finalists
 from avss.composer.scores import score_loaded
 from avss.composer.searching import search_loaded
 from avss.config import PlanConfig, SearchConfig, TaskConfig
@@ -16,7 +17,7 @@ from avss.errors import ConfigError, DataError, DegenerateStatisticError, Invali
 from avss.evaluation import evaluate_task, retention
 from avss.models.load import Loaded
 from avss.models.rewrite import pinned_blocks
-from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks
+from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
 from avss.progress import Timed
 from avss.record import BlockScores, Plan, RunRecord, ScoreTable, SearchResult
 
@@ -48,6 +49,7 @@ def choose(
     batches: Batches | None,
     table: ScoreTable | None = None,
     task: TaskConfig | None = None,
+    repairs: bool = False,
     command: str = "",
 ) -> Chosen:
     """The plan that the settings ask for.
@@ -60,6 +62,7 @@ def choose(
         batches: The text; None only where nothing is to be measured: named blocks, an earlier search, or given scores.
         table: The scores, where there are some already; else the criterion's are made if needed.
         task: What `min_retention` speaks of, if the settings name none.
+        repairs: Whether the cut will be repaired: the best sets of a search are then judged after a repair.
         command: The command to note in a search.
 
     Raises:
@@ -100,16 +103,49 @@ def choose(
     found = search_loaded(
         loaded, batches, config, search, count=most, protected=protected, prior=prior, stages=timed, command=command
     )
-    return sized.chosen(found.plan, most=most, search=found)
+    chosen = sized.chosen(found.plan, most=most, search=found)
+    # A target that was measured or counted for one set says nothing of another.
+    by_count = config.min_retention is None and config.max_params is None and config.max_bytes is None
+    if repairs and by_count and search.finalists > 1:
+        return _after_repair(loaded, chosen, found, batches, table, config, search.finalists, timed)
+    return chosen
+
+
+def _after_repair(
+    loaded: Loaded,
+    chosen: Chosen,
+    found: SearchResult,
+    batches: Batches,
+    table: ScoreTable | None,
+    config: PlanConfig,
+    num_finalists: int,
+    timed: Timed,
+) -> Chosen:
+    """Of the searched set, those that came close and those that scores choose, the one that is best repaired."""
+    size = len(chosen.plan.removed)
+    sets = {chosen.plan.removed: "search"}
+    for scores in table.scores if table is not None else ():
+        with contextlib.suppress(InvalidPlanError):
+            sets.setdefault(make_plan(scores, config.sized(size)).removed, scores.criterion)
+    for other in found.others:
+        if len(other.removed) == size:
+            sets.setdefault(other.removed, "runner-up")
+    finalists = judge_finalists(loaded, sets, batches, num_finalists, timed)
+    if not finalists:
+        return chosen
+    plan = chosen.plan.model_copy(
+        update={
+            "removed": finalists[0].removed,
+            "rule": f"{chosen.plan.rule}; the best of {len(finalists)} sets after a repair ({finalists[0].source})",
+        }
+    )
+    return dataclasses.replace(chosen, plan=plan, search=found.model_copy(update={"finalists": finalists}))
 
 
 def with_pinned(config: PlanConfig, loaded: Loaded, *, protects_ends: bool) -> PlanConfig:
     """The settings with the blocks protected that the architecture cannot lose, whatever `protect` says."""
-    pinned = {pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)}
-    if not pinned:
-        return config
-    asked = protected_blocks(config.protect, len(loaded.stack), protects_ends=protects_ends)
-    return config.model_copy(update={"protect": ",".join(map(str, sorted({*asked, *pinned})))})
+    pinned = [pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)]
+    return protecting(config, pinned, len(loaded.stack), protects_ends=protects_ends)
 
 
 def read_search(path: Path, loaded: Loaded) -> SearchResult:

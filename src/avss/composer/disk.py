@@ -5,6 +5,7 @@ headers + config --outline--> plan --lay out, check--> files without bytes --cop
 
 import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from avss.models.shards import (
     read_checkpoint,
 )
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.plan import check_one_target, explicit_plan, make_plan, protecting
 from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, Verification
 
@@ -163,9 +164,11 @@ def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> Blo
 
 
 def choose_unseen(
-    config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int
+    config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int, pinned: Sequence[int] = ()
 ) -> tuple[Plan, BlockScores | None]:
     """The plan for a model through which no text passes: a list, a baseline, or the scores of an earlier run.
+
+    Blocks that the architecture cannot lose are `pinned`: nothing but a list names them.
 
     Raises:
         InvalidPlanError: Nothing can be removed that way.
@@ -178,7 +181,8 @@ def choose_unseen(
     else:
         found = score_blind(criterion, num_blocks, seed)
     check_scores(found, num_blocks)
-    return make_plan(found, config, protects_ends=criterion.protects_ends), found
+    guarded = protecting(config, pinned, num_blocks, protects_ends=criterion.protects_ends)
+    return make_plan(found, guarded, protects_ends=criterion.protects_ends), found
 
 
 def check_unseen(config: PlanConfig, scores: str | Path | None) -> None:
@@ -254,7 +258,7 @@ def prune_on_disk(
             empty_model(str(folder), head=head, trust_remote_code=trust_remote_code) as ask,
         ):
             outline = ask("outline")
-            plan, found = choose_unseen(config, outline["num_blocks"], scores, seed)
+            plan, found = choose_unseen(config, outline["num_blocks"], scores, seed, outline["pinned"])
             changes = tuple(
                 FieldChange.model_validate(change)
                 for change in ask("write_config", plan=plan.model_dump(mode="json"), folder=str(target))

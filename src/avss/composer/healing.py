@@ -14,6 +14,7 @@ from avss.data.sources import Texts, read_table, read_texts
 from avss.errors import ConfigError, ModelLoadError
 from avss.evaluation.labelled import match_classifier, read_labelled
 from avss.healing import heal as heal_loaded
+from avss.healing.state import Checkpoint
 from avss.healing.team import Team
 from avss.models.load import Loaded, save_model
 from avss.models.verify import verify
@@ -93,7 +94,7 @@ def heal(
             texts,
             config,
             labels=label_ids,
-            checkpoint_folder=None if target is None else _checkpoints(target),
+            checkpoint_folder=None if target is None else checkpoints_beside(target),
             report=_reporter(advance),
         )
     record = _healed_record(record, dense, healed, plan, healing, command, timed)
@@ -102,10 +103,7 @@ def heal(
             record = _save_verified(folder, dense, healed, record, timed)
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
-        if checkpoint is not None:
-            checkpoint.remove()
-            with contextlib.suppress(OSError):  # another unfinished run of this name keeps its state
-                checkpoint.path.parent.rmdir()
+        forget(checkpoint)
     return Pruned(model=healed.model, tokenizer=healed.tokenizer, plan=plan, record=record)
 
 
@@ -113,8 +111,18 @@ def _reporter(advance: Advance) -> Callable[[int, int | None, str], None]:
     return lambda done, total, note: advance(done, total, note)
 
 
-def _checkpoints(out: Path) -> Path:
+def checkpoints_beside(out: Path) -> Path:
+    """Where a run that writes this folder keeps the state of unfinished healing."""
     return out.parent / f".{out.name}.healing"
+
+
+def forget(checkpoint: Checkpoint | None) -> None:
+    """Removes the state of a run whose result is safe."""
+    if checkpoint is None:
+        return
+    checkpoint.remove()
+    with contextlib.suppress(OSError):  # another unfinished run of this name keeps its state
+        checkpoint.path.parent.rmdir()
 
 
 # --- models ---

@@ -168,7 +168,16 @@ def prune(
         table = ScoreTable(scores=(found,))
     elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
         table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
-    chosen = choose(loaded, config, hard, timed, batches=batches, table=table, command=command)
+    chosen = choose(
+        loaded,
+        config,
+        hard,
+        timed,
+        batches=batches,
+        table=table,
+        repairs=compensate != "none",
+        command=command,
+    )
     raw = cut(loaded, chosen.plan)
     smaller, story = raw, None
     if batches is not None and compensate != "none":

@@ -186,6 +186,9 @@ def _result(
         points=tuple(
             _point(curve.best[size], curve.how[size], rows) for size, rows in zip(sizes, measured, strict=True)
         ),
+        others=tuple(
+            _point(one, "runner-up", ledger.known(one)) for size in sizes for one in _others(ledger, curve, size)
+        ),
         dense_loss=dense[-1] if dense and math.isfinite(dense[-1]) else None,
         num_blocks_run=ledger.num_blocks_run,
         passes=ledger.passes,
@@ -197,6 +200,21 @@ def _result(
         model=loaded.facts(),
         data=batches.facts,
     )
+
+
+_OTHERS = 3
+_ENOUGH = 0.5
+"""Share of the text that a set must have been measured on to be named beside the best."""
+
+
+def _others(ledger: Ledger, curve: Curve, size: int) -> list[Removed]:
+    """The sets of a size that came closest to the best one."""
+    enough = [
+        one
+        for one in ledger.sets
+        if len(one) == size and one != curve.best[size] and len(ledger.batches_of(one)) >= _ENOUGH * ledger.num_batches
+    ]
+    return sorted(enough, key=lambda one: (ledger.mean(one), sorted(one)))[:_OTHERS]
 
 
 def _point(removed: Removed, how: str, rows: FloatArray) -> CurvePoint:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from avss.composer.choosing import choose, with_pinned
 from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
+from avss.composer.healing import checkpoints_beside, forget
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, repair, save_verified
@@ -18,6 +19,7 @@ from avss.data.batches import Batches
 from avss.data.sources import read_texts
 from avss.errors import DegenerateStatisticError
 from avss.healing import heal as heal_cut
+from avss.healing.state import Checkpoint
 from avss.models.forward import can_generate
 from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
@@ -83,12 +85,13 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         batches=batches,
         table=table,
         task=next((task for task in tasks if task.kind != "speed"), None),
+        repairs=config.compensate != "none",
         command=command or "avss.run(...)",
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
     others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
     raw = cut(loaded, chosen.plan)
-    versions = _versions(loaded, raw, chosen.plan, batches, config, timed, began)
+    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, config, timed, began)
     rivals = [cut(loaded, plan) for plan in others]
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
@@ -122,6 +125,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         (folder / "model" / "record.json").write_text(record.to_json(), encoding="utf-8")
         with timed("Drawing the report"):
             write_record(record, folder)
+    forget(checkpoint)
     return record
 
 
@@ -141,8 +145,9 @@ def _at_its_best(config: RunConfig) -> RunConfig:
 
 def _versions(
     loaded: Loaded, raw: Loaded, plan: Plan, batches: Batches, config: RunConfig, timed: Timed, began: float
-) -> list[_Version]:
-    """The states of the chosen cut, the last one first: it is the one that is saved."""
+) -> tuple[list[_Version], Checkpoint | None]:
+    """The states of the chosen cut, the last one first: it is the one that is saved; and healing's own state."""
+    checkpoint = None
     versions = [_Version(raw, describe_cut(loaded, raw, plan))]
     if config.compensate != "none":
         repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed)
@@ -157,19 +162,20 @@ def _versions(
             left = (config.time or BEST_SECONDS) - (time.monotonic() - began)
             heal = heal.model_copy(update={"budget": Budget(seconds=max(left, 1.0))})
         with timed("Healing") as advance:
-            healed, healing, _ = heal_cut(
+            healed, healing, checkpoint = heal_cut(
                 loaded,
                 versions[0].model,
                 plan,
                 read_texts(heal.source),
                 heal,
+                checkpoint_folder=checkpoints_beside(Path(config.out)),
                 report=lambda done, total, note: advance(done, total, note),
             )
         told = describe_cut(loaded, healed, plan).model_copy(
             update={"compensation": versions[0].told.compensation, "healing": healing}
         )
         versions.insert(0, _Version(healed, told))
-    return versions
+    return versions, checkpoint
 
 
 def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, loaded: Loaded) -> Plan:

@@ -15,7 +15,7 @@ from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.families import facts_of
 from avss.models.load import Loaded, empty_model, load_empty, quiet_transformers
 from avss.models.proof import refuse_other_blocks
-from avss.models.rewrite import config_changes, rewrite_config
+from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config
 from avss.record import FieldChange, Plan
 
 Problems = dict[str, list[str]]
@@ -33,6 +33,7 @@ class Outline:
         stack: Path of its block stack in the model.
         num_blocks: Length of the stack.
         hidden_size: Width of the residual stream.
+        pinned: Blocks that the architecture cannot lose.
     """
 
     architecture: str
@@ -41,6 +42,7 @@ class Outline:
     stack: str
     num_blocks: int
     hidden_size: int
+    pinned: tuple[int, ...] = ()
 
 
 class EmptyModel:
@@ -69,6 +71,7 @@ class EmptyModel:
             stack=loaded.stack.path,
             num_blocks=len(loaded.stack),
             hidden_size=loaded.hidden_size,
+            pinned=tuple(pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)),
         )
 
     def write_config(self, plan: Plan, folder: Path) -> tuple[FieldChange, ...]:

@@ -15,6 +15,7 @@ from avss.record import (
     Comparison,
     Cut,
     DamageTable,
+    Finalist,
     Measurement,
     PublishedMetrics,
     RunRecord,
@@ -262,7 +263,17 @@ def search_effort(search: SearchResult) -> str:
     share = f"{search.passes:.1f} passes of the whole model over the text in {numbers.duration(search.seconds)}"
     all_of_it = f"trying every block in every step takes {search.passes_of_all:.0f}"
     ended = "" if search.is_complete else " The budget ended it early."
-    return f"{search.num_sets} sets measured, {share}; {all_of_it}.{ended}"
+    return f"{search.num_sets} sets measured, {share}; {all_of_it}.{ended}{_finalist_words(search.finalists)}"
+
+
+def _finalist_words(finalists: Sequence[Finalist]) -> str:
+    if not finalists:
+        return ""
+    told = [
+        f"{describe_blocks(one.removed)} ({one.source}) {numbers.number(one.before)} -> {numbers.number(one.after)}"
+        for one in finalists
+    ]
+    return f" Judged again after a repair, raw -> repaired, the best first: {'; '.join(told)}."
 
 
 def search_csv(search: SearchResult) -> str:

@@ -137,6 +137,11 @@ class Ledger:
         return len(self._rows)
 
     @property
+    def sets(self) -> list[Removed]:
+        """These sets, in the order in which they were first measured."""
+        return list(self._rows)
+
+    @property
     def share_spent(self) -> float:
         """Share of the budget that is spent, 0 to 1; 0 where there is no limit."""
         return max(self.passes / self._budget.passes, self.seconds / self._budget.seconds)

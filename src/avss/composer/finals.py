@@ -1,0 +1,59 @@
+"""The last choice of a search: the sets that came closest are cut, repaired cheaply, and judged once more.
+
+What is best raw need not be best repaired: a repair mends one long gap better than many short ones, or the other way
+round, as the model has it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from avss.compensation import compensate, split
+from avss.compensation.divergence import Yardstick
+from avss.cut import cut
+from avss.data.batches import Batches
+from avss.models.load import Loaded
+from avss.progress import Timed
+from avss.record import Finalist, Plan
+
+SEQUENCES = 48
+"""Of the calibration text, at most: what a finalist is repaired with and judged by."""
+
+Removed = tuple[int, ...]
+
+
+def judge_finalists(
+    loaded: Loaded, sets: Mapping[Removed, str], batches: Batches, num_finalists: int, timed: Timed
+) -> tuple[Finalist, ...]:
+    """The sets that are nearest to the dense model raw, repaired by least squares, the best one then first.
+
+    All are judged on the same sequences, which no repair was fitted to.
+
+    Args:
+        loaded: The model; left as it was.
+        sets: Sets of one size -> where each comes from.
+        batches: Calibration text.
+        num_finalists: How many of them are repaired.
+        timed: Where progress goes.
+
+    Returns:
+        Empty where nothing can be repaired in this model: then raw is all there is.
+    """
+    text = dataclasses.replace(batches, sequences=batches.sequences[:SEQUENCES])
+    with timed("Judging the best sets after a repair") as advance:
+        measure = Yardstick(loaded, split(text)[2], num_shared=0)
+        raw = {removed: measure(cut(loaded, _plan(loaded, removed))) for removed in sets}
+        nearest = sorted(raw, key=lambda removed: raw[removed])[:num_finalists]
+        found = []
+        for place, removed in enumerate(nearest):
+            plan = _plan(loaded, removed)
+            _, story = compensate(loaded, cut(loaded, plan), plan, text, method="refit")
+            if math.isnan(story.before):
+                return ()
+            found.append(Finalist(removed=removed, source=sets[removed], before=story.before, after=story.after))
+            advance(place + 1, len(nearest))
+    return tuple(sorted(found, key=lambda one: one.after))
+
+
+def _plan(loaded: Loaded, removed: Removed) -> Plan:
+    return Plan(num_blocks=len(loaded.stack), removed=removed, method="finalist", rule="judged after a repair")
