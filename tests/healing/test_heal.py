@@ -206,6 +206,24 @@ def test_blocks_that_are_not_the_dense_models_are_not_shared(patient, monkeypatc
     assert choose_weights(one.dense, model, one.plan, "after", rank=4).num_shared == 0
 
 
+@pytest.mark.parametrize(("length", "batch_size", "held_out"), [(32, 32, 256), (8, 32, 400)])
+def test_steps_and_held_out_text_hold_about_as_many_tokens_whatever_the_length(patient, length, batch_size, held_out):
+    sentence = " ".join(["the cat sat on the mat"] * 200)
+    text = Texts(source="test", texts=(sentence,) * 2000)
+    prepared = prepare_text(patient("bert").smaller, text, HealConfig(seq_len=length))
+    assert {len(one) for one in prepared.train} == {length}
+    assert (prepared.facts.batch_size, len(prepared.held_out)) == (batch_size, held_out)
+    asked = prepare_text(patient("bert").smaller, text, HealConfig(seq_len=length, batch_size=3, held_out=5))
+    assert (asked.facts.batch_size, len(asked.held_out)) == (3, 5)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("llama", 3e-4), ("bert-masked", 3e-4), ("bert-classifier", 3e-5)])
+def test_task_heads_learn_at_a_lower_rate(patient, text, small, name, rate):
+    one = patient(name)
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(learning_rate=None))
+    assert healing.settings["learning_rate"] == rate
+
+
 # --- what it does ---
 
 
@@ -501,6 +519,7 @@ def test_merged_adapters_answer_as_the_model_with_adapters(patient, text, small,
     pytest.importorskip("peft")
     import avss.healing as room
 
+    monkeypatch.setattr(weights, "LEAD", 1)
     one, seen = patient("gpt2"), {}
     token_ids = torch.arange(5, 17)[None]
     merge = room.merge

@@ -26,15 +26,19 @@ def command(
     weights: Annotated[
         str,
         typer.Option(
-            help="What is trained: all, blocks (no embeddings, no head), after (from the block before the first cut "
-            "on), lora, or auto (after).",
+            help="What is trained: all, blocks (no embeddings, no head), after (from five blocks before the first "
+            "cut on), lora, or auto (after).",
             rich_help_panel=_TRAINING,
         ),
     ] = "auto",
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak.", show_default="3e-4, for lora 1e-3", rich_help_panel=_TRAINING)
+        float | None,
+        typer.Option(help="Peak.", show_default="3e-4, for lora 1e-3; classifiers a tenth", rich_help_panel=_TRAINING),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a step.", rich_help_panel=_TRAINING)] = 2,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences in a step.", show_default="about 1,024 tokens", rich_help_panel=_TRAINING),
+    ] = None,
     micro_batch_size: Annotated[
         int | None,
         typer.Option(help="Sequences in memory at once.", show_default="the batch", rich_help_panel=_TRAINING),
@@ -59,7 +63,10 @@ def command(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Less memory, a third more time.", rich_help_panel=_TRAINING)
     ] = False,
-    held_out: Annotated[int, typer.Option(help="Sequences held out.", rich_help_panel=_TRAINING)] = 16,
+    held_out: Annotated[
+        int | None,
+        typer.Option(help="Sequences held out.", show_default="about 8,192 tokens", rich_help_panel=_TRAINING),
+    ] = None,
     validations: Annotated[int, typer.Option(help="Measurements of them.", rich_help_panel=_TRAINING)] = 8,
     patience: Annotated[
         int, typer.Option(help="Measurements without a new best before it stops.", rich_help_panel=_TRAINING)

@@ -5,6 +5,7 @@ round, as the model has it.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -16,7 +17,7 @@ from avss.models.load import Loaded
 from avss.progress import Timed
 from avss.record import Finalist, Plan
 
-SEQUENCES = 48
+TOKENS = 24_576
 """Of the calibration text, at most: what a finalist is repaired with and judged by."""
 
 Removed = tuple[int, ...]
@@ -39,7 +40,7 @@ def judge_finalists(
     Returns:
         Empty where nothing can be repaired in this model: then raw is all there is.
     """
-    text = dataclasses.replace(batches, sequences=batches.sequences[:SEQUENCES])
+    text = dataclasses.replace(batches, sequences=batches.sequences[: _count(batches)])
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
         raw = {removed: measure(cut(loaded, _plan(loaded, removed))) for removed in sets}
@@ -53,6 +54,12 @@ def judge_finalists(
             found.append(Finalist(removed=removed, source=sets[removed], before=story.before, after=story.after))
             advance(place + 1, len(nearest))
     return tuple(sorted(found, key=lambda one: one.after))
+
+
+def _count(batches: Batches) -> int:
+    """Sequences that hold so many tokens together."""
+    ends = itertools.accumulate(len(sequence) for sequence in batches.sequences)
+    return sum(end <= TOKENS for end in ends) or 1
 
 
 def _plan(loaded: Loaded, removed: Removed) -> Plan:

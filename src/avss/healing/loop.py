@@ -75,6 +75,7 @@ class Loop:
     ) -> None:
         self._pair, self._objective, self._trained, self._text, self._config = pair, objective, trained, text, config
         self._learning_rate, self._checkpoint, self._report, self._clock = learning_rate, checkpoint, report, clock
+        self._batch_size = text.facts.batch_size
         self._team = Team()
         self._optimiser = _optimiser(trained, config, learning_rate)
         self._pace = Pace(config.budget)
@@ -128,7 +129,7 @@ class Loop:
 
     def _step(self) -> None:
         config = self._config
-        drawn = self._text.drawn(self._steps * config.batch_size, config.batch_size)
+        drawn = self._text.drawn(self._steps * self._batch_size, self._batch_size)
         # Sequences of one length lie side by side: less padding in a part of the batch.
         drawn = sorted(drawn, key=lambda pair: len(self._text.train[pair[1]]))
         whole = self._text.batch(drawn)
@@ -137,7 +138,7 @@ class Loop:
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate * factor
         mine = self._team.share(drawn)
-        size = config.micro_batch_size or config.batch_size
+        size = config.micro_batch_size or self._batch_size
         loss = 0.0
         for start in range(0, len(mine), size):
             loss += self._backward(self._text.batch(mine[start : start + size]), count, num_tokens)
@@ -203,7 +204,7 @@ class Loop:
     def _held_out(self) -> list[tuple[Batch, Tensor]]:
         """This process's held-out batches with the dense model's answers, which are computed once."""
         if not self._dense_held_out:
-            size = self._config.micro_batch_size or self._config.batch_size
+            size = self._config.micro_batch_size or self._batch_size
             indices = list(self._team.share(range(len(self._text.held_out))))
             for start in range(0, len(indices), size):
                 batch = self._text.held_out_batch(indices[start : start + size])

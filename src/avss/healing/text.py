@@ -29,6 +29,11 @@ from avss.record import DataFacts
 MASKED_SHARE = 0.15
 """Share of the tokens that a masked language model is asked about."""
 
+STEP_TOKENS = 1024
+"""Tokens in a step of the optimiser, about, where no number of sequences is asked for."""
+HELD_OUT_TOKENS = 8192
+"""Tokens held out, about, likewise."""
+
 _STRETCHES = 8
 
 
@@ -137,7 +142,7 @@ def prepare_text(
     Args:
         loaded: The model.
         texts: Where from.
-        config: `seq_len`, `held_out` and `seed` count.
+        config: `seq_len`, `batch_size`, `held_out` and `seed` count; what it leaves open is in the facts afterwards.
         labels: One a text, for classifiers.
 
     Raises:
@@ -160,7 +165,10 @@ def prepare_text(
             "tokens, and healing needs one to train on and one held out at least. Give more text or a smaller "
             "`--seq-len`."
         )
-    num_held_out = min(config.held_out, max(1, len(sequences) // 5))
+    length = sum(len(sequence) for sequence in sequences) / len(sequences)
+    batch_size = config.batch_size or min(32, max(2, round(STEP_TOKENS / length)))
+    wanted = config.held_out or min(512, max(16, round(HELD_OUT_TOKENS / length)))
+    num_held_out = min(wanted, max(1, len(sequences) // 5))
     held = _ends(len(sequences), num_held_out) if packed else _some(len(sequences), num_held_out, config.seed)
     rest = [index for index in range(len(sequences)) if index not in held]
     train, held_out = (tuple(sequences[index] for index in chosen) for chosen in (rest, sorted(held)))
@@ -173,7 +181,7 @@ def prepare_text(
             num_sequences=len(chosen),
             seq_len=max(len(sequence) for sequence in chosen),
             num_tokens=sum(len(sequence) for sequence in chosen),
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             seed=config.seed,
             content_hash=content_hash(chosen),
         )
