@@ -63,7 +63,7 @@ def measure(options) -> RunRecord:
         data={"source": options.data, "samples": options.samples, "seq_len": options.seq_len},
         criteria=("avss", "block-influence"),
         plan=build(PlanConfig, plan),
-        search=SearchConfig(max_passes=options.max_passes),
+        search=SearchConfig(max_passes=options.max_passes, max_tokens=8192),
         compensate=options.compensate,
         heal=None if options.heal == "none" else build(HealConfig, heal),
         compare=tuple(options.compare),

@@ -354,6 +354,9 @@ class SearchConfig(Settings):
     """Most passes of the whole model over the text."""
     seconds: Annotated[float | None, BeforeValidator(_seconds)] = Field(default=None, gt=0)
     """Most seconds of measuring; `10m` and `1h30m` are understood."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the calibration text to measure on, at most; by default all. Less text and more passes choose better
+    than the other way round, where time is short."""
     screen: str = "damage"
     """What says which blocks to try first: a criterion, or `damage`: each block alone is measured on one batch."""
     width: int = Field(default=6, ge=1)

@@ -254,6 +254,8 @@ def test_run_at_its_best_searches_repairs_heals_and_measures_every_stage(
     record = RunRecord.read(out)
     final, *others = record.cuts
     assert record.search is not None
+    assert record.search.data.num_tokens <= 8192
+    assert record.search.settings["max_tokens"] == 8192
     assert final.healing is not None
     assert final.healing.num_tokens > 0
     assert final.name == "greedy, healed"

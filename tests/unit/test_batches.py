@@ -232,6 +232,16 @@ def test_wrong_counts_are_config_errors(changes, message):
         batches_of(prose(100), **changes)
 
 
+@pytest.mark.parametrize(("num_tokens", "count"), [(None, 8), (1, 1), (29, 2), (30, 3), (79, 7), (80, 8), (500, 8)])
+def test_the_first_sequences_hold_so_many_tokens_at_most(num_tokens, count):
+    batches = batches_of(prose(100))
+    first = batches.first(num_tokens)
+    assert len(first.sequences) == first.facts.num_sequences == count
+    assert all(torch.equal(*pair) for pair in zip(first.sequences, batches.sequences, strict=False))
+    assert first.facts.num_tokens == 10 * count
+    assert first.facts.content_hash == content_hash(first.sequences)
+
+
 def test_a_missing_tokenizer_is_a_data_error():
     assert need_tokenizer(PLAIN, "tiny") is PLAIN
     with pytest.raises(DataError, match="`tiny` has no tokenizer"):

@@ -101,7 +101,15 @@ def choose(
         screen = find_criteria([search.screen])[0]
         prior = _scores(screen, loaded, batches, table, timed).values
     found = search_loaded(
-        loaded, batches, config, search, count=most, protected=protected, prior=prior, stages=timed, command=command
+        loaded,
+        batches.first(search.max_tokens),
+        config,
+        search,
+        count=most,
+        protected=protected,
+        prior=prior,
+        stages=timed,
+        command=command,
     )
     chosen = sized.chosen(found.plan, most=most, search=found)
     # A target that was measured or counted for one set says nothing of another.

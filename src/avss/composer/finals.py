@@ -4,8 +4,6 @@ What is best raw need not be best repaired: a repair mends one long gap better t
 round, as the model has it.
 """
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -40,7 +38,7 @@ def judge_finalists(
     Returns:
         Empty where nothing can be repaired in this model: then raw is all there is.
     """
-    text = dataclasses.replace(batches, sequences=batches.sequences[: _count(batches)])
+    text = batches.first(TOKENS)
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
         raw = {removed: measure(cut(loaded, _plan(loaded, removed))) for removed in sets}
@@ -54,12 +52,6 @@ def judge_finalists(
             found.append(Finalist(removed=removed, source=sets[removed], before=story.before, after=story.after))
             advance(place + 1, len(nearest))
     return tuple(sorted(found, key=lambda one: one.after))
-
-
-def _count(batches: Batches) -> int:
-    """Sequences that hold so many tokens together."""
-    ends = itertools.accumulate(len(sequence) for sequence in batches.sequences)
-    return sum(end <= TOKENS for end in ends) or 1
 
 
 def _plan(loaded: Loaded, removed: Removed) -> Plan:

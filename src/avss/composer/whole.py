@@ -33,6 +33,9 @@ DEFAULT_PROMPTS = ("The three states of matter are", "Once upon a time, in a sma
 BEST_SECONDS = 1800.0
 """Time for search, repair and healing under `best` where none is given."""
 
+_SEARCH_TOKENS = 8192
+"""Of the calibration text, that a search under `best` measures on, at most."""
+
 _SEARCH_SHARE = 0.2
 """Share of that time that a search may take: healing brings more from the same seconds."""
 
@@ -138,6 +141,8 @@ def _at_its_best(config: RunConfig) -> RunConfig:
     search = config.search
     if search.seconds is None and search.max_passes is None:
         search = search.model_copy(update={"seconds": _SEARCH_SHARE * (config.time or BEST_SECONDS)})
+    if search.max_tokens is None:
+        search = search.model_copy(update={"max_tokens": _SEARCH_TOKENS})
     heal = config.heal or HealConfig(source=config.data.source)
     repair = "auto" if config.compensate == "none" else config.compensate
     return config.model_copy(update={"plan": plan, "search": search, "compensate": repair, "heal": heal})

@@ -53,6 +53,17 @@ class Batches:
         facts = self.facts.model_copy(update={"batch_size": batch_size})
         return dataclasses.replace(self, batch_size=batch_size, facts=facts)
 
+    def first(self, num_tokens: int | None) -> "Batches":
+        """The first sequences that hold at most so many tokens together, one at least; all of them for None."""
+        if num_tokens is None:
+            return self
+        ends = itertools.accumulate(len(sequence) for sequence in self.sequences)
+        count = sum(end <= num_tokens for end in ends) or 1
+        if count == len(self.sequences):
+            return self
+        part = self.sequences[:count]
+        return dataclasses.replace(self, sequences=part, facts=_facts_of(part, self.facts))
+
     def split(self, num_sequences: int) -> "tuple[Batches, Batches]":
         """The first sequences and the rest, as batches of their own: to choose on some and measure on others.
 
