@@ -9,7 +9,7 @@ import transformers
 
 from avss.record import RunRecord
 
-SMALL = ("--budget", "300 tokens", "--seq-len", 16, "--validations", 2, "--precision", "float32")
+SMALL = ("--budget", "300 tokens", "--seq-len", 16, "--batch-size", 2, "--validations", 2, "--precision", "float32")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from avss.data.batches import Batches
 from avss.models.forward import model_inputs
@@ -119,7 +118,7 @@ class Yardstick:
                 self._truths.append((answer, after[0]))
         return self._truths
 
-    def _answer(self, loaded: Loaded, model: PreTrainedModel, token_ids: Tensor, keep: Tensor) -> Tensor:
+    def _answer(self, loaded: Loaded, model: Any, token_ids: Tensor, keep: Tensor) -> Tensor:
         """Last hidden states of models with a head for words, else what `divergence` compares."""
         if not self._by_head:
             return _outputs(dataclasses.replace(loaded, model=model), token_ids, keep, None)[0]

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from avss.healing.text import Batch
 from avss.models.load import Loaded
@@ -111,10 +110,10 @@ class Pair:
         ours = self._narrowed(self._model, is_frozen=lambda value: not value.requires_grad)
         return HeadShell(ours), HeadShell(self._dense)
 
-    def _narrowed(self, model: PreTrainedModel, *, is_frozen: Callable[[Tensor], bool]) -> PreTrainedModel:
+    def _narrowed(self, model: Any, *, is_frozen: Callable[[Tensor], bool]) -> Any:
         if self._precision is None:
             return model
-        return cast(PreTrainedModel, with_narrow_maps(model, self._precision, is_frozen))
+        return with_narrow_maps(model, self._precision, is_frozen)
 
     def _answer(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": batch.token_ids.to(device)}
