@@ -370,7 +370,8 @@ class SearchConfig(Settings):
     error: float = Field(default=0.1, gt=0, lt=1)
     """Bound on the probability that a race drops its true best."""
     finalists: int = Field(default=3, ge=1)
-    """Where the cut is repaired: sets that are repaired and judged again before the last choice; 1 for none."""
+    """Where the cut is repaired and `objective` is `kl`: sets that are repaired and judged again before the last
+    choice; 1 for none."""
     seed: int = Field(default=0, ge=0)
     """Of the evolution's draws."""
     resume: bool = True

@@ -174,6 +174,7 @@ def test_the_best_sets_are_judged_again_after_a_repair(pruned, llama_folder, tex
         assert (one.before, one.after) == pytest.approx((story.before, story.after), rel=1e-4)
     assert pruned(*arguments, "--finalists", 1).search.finalists == ()
     assert pruned(*arguments[:-2]).search.finalists == ()
+    assert pruned(*arguments, "--objective", "loss").search.finalists == ()
 
 
 def test_sets_that_scores_choose_are_finalists_too(llama_folder, text_file, tmp_path):

@@ -112,9 +112,9 @@ def choose(
         command=command,
     )
     chosen = sized.chosen(found.plan, most=most, search=found)
-    # A target that was measured or counted for one set says nothing of another.
+    # A target that was measured or counted for one set says nothing of another, nor does KL of what was asked for.
     by_count = config.min_retention is None and config.max_params is None and config.max_bytes is None
-    if repairs and by_count and search.finalists > 1:
+    if repairs and by_count and search.objective == "kl" and search.finalists > 1:
         return _after_repair(loaded, chosen, found, batches, table, config, search.finalists, timed)
     return chosen
 

@@ -26,7 +26,7 @@ LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-
 """Peak learning rate by what is trained. That of `after` rests on measurements (docs/log.md), `all` and `blocks` follow
 it; adapters take the usual factor more."""
 
-OF_TASK_HEADS: dict[Choice, float] = {"all": 3e-5, "blocks": 3e-5, "after": 3e-5, "lora": 1e-4}
+TASK_LEARNING_RATES: dict[Choice, float] = {"all": 3e-5, "blocks": 3e-5, "after": 3e-5, "lora": 1e-4}
 """The same for classifiers, whose answers are few and whose sentences are short (docs/log.md)."""
 
 
@@ -74,7 +74,7 @@ def heal(
     config = config.model_copy(update={"batch_size": text.facts.batch_size, "held_out": len(text.held_out)})
     choice: Choice = "after" if config.weights == "auto" else config.weights
     of_task = smaller.head not in ("causal", "masked", "encoder")
-    rate = config.learning_rate or (OF_TASK_HEADS if of_task else LEARNING_RATES)[choice]
+    rate = config.learning_rate or (TASK_LEARNING_RATES if of_task else LEARNING_RATES)[choice]
     precision = _precision(config.precision, smaller.device)
     checkpoint = None
     if checkpoint_folder is not None:
