@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from avss.models.asked import AskedLogits
 from avss.models.load import adopt
 from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
 from tests.support.architectures import ARCHITECTURES, stored, token_batch
@@ -18,6 +19,41 @@ def test_the_head_shell_answers_as_the_model(name):
     with torch.no_grad():
         hidden = loaded.model.base_model(input_ids=token_ids)[0]
         assert torch.equal(HeadShell(loaded.model)(hidden), run(stored(name), token_ids))
+
+
+@pytest.mark.parametrize("name", PREDICTS_WORDS)
+def test_the_logits_asked_for_are_those_of_the_whole_pass(name):
+    loaded = adopt(stored(name))
+    token_ids, keep = token_batch()
+    asked = keep & (torch.arange(keep.shape[1]) % 3 == 1)
+    ask = AskedLogits(loaded)
+    expected = run(stored(name), token_ids, keep)[asked]
+    torch.testing.assert_close(ask(token_ids, keep, asked), expected, rtol=1e-4, atol=1e-5)
+    head = loaded.model.get_output_embeddings()
+    seen = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    ask(token_ids, keep, asked)
+    handle.remove()
+    assert seen == [int(asked.sum())]  # the head has read nothing else
+    assert hook_count(stored(name)) == 0
+
+
+class Neighbours(torch.nn.Linear):
+    """A head that looks at all tokens of a sequence."""
+
+    def forward(self, hidden):
+        return super().forward(hidden + hidden.mean(1, keepdim=True))
+
+
+def test_a_head_that_looks_at_its_neighbours_is_run_on_all_of_them():
+    model = ARCHITECTURES["llama"]()
+    model.lm_head.__class__ = Neighbours
+    token_ids, keep = token_batch()
+    asked = torch.zeros_like(keep)
+    asked[0, 2:5] = True
+    found = AskedLogits(adopt(model))(token_ids, keep, asked)
+    torch.testing.assert_close(found, run(model, token_ids, keep)[asked])
+    assert hook_count(model) == 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

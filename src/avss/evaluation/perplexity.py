@@ -24,9 +24,9 @@ from avss.evaluation.base import (
     short_source,
     task_name,
 )
-from avss.evaluation.probes import Probe, divergence, hidden_tokens, log_likelihood, next_tokens, num_batches
+from avss.evaluation.probes import Probe, ask, divergence, hidden_tokens, log_likelihood, next_tokens, num_batches
 from avss.evaluation.scoring import mask_id_of, special_frame
-from avss.models.forward import run_outputs
+from avss.models.asked import AskedLogits
 from avss.models.load import Loaded
 from avss.record import Measurement
 
@@ -133,25 +133,31 @@ def _run(
     """The values of each window, by model and metric."""
     samples: list[_Samples] = [{"loss": [], "kl": [], "top1_agreement": []} for _ in models]
     steps = Steps(num_batches(len(probes), batch_size) * len(models), on_step)
+    askers = [AskedLogits(model) for model in models]
     for start in range(0, len(probes), batch_size):
         batch = probes[start : start + batch_size]
         token_ids, keep = pad([probe.token_ids for probe in batch], pad_id)
-        dense_BTV = run_outputs(models[0], token_ids, keep)
+        asked, found = ask([[probe] for probe in batch], keep)
+        places = [own for (own,) in found]
+        dense_NV = askers[0](token_ids, keep, asked)
         steps.advance()
-        _add(samples[0], batch, dense_BTV, None)
-        for model, own in zip(models[1:], samples[1:], strict=True):
-            _add(own, batch, run_outputs(model, token_ids, keep), dense_BTV)
+        _add(samples[0], batch, places, dense_NV, None)
+        for asker, own in zip(askers[1:], samples[1:], strict=True):
+            _add(own, batch, places, asker(token_ids, keep, asked), dense_NV)
             steps.advance()
     return samples
 
 
-def _add(samples: _Samples, batch: Sequence[Probe], logits_BTV: Tensor, dense_BTV: Tensor | None) -> None:
-    for row, probe in enumerate(batch):
-        samples["loss"].append(-float(log_likelihood(logits_BTV[row], probe).mean()))
-        if dense_BTV is not None:
-            divergences, agreements = divergence(dense_BTV[row], logits_BTV[row], probe)
-            samples["kl"].append(float(divergences.mean()))
-            samples["top1_agreement"].append(float(agreements.mean()))
+def _add(
+    samples: _Samples, batch: Sequence[Probe], places: Sequence[Tensor], logits_NV: Tensor, dense_NV: Tensor | None
+) -> None:
+    words = None if dense_NV is None else [logits.argmax(-1).cpu() for logits in (dense_NV, logits_NV)]
+    for probe, places_M in zip(batch, places, strict=True):
+        samples["loss"].append(-float(log_likelihood(logits_NV, places_M, probe.targets).mean()))
+        if dense_NV is not None and words is not None:
+            samples["kl"].append(float(divergence(dense_NV, logits_NV, places_M).mean()))
+            dense, other = (word[places_M] for word in words)
+            samples["top1_agreement"].append(float((dense == other).double().mean()))
 
 
 def _result(task: TaskConfig, samples: _Samples, *, masked: bool) -> TaskResult:

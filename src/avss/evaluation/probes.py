@@ -1,6 +1,6 @@
 """What a language model is asked about a sequence of tokens: which token stands at which place.
 
-Shape letters: B batch, T token, V vocabulary, M places asked about.
+Shape letters: B batch, T token, V vocabulary, M places a probe asks about, N places asked about in a batch.
 """
 
 import dataclasses
@@ -60,21 +60,33 @@ def num_batches(num_sequences: int, batch_size: int) -> int:
     return -(-num_sequences // batch_size)
 
 
-def log_likelihood(logits_TV: Tensor, probe: Probe) -> np.ndarray:
-    """The natural logarithm of the probability of each target, `[M]`, in nats; softmax in float32."""
-    return _to_numpy(predictions.log_likelihood(logits_TV, probe.positions, probe.targets))
+def ask(rows: Sequence[Sequence[Probe]], keep: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+    """Where a batch is asked anything, and where each probe's answers are found among those for the batch.
 
-
-def divergence(dense_TV: Tensor, logits_TV: Tensor, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
-    """How far two models' predictions are apart at each place.
+    Args:
+        rows: The probes of each sequence of the batch; those of one sequence may ask about the same places.
+        keep: `[B, T]`.
 
     Returns:
-        KL divergence of `logits_TV` from `dense_TV` in nats, `[M]`, see `avss.models.predictions`, and whether both
-        hold the same token for the most probable one, 1 or 0, `[M]`.
+        `[B, T]`, True where logits are wanted, and for each probe, in the order of `rows`, indices `[M]` into the
+        logits `[N, V]` that `avss.models.asked` gives.
     """
-    divergences = predictions.divergence(dense_TV, logits_TV, probe.positions)
-    dense, other = (logits.argmax(-1).cpu()[probe.positions] for logits in (dense_TV, logits_TV))
-    return _to_numpy(divergences), _to_numpy(dense == other)
+    asked = torch.zeros_like(keep)
+    for row, probes in enumerate(rows):
+        for probe in probes:
+            asked[row, probe.positions] = True
+    index = asked.flatten().cumsum(0).reshape(asked.shape) - 1
+    return asked, [[index[row, probe.positions] for probe in probes] for row, probes in enumerate(rows)]
+
+
+def log_likelihood(logits_NV: Tensor, places_M: Tensor, targets_M: Tensor) -> np.ndarray:
+    """The natural logarithm of the probability of each target, `[M]`, in nats; softmax in float32."""
+    return _to_numpy(predictions.log_likelihood(logits_NV, places_M, targets_M))
+
+
+def divergence(dense_NV: Tensor, logits_NV: Tensor, places_M: Tensor) -> np.ndarray:
+    """KL divergence of `logits_NV` from `dense_NV` at each place, `[M]`, in nats, see `avss.models.predictions`."""
+    return _to_numpy(predictions.divergence(dense_NV, logits_NV, places_M))
 
 
 def _to_numpy(row: Tensor) -> np.ndarray:

@@ -12,8 +12,8 @@ from avss.data.batches import leading_ids, pad_id_of, tokenise
 from avss.errors import TaskError
 from avss.evaluation.base import OnStep, Steps, max_len, shared_tokenizer
 from avss.evaluation.embedding import cosine, embed, encode_texts
-from avss.evaluation.probes import Probe, hidden_tokens, in_batches, log_likelihood, next_tokens, num_batches
-from avss.models.forward import run_outputs
+from avss.evaluation.probes import Probe, ask, hidden_tokens, in_batches, log_likelihood, next_tokens, num_batches
+from avss.models.asked import AskedLogits
 from avss.models.load import Loaded
 
 
@@ -159,12 +159,14 @@ def _sum_over_probes(
     groups = list(sharers.values())
     scores = [np.zeros(num_pairs) for _ in models]
     steps = Steps(num_batches(len(groups), batch_size) * len(models), on_step)
+    askers = [AskedLogits(model) for model in models]
     for chosen, token_ids, keep in in_batches([probes[group[0]].token_ids for group in groups], batch_size, pad_id):
-        for model, sums in zip(models, scores, strict=True):
-            logits_BTV = run_outputs(model, token_ids, keep)
-            for row, group in enumerate(chosen):
-                for index in groups[group]:
-                    sums[owners[index]] += log_likelihood(logits_BTV[row], probes[index]).sum()
+        asked, places = ask([[probes[index] for index in groups[group]] for group in chosen], keep)
+        for asker, sums in zip(askers, scores, strict=True):
+            logits_NV = asker(token_ids, keep, asked)
+            for group, own in zip(chosen, places, strict=True):
+                for index, places_M in zip(groups[group], own, strict=True):
+                    sums[owners[index]] += log_likelihood(logits_NV, places_M, probes[index].targets).sum()
             steps.advance()
     return scores
 
