@@ -167,7 +167,7 @@ def test_the_best_sets_are_judged_again_after_a_repair(pruned, llama_folder, tex
     assert [one.after for one in search.finalists] == sorted(one.after for one in search.finalists)
     near = {one.removed for one in search.others if len(one.removed) == 2}
     assert {one.removed for one in search.finalists} <= near | {search.points[1].removed}
-    batches = composer.calibration(loaded, text_file, samples=6, seq_len=16, batch_size=2)
+    batches = composer.calibration(loaded, text_file, samples=6, seq_len=16, batch_size=2).rewritten()
     for one in search.finalists:
         plan = Plan(num_blocks=len(loaded.stack), removed=one.removed, method="explicit", rule="by hand")
         _, story = compensate(loaded, cut(loaded, plan), plan, batches, method="refit")
@@ -323,6 +323,29 @@ def test_scores_in_rounds_are_made_of_what_is_left(pruned, llama_folder, text_fi
         removed = sorted([*removed, kept[table["update-norm"].ranking()[0]]])
     assert list(record.cuts[0].plan.removed) == removed
     assert "before each of 3 rounds" in record.cuts[0].plan.rule
+
+
+def test_scores_in_rounds_are_made_of_repaired_models_where_a_repair_follows(llama_folder, text_file):
+    text = {"data": str(text_file), "samples": 24, "seq_len": 16, "batch_size": 4}
+    settings = {"criterion": "update-norm", "protect": "none", "compensate": "refit"}
+    plan = avss.prune(llama_folder, count=3, plan={"score_rounds": 3}, **settings, **text).plan
+    loaded, removed, differs = composer.load(llama_folder), [], False
+    for _ in range(3):
+        scores = []
+        for repair in ("refit", "none"):
+            small = avss.prune(llama_folder, blocks=removed, compensate=repair, **text) if removed else None
+            model = loaded if small is None else small.model
+            table = avss.score(
+                model, text["data"], criteria="update-norm", tokenizer=loaded.tokenizer,
+                samples=24, seq_len=16, batch_size=4,
+            )  # fmt: skip
+            scores.append(table["update-norm"])
+        differs |= scores[0].values != scores[1].values
+        kept = [block for block in range(5) if block not in removed]
+        removed = sorted([*removed, kept[scores[0].ranking()[0]]])
+    assert list(plan.removed) == removed
+    assert differs  # the repair did change what was scored
+    assert "repaired and scored again before each of 3 rounds" in plan.rule
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from avss.composer.finals import judge_finalists
+from avss.compensation import compensate
+from avss.composer.finals import TOKENS, judge_finalists
 from avss.composer.scores import score_loaded
 from avss.composer.searching import search_loaded
 from avss.config import PlanConfig, SearchConfig, TaskConfig
@@ -62,7 +63,8 @@ def choose(
         batches: The text; None only where nothing is to be measured: named blocks, an earlier search, or given scores.
         table: The scores, where there are some already; else the criterion's are made if needed.
         task: What `min_retention` speaks of, if the settings name none.
-        repairs: Whether the cut will be repaired: the best sets of a search are then judged after a repair.
+        repairs: Whether the cut will be repaired: the best sets of a search are then judged after a repair, and scores
+            in rounds are made of repaired models.
         command: The command to note in a search.
 
     Raises:
@@ -89,7 +91,7 @@ def choose(
         scores = _scores(criterion, loaded, batches, table, timed)
         if config.score_rounds > 1:
             batches = _need(batches)
-            return Chosen(_by_rounds(loaded, config, most, criterion, batches, scores, timed))
+            return Chosen(_by_rounds(loaded, config, most, criterion, batches, scores, timed, repairs=repairs))
 
         def by_scores(count: int) -> Plan:
             return make_plan(scores, config.sized(count), protects_ends=criterion.protects_ends)
@@ -366,13 +368,23 @@ def _by_rounds(
     batches: Batches,
     scores: BlockScores,
     timed: Timed,
+    *,
+    repairs: bool,
 ) -> Plan:
-    """Removes in rounds, and scores what is left before each."""
+    """Removes in rounds, and scores what is left before each; repaired by least squares first, where a repair follows.
+
+    The repairs of the rounds serve the scores alone: that of the whole cut is solved for anew.
+    """
     protected = protected_blocks(config.protect, len(loaded.stack), protects_ends=criterion.protects_ends)
     removed: tuple[int, ...] = ()
     for more in in_rounds(count, config.score_rounds):
         if removed:
-            smaller = cut(loaded, _partial(loaded, removed))
+            plan = _partial(loaded, removed)
+            smaller = cut(loaded, plan)
+            if repairs:
+                with timed(f"Repairing the cut of {len(removed)} blocks"):
+                    text = batches.first(TOKENS).rewritten()
+                    smaller, _ = compensate(loaded, smaller, plan, text, method="refit")
             scores = score_loaded(smaller, batches, (criterion,), True, 0.25, timed)[0].scores[0]
         kept = [block for block in range(len(loaded.stack)) if block not in removed]
         guard = ",".join(str(kept.index(block)) for block in protected) or "none"
@@ -384,8 +396,9 @@ def _by_rounds(
         num_blocks=num,
         removed=removed,
         method=criterion.name,
-        rule=f"{count} of {num} blocks ({count / num:.1%}), the lowest scores of {criterion.name}, scored again before "
-        f"each of {len(in_rounds(count, config.score_rounds))} rounds"
+        rule=f"{count} of {num} blocks ({count / num:.1%}), the lowest scores of {criterion.name}, "
+        f"{'repaired and ' if repairs else ''}scored again before each of "
+        f"{len(in_rounds(count, config.score_rounds))} rounds"
         + (f"; protected: {', '.join(map(str, protected))}" if protected else ""),
         protected=protected,
     )
