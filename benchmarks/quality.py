@@ -21,7 +21,7 @@ from statistics import mean
 
 import avss
 from avss.cli.demo import find_demo_model
-from avss.config import HealConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig, build
+from avss.config import DataConfig, HealConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig, build
 from avss.progress import bars
 from avss.record import RunRecord
 
@@ -60,7 +60,15 @@ def measure(options) -> RunRecord:
         plan["criterion"] = options.choose
     config = RunConfig(
         model={"source": options.model or str(find_demo_model())},
-        data={"source": options.data, "samples": options.samples, "seq_len": options.seq_len},
+        data=build(
+            DataConfig,
+            {
+                "source": options.data,
+                "samples": options.samples,
+                "seq_len": options.seq_len,
+                "augment": options.augment,
+            },
+        ),
         criteria=("avss", "block-influence"),
         plan=build(PlanConfig, plan),
         search=SearchConfig(max_passes=options.max_passes, max_tokens=8192),
@@ -159,6 +167,7 @@ def main():
     parser.add_argument("--compensate", default="auto")
     parser.add_argument("--samples", type=int, default=96, help="calibration sequences")
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--augment", type=float, help="share of repair's and healing's text in another writing")
     parser.add_argument("--heal", default="30m", help="budget, or none")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of HealConfig")
     parser.add_argument("--compare", action="append", default=[], metavar="CRITERION")

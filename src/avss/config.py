@@ -114,6 +114,9 @@ class DataConfig(Settings):
     """Sequences in a forward pass."""
     seed: int = Field(default=0, ge=0)
     """Of the draw."""
+    augment: float | None = Field(default=None, ge=0, le=1)
+    """Share of the sequences that a repair reads in another writing, and healing too where its own settings say
+    nothing (`HealConfig.augment`). Scores and searches read the text as it is."""
 
 
 class PlanConfig(Settings):
@@ -151,7 +154,7 @@ class PlanConfig(Settings):
     retention_task: "TaskConfig | None" = None
     """The task that `min_retention` speaks of."""
     score_rounds: int = Field(default=1, ge=1)
-    """For `scores`: rounds of removing, each scored anew on what is left."""
+    """For `scores`: rounds of removing, each scored anew on what is left, repaired first where a repair follows."""
     from_search: str | None = None
     """A folder or record with a search, to take the blocks from instead of choosing anew."""
 
@@ -312,6 +315,9 @@ class HealConfig(Settings):
     """Sequences in memory at once, by default the whole batch; without effect on the result."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens in a sequence at most."""
+    augment: float | None = Field(default=None, ge=0, le=1)
+    """Share of the training sequences that is read in another writing: other case, punctuation apart or missing, lines
+    joined, words missing (`avss.data.augment`). By default 0.5 for models that predict words, 0 for others."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the budget in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -57,6 +57,45 @@ def test_repair_in_memory_leaves_the_given_model_as_it_was(llama_folder, text_fi
     assert small.record.settings["compensate"] == "refit"
 
 
+@pytest.mark.parametrize(
+    ("model", "given", "share"),
+    [("llama_folder", None, 0.5), ("llama_folder", 0, 0.0), ("llama_folder", 1.0, 1.0), ("encoder_folder", None, 0.0)],
+)
+def test_a_repair_reads_the_share_asked_for_in_another_writing(avss_command, model, given, share, text_file, tmp_path,
+                                                               request, monkeypatch):  # fmt: skip
+    from avss.composer import pruning
+
+    read, real = [], pruning.compensate_cut
+
+    def spied(original, raw, plan, batches, **settings):
+        read.append(batches)
+        return real(original, raw, plan, batches, **settings)
+
+    monkeypatch.setattr(pruning, "compensate_cut", spied)
+    folder = request.getfixturevalue(model)
+    words = () if given is None else ("--augment", given)
+    answer = avss_command("prune", folder, "--blocks", 2, "--compensate", "refit", "--data", text_file, *words, *SMALL,
+                          "--out", tmp_path / "out")  # fmt: skip
+    assert answer.code == 0, answer.err
+    record = RunRecord.read(tmp_path / "out")
+    assert record.cuts[0].compensation.augment == share
+    plain = avss.composer.calibration(avss.load(str(folder), device="cpu"), str(text_file), samples=24, seq_len=16)
+    changed = [not torch.equal(one, two) for one, two in zip(read[0].sequences, plain.sequences, strict=True)]
+    assert any(changed) == (share > 0)
+    assert not all(changed)  # by chance one in seven stays as it is
+    assert record.data.content_hash == plain.facts.content_hash  # scores read the text as it is
+
+
+def test_healing_in_a_whole_run_takes_over_the_share(avss_command, llama_folder, text_file, tmp_path):
+    for name, words, share in (("default", (), 0.5), ("none", ("--augment", 0), 0.0)):
+        answer = avss_command("run", llama_folder, "--heal", "2k", "--count", 1, "--compensate", "refit", "--data",
+                              text_file, "--out", tmp_path / name, *words, *SMALL)  # fmt: skip
+        assert answer.code == 0, answer.err
+        cuts = RunRecord.read(tmp_path / name).cuts
+        assert cuts[0].healing.settings["augment"] == share
+        assert {one.compensation.augment for one in cuts if one.compensation is not None} <= {share}
+
+
 def test_a_changed_weight_after_the_repair_fails_the_proof(llama_folder, text_file, tmp_path, monkeypatch):
     """The repaired model is compared with memory: a save that lost the repair would be noticed."""
     from avss.composer import pruning

@@ -430,7 +430,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_and_gives_the_same_bits(patient, text, small, tmp_path, weights, monkeypatch):
     if weights == "lora":
         pytest.importorskip("peft")
-    one, config = patient("bert-masked"), small(budget="500 tokens", weights=weights)
+    one, config = patient("bert-masked"), small(budget="500 tokens", weights=weights, augment=0.5)
     whole, expected, _ = heal(one.dense, one.smaller, one.plan, text, config)
     monkeypatch.setattr(Checkpoint, "seconds_between", 0.0, raising=False)
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
@@ -470,12 +470,13 @@ def test_another_run_does_not_meet_the_checkpoint(patient, text, small, tmp_path
         (one, text, small()),
         (one, text, small(seed=1)),
         (one, text, small(learning_rate=1e-4)),
+        (one, text, small(augment=0.5)),
         (one, other_text, small()),
         (other, text, small()),
     ):
         _, _, checkpoint = heal(who.dense, who.smaller, who.plan, what, config, checkpoint_folder=tmp_path)
         paths.add(checkpoint.path)
-    assert len(paths) == 5
+    assert len(paths) == 6
     assert set(tmp_path.iterdir()) == paths
 
 
@@ -510,6 +511,60 @@ def test_no_sequence_is_trained_on_and_held_out(patient, text, small, name):
     assert len(held_out) == 5
     assert not train & held_out
     assert prepared.facts.num_tokens == sum(len(sequence) for sequence in prepared.train)
+
+
+# --- another writing ---
+
+
+@pytest.mark.parametrize("name", ["llama", "bert-masked"])
+def test_rewritten_sequences_are_words_of_the_text_and_no_longer(patient, text, small, name):
+    one = patient(name)
+    plain, other = (prepare_text(one.smaller, text, small(augment=share)) for share in (0.0, 1.0))
+    assert [sequence.tolist() for sequence in plain.held_out] == [sequence.tolist() for sequence in other.held_out]
+    assert [sequence.tolist() for sequence in plain.train] == [sequence.tolist() for sequence in other.train]
+    special = set(one.smaller.tokenizer.all_special_ids)
+    changed = 0
+    for epoch in range(4):
+        for index, sequence in enumerate(other.train):
+            found = other.augmentation(sequence, (0, 1 + epoch, index))
+            assert 1 < len(found) <= len(sequence)
+            assert found[0] == sequence[0]  # [CLS] or BOS stays
+            assert torch.equal(found, other.augmentation(sequence, (0, 1 + epoch, index)))
+            rest = iter(sequence.tolist())  # in lower case, with words and full stops missing, the order is the text's
+            assert all(word in rest for word in found.tolist() if word not in special)
+            changed += not torch.equal(found, sequence)
+    assert changed > len(other.train) / 2
+
+
+def test_the_share_that_is_rewritten_is_the_one_asked_for(patient, text, small):
+    one = patient()
+    counts = []
+    for share in (0.25, 0.5, 1.0):
+        prepared = prepare_text(one.smaller, text, small(augment=share))
+        found = [
+            not torch.equal(prepared.augmentation(sequence, (0, epoch, index)), sequence)
+            for epoch in range(20)
+            for index, sequence in enumerate(prepared.train)
+        ]
+        counts.append(np.mean(found))
+    assert counts[0] / counts[2] == pytest.approx(0.25, abs=0.05)
+    assert counts[1] / counts[2] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("llama", 0.5), ("bert-masked", 0.5), ("bert", None), ("distilbert-classifier", None)]
+)
+def test_models_that_predict_words_read_other_writings_by_default(patient, text, small, name, share):
+    prepared = prepare_text(patient(name).smaller, text, small(augment=None))
+    assert (None if prepared.augmentation is None else prepared.augmentation.share) == share
+
+
+def test_a_batch_of_rewritten_sequences_asks_about_what_is_read(patient, text, small):
+    prepared = prepare_text(patient().smaller, text, small(augment=1.0))
+    batch = prepared.batch(prepared.drawn(0, 8))
+    assert batch.num_tokens < 8 * 16  # some are shorter now, and padded
+    expected = torch.where(batch.keep[:, 1:], batch.token_ids[:, 1:], -100)
+    assert torch.equal(batch.words[:, :-1], expected)
 
 
 # --- adapters ---

@@ -56,6 +56,14 @@ def command(
     hidden_weight: Annotated[
         float, typer.Option(help="Weight of the distance of hidden states.", rich_help_panel=_TRAINING)
     ] = 0.0,
+    augment: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the sequences read in another writing: case, punctuation, line breaks, missing words.",
+            show_default="0.5 for language models, else 0",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Of the adapters of lora.", rich_help_panel=_TRAINING)] = 32,
     precision: Annotated[
         str, typer.Option(help="Of the products: auto, float32 or bfloat16.", rich_help_panel=_TRAINING)
@@ -94,6 +102,7 @@ def command(
         temperature=temperature,
         label_weight=label_weight,
         hidden_weight=hidden_weight,
+        augment=augment,
         rank=rank,
         precision=precision,
         recompute=recompute,

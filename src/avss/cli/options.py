@@ -60,6 +60,15 @@ TrainingData = Annotated[
         "is held out.",
     ),
 ]
+Augment = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the sequences that repair and healing read in another writing: case, punctuation, line breaks, "
+        "missing words. Scores read the text as it is.",
+        show_default="0.5 for language models, else 0",
+        rich_help_panel=_TEXT,
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Sequences.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
 AnySamples = Annotated[
@@ -161,7 +170,11 @@ RetentionTask = Annotated[
     str | None, typer.Option(help="That task: choice=FILE, perplexity=FILE, ...", rich_help_panel=_CHOICE)
 ]
 ScoreRounds = Annotated[
-    int | None, typer.Option(help="Remove in so many rounds, scored anew before each.", rich_help_panel=_CHOICE)
+    int | None,
+    typer.Option(
+        help="Remove in so many rounds, scored (with --compensate: repaired and scored) anew before each.",
+        rich_help_panel=_CHOICE,
+    ),
 ]
 FromSearch = Annotated[
     Path | None,

@@ -44,6 +44,7 @@ def command(
     seq_len: opt.SeqLen = 512,
     batch_size: opt.BatchSize = 8,
     seed: opt.Seed = 0,
+    augment: opt.Augment = None,
     stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
@@ -113,6 +114,7 @@ def command(
     check_compensation(compensate, in_memory=not (on_disk or reason or file_format == "gguf"))
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+    text |= opt.given(augment=augment)
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:

@@ -76,6 +76,7 @@ def command(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a forward pass.", show_default="8")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    augment: opt.Augment = None,
     first_token: Annotated[str | None, typer.Option(help="keep or drop.", show_default="keep")] = None,
     stack: Annotated[str | None, typer.Option(help="Stack of blocks to work on.", show_default="auto")] = None,
     head: Annotated[str | None, typer.Option(help="What to load it as.", show_default="auto")] = None,
@@ -102,7 +103,9 @@ def command(
                 trust_remote_code=trust_remote_code or None,
                 stack=stack,
             ),
-            "data": opt.given(source=data, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed),
+            "data": opt.given(
+                source=data, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, augment=augment
+            ),
             "plan": opt.given(
                 criterion=criterion,
                 fraction=fraction,

@@ -38,7 +38,7 @@ def judge_finalists(
     Returns:
         Empty where nothing can be repaired in this model: then raw is all there is.
     """
-    text = batches.first(TOKENS)
+    text = batches.first(TOKENS).rewritten()
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
         raw = {removed: measure(cut(loaded, _plan(loaded, removed))) for removed in sets}

@@ -1,6 +1,7 @@
 """Models and texts as users name them -> what the stages take."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from avss.config import DataConfig, ModelConfig, build
+from avss.data.augment import augmentation
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
 from avss.data.sources import read_texts
 from avss.errors import DataError, UnsupportedArchitectureError
@@ -61,7 +63,7 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         loaded: The model.
         data: A source (`avss.data.sources`), several separated by commas, a list of texts, or a whole `DataConfig`.
             Several sources give equal shares, and their sequences take turns.
-        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`.
 
     Raises:
         DataError: The text cannot be read or is too short.
@@ -85,7 +87,7 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         )
     layout: Layout = config.layout if config.layout != "auto" else "packed" if loaded.head == "causal" else "padded"
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
-    return make_batches(
+    batches = make_batches(
         read_texts(source),
         tokenizer,
         layout=layout,
@@ -95,6 +97,8 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         seed=config.seed,
         max_len=loaded.max_len,
     )
+    rewriting = augmentation(tokenizer, loaded.head, config.augment, layout)
+    return dataclasses.replace(batches, augmentation=rewriting)
 
 
 def _share(samples: int, place: int, parts: list[str]) -> int:

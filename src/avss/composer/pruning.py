@@ -108,7 +108,7 @@ def prune(
         stack: Which stack of blocks: `auto`, or its name or path.
         command: The command to note in the record.
         stages: Where progress goes.
-        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`.
+        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`.
 
     Raises:
         UserError: Anything the caller can fix, in one sentence.
@@ -211,8 +211,10 @@ def repair(
     original: Loaded, raw: Loaded, plan: Plan, batches: Batches, method: str, timed: Timed
 ) -> tuple[Loaded, Compensation]:
     """Repairs a cut without training, and tells how it went. The raw cut is left as it was."""
+    share = batches.augmentation.share if batches.augmentation is not None else 0.0
     with timed("Repairing the cut") as advance:
-        return compensate_cut(original, raw, plan, batches, method=method, on_step=advance)
+        model, story = compensate_cut(original, raw, plan, batches.rewritten(), method=method, on_step=advance)
+    return model, story.model_copy(update={"augment": share})
 
 
 def save_verified(

@@ -163,6 +163,8 @@ def _versions(
             versions = [_Version(raw, told)]
     if config.heal is not None:
         heal = config.heal
+        if heal.augment is None:
+            heal = heal.model_copy(update={"augment": config.data.augment})
         if config.quality == "best" and heal.budget == HealConfig().budget:
             left = (config.time or BEST_SECONDS) - (time.monotonic() - began)
             heal = heal.model_copy(update={"budget": Budget(seconds=max(left, 1.0))})

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from avss.data.sources import Texts
 from avss.errors import ConfigError, DataError
 from avss.record import DataFacts
+
+if TYPE_CHECKING:
+    from avss.data.augment import Augmentation
 
 Layout = Literal["packed", "padded"]
 
@@ -32,12 +35,14 @@ class Batches:
         batch_size: Sequences in a batch.
         pad_id: Token id that fills up a batch; never observed.
         facts: For the record.
+        augmentation: Gives `rewritten` another writing; None to leave the sequences as they are.
     """
 
     sequences: tuple[Tensor, ...]
     batch_size: int
     pad_id: int
     facts: DataFacts
+    augmentation: "Augmentation | None" = None
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -63,6 +68,14 @@ class Batches:
             return self
         part = self.sequences[:count]
         return dataclasses.replace(self, sequences=part, facts=_facts_of(part, self.facts))
+
+    def rewritten(self) -> "Batches":
+        """Some of the sequences in another writing, the same ones every time."""
+        if self.augmentation is None:
+            return self
+        changed = [self.augmentation(one, (self.facts.seed, place)) for place, one in enumerate(self.sequences)]
+        facts = _facts_of(changed, self.facts)
+        return dataclasses.replace(self, sequences=tuple(changed), facts=facts, augmentation=None)
 
     def split(self, num_sequences: int) -> "tuple[Batches, Batches]":
         """The first sequences and the rest, as batches of their own: to choose on some and measure on others.

@@ -71,7 +71,9 @@ def heal(
     """
     _check_pair(dense, smaller, plan)
     text = prepare_text(smaller, texts, config, labels=labels)
-    config = config.model_copy(update={"batch_size": text.facts.batch_size, "held_out": len(text.held_out)})
+    found = {"batch_size": text.facts.batch_size, "held_out": len(text.held_out)}
+    share = text.augmentation.share if text.augmentation is not None else 0.0
+    config = config.model_copy(update=found | {"augment": share})
     choice: Choice = "after" if config.weights == "auto" else config.weights
     of_task = smaller.head not in ("causal", "masked", "encoder")
     rate = config.learning_rate or (TASK_LEARNING_RATES if of_task else LEARNING_RATES)[choice]

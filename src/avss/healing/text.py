@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from avss.config import HealConfig
+from avss.data.augment import Augmentation, augmentation
 from avss.data.batches import (
     DOCUMENT_BREAK,
+    Layout,
     content_hash,
     leading_ids,
     need_tokenizer,
@@ -73,7 +75,8 @@ class HealingText:
         mask_id: The mask token of a masked language model; None for other models.
         special_ids: Tokens that are never masked.
         pad_id: Fills up a batch.
-        seed: Of order and masks.
+        seed: Of order, masks and rewriting.
+        augmentation: Rewrites training sequences; None to leave them as they are.
         facts: Of the training text, for the record.
         held_out_facts: Of the held-out text.
     """
@@ -86,6 +89,7 @@ class HealingText:
     special_ids: tuple[int, ...]
     pad_id: int
     seed: int
+    augmentation: Augmentation | None
     facts: DataFacts
     held_out_facts: DataFacts
 
@@ -103,7 +107,10 @@ class HealingText:
         """The training sequences drawn, side by side."""
         labels = None if self.train_labels is None else [self.train_labels[index] for _, index in drawn]
         seeds = [(self.seed, 1 + epoch, index) for epoch, index in drawn]
-        return self._batch([self.train[index] for _, index in drawn], labels, seeds)
+        sequences = [self.train[index] for _, index in drawn]
+        if self.augmentation is not None:
+            sequences = [self.augmentation(*pair) for pair in zip(sequences, seeds, strict=True)]
+        return self._batch(sequences, labels, seeds)
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:
         """Held-out sequences; masked the same way every time."""
@@ -142,7 +149,8 @@ def prepare_text(
     Args:
         loaded: The model.
         texts: Where from.
-        config: `seq_len`, `batch_size`, `held_out` and `seed` count; what it leaves open is in the facts afterwards.
+        config: `seq_len`, `batch_size`, `held_out`, `augment` and `seed` count; what it leaves open is in the facts
+            afterwards.
         labels: One a text, for classifiers.
 
     Raises:
@@ -173,11 +181,14 @@ def prepare_text(
     rest = [index for index in range(len(sequences)) if index not in held]
     train, held_out = (tuple(sequences[index] for index in chosen) for chosen in (rest, sorted(held)))
 
+    layout: Layout = "packed" if packed else "padded"
+    rewriting = augmentation(tokenizer, loaded.head, config.augment, layout, labelled=labels is not None)
+
     def facts(chosen: tuple[Tensor, ...]) -> DataFacts:
         return DataFacts(
             source=texts.source,
             column=texts.column,
-            layout="packed" if packed else "padded",
+            layout=layout,
             num_sequences=len(chosen),
             seq_len=max(len(sequence) for sequence in chosen),
             num_tokens=sum(len(sequence) for sequence in chosen),
@@ -195,6 +206,7 @@ def prepare_text(
         special_ids=tuple(tokenizer.all_special_ids),
         pad_id=pad_id_of(tokenizer),
         seed=config.seed,
+        augmentation=rewriting,
         facts=facts(train),
         held_out_facts=facts(held_out),
     )

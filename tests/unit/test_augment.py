@@ -1,0 +1,108 @@
+"""Texts in another writing: each change against its plain description, and how often each is made."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from avss.data import augment
+from avss.data.augment import rewrite
+from avss.data.batches import make_batches
+from avss.data.sources import Texts
+from tests.support.tokenizers import word_tokenizer
+
+TEXT = "The cat, it said, was 3.5 years old.\n\nA dog (Rex) heard; it ran away!\nNobody knows why"
+
+
+class Draws:
+    """Gives the four numbers asked for, and then keeps every second word."""
+
+    def __init__(self, case=1.0, marks=1.0, lines=1.0, words=1.0):
+        self._numbers = np.array([case, marks, lines, words])
+
+    def random(self, count):
+        numbers, self._numbers = self._numbers, None
+        return np.arange(count) % 2.0 if numbers is None else numbers
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        ({}, TEXT),
+        ({"case": 0.0}, TEXT.lower()),
+        ({"case": augment.LOWER}, TEXT.upper()),
+        ({"case": augment.LOWER + augment.UPPER}, TEXT),
+        ({"marks": 0.0}, "".join(f" {char} " if char in ",.();!" else char for char in TEXT)),
+        ({"marks": augment.APART}, "".join(char for char in TEXT if char not in ",.();!")),
+        ({"lines": 0.0}, " ".join(TEXT.split("\n\n")).replace("\n", " ")),
+        ({"words": 0.0}, " ".join(TEXT.split(" ")[1::2])),
+        ({"case": 0.0, "lines": 0.0}, TEXT.lower().replace("\n\n", " ").replace("\n", " ")),
+    ],
+)
+def test_each_change_does_what_it_says(draws, expected):
+    assert rewrite(TEXT, Draws(**draws)) == expected
+
+
+def test_the_shares_are_those_named():
+    texts = [rewrite(TEXT, np.random.default_rng(seed)) for seed in range(4000)]
+    shares = {
+        augment.LOWER: np.mean([text == text.lower() for text in texts]),
+        augment.UPPER: np.mean([text == text.upper() for text in texts]),
+        augment.APART: np.mean([bool(re.search(r" [,;(] ", text)) for text in texts]),
+        augment.WITHOUT: np.mean([not set(text) & set(",.();!") for text in texts]),
+        augment.JOINED: np.mean(["\n" not in text for text in texts]),
+    }
+    for expected, found in shares.items():
+        assert found == pytest.approx(expected, abs=0.035)
+    full = [text.split() for text in texts if len(re.sub(r"\W", "", text)) == len(re.sub(r"\W", "", TEXT))]
+    assert len(full) / len(texts) == pytest.approx(1 - augment.GAPPED, abs=0.06)
+    assert np.mean([text == TEXT for text in texts]) == pytest.approx(1 / 7, abs=0.02)
+
+
+def test_equal_draws_give_equal_texts():
+    assert [rewrite(TEXT, np.random.default_rng(7)) for _ in range(3)] == [rewrite(TEXT, np.random.default_rng(7))] * 3
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "…", "日本語。テスト", "a"])
+def test_any_text_can_be_rewritten(text):
+    for seed in range(50):
+        assert isinstance(rewrite(text, np.random.default_rng(seed)), str)
+
+
+# --- batches ---
+
+
+def batches_of(share):
+    tokenizer = word_tokenizer(adds="bos")
+    texts = Texts(texts=("the cat sees a dog . " * 60,), source="notes.txt", is_prose=True)
+    settings = {"layout": "packed", "samples": 20, "seq_len": 12, "batch_size": 3, "seed": 0}
+    batches = make_batches(texts, tokenizer, **settings)
+    return dataclasses.replace(batches, augmentation=augment.augmentation(tokenizer, "causal", share, "packed"))
+
+
+def test_batches_are_rewritten_once_and_the_facts_follow():
+    batches = batches_of(1.0)
+    found = batches.rewritten()
+    assert len(found.sequences) == len(batches.sequences)
+    assert found.rewritten() is found
+    pairs = list(zip(batches.sequences, found.sequences, strict=True))
+    assert any(len(new) < len(old) for old, new in pairs)
+    assert all(len(new) <= len(old) and new[0] == old[0] for old, new in pairs)
+    assert found.facts.num_tokens == sum(len(new) for _, new in pairs) < batches.facts.num_tokens
+    assert found.facts.content_hash != batches.facts.content_hash
+    again = batches.rewritten()
+    assert all(torch.equal(one, two) for one, two in zip(again.sequences, found.sequences, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0])
+def test_a_share_of_zero_leaves_batches_as_they_are(share):
+    batches = batches_of(share)
+    assert batches.rewritten() is batches
+
+
+def test_parts_of_batches_can_still_be_rewritten():
+    first, rest = batches_of(1.0).split(8)
+    assert first.augmentation is not None
+    assert rest.first(96).rewritten().facts.num_tokens < rest.first(96).facts.num_tokens
