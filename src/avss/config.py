@@ -43,6 +43,27 @@ def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMe
     return found
 
 
+def check_augment(share: float | None, *, repairs: bool) -> None:
+    """Whether a share of the text to read in another writing can be meant.
+
+    Args:
+        share: As the user gave it; None for none given.
+        repairs: Whether anything is repaired or healed, which is all that reads it.
+
+    Raises:
+        ConfigError: It is no share, or nothing would read it.
+    """
+    if share is None:
+        return
+    if not 0 <= share <= 1:
+        raise ConfigError(f"`--augment {share:g}` must be a share between 0 and 1.")
+    if not repairs:
+        raise ConfigError(
+            f"`--augment {share:g}` is for the text of a repair or of healing, and neither was asked for. Leave it "
+            "out, or add `--compensate auto`."
+        )
+
+
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {
     **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
@@ -116,7 +137,8 @@ class DataConfig(Settings):
     """Of the draw."""
     augment: float | None = Field(default=None, ge=0, le=1)
     """Share of the sequences that a repair reads in another writing, and healing too where its own settings say
-    nothing (`HealConfig.augment`). Scores and searches read the text as it is."""
+    nothing (`HealConfig.augment`). Scores and searches read the text as it is; the finalists of a search are repaired
+    and judged on text rewritten likewise."""
 
 
 class PlanConfig(Settings):
@@ -317,7 +339,7 @@ class HealConfig(Settings):
     """Tokens in a sequence at most."""
     augment: float | None = Field(default=None, ge=0, le=1)
     """Share of the training sequences that is read in another writing: other case, punctuation apart or missing, lines
-    joined, words missing (`avss.data.augment`). By default 0.5 for models that predict words, 0 for others."""
+    joined, words missing (`avss.data.augment`). By default 0.5 for models that continue text, 0 for others."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the budget in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -641,7 +641,8 @@ class Finalist(FrozenValue):
     Attributes:
         removed: Block indices in the original numbering.
         source: `search`, `runner-up`, or the criterion whose choice it is.
-        before: Divergence of the raw cut from the dense model on text that no repair saw; see `Compensation.measure`.
+        before: Divergence of the raw cut from the dense model on text that no repair saw, some of it in another writing
+            (`Compensation.augment`); see `Compensation.measure`.
         after: The same after a repair by least squares.
     """
 
@@ -943,7 +944,7 @@ class Compensation(FrozenValue):
         fit_tokens: Tokens it was fitted to.
         choose_tokens: Tokens that ridges, step sizes and methods were chosen by.
         judge_tokens: Tokens that `before` and `after` were measured on.
-        augment: Share of the sequences that were read in another writing, in all three.
+        augment: Share of the sequences that were drawn to be read in another writing, in all three.
         cuts: One entry per run of removed blocks, in order.
         num_swept: Blocks from the first cut on that were fitted to the dense stream, one after the other.
         steps: Step size of each round towards the dense model's predictions; empty where there was none.

@@ -86,6 +86,23 @@ def test_a_repair_reads_the_share_asked_for_in_another_writing(avss_command, mod
     assert record.data.content_hash == plain.facts.content_hash  # scores read the text as it is
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("prune", ("--blocks", 2, "--augment", 0.5), "neither was asked for"),
+        ("prune", ("--blocks", 2, "--on-disk", "--augment", 0.5), "neither was asked for"),
+        ("prune", ("--blocks", 2, "--augment", 7, "--compensate", "refit"), "between 0 and 1"),
+        ("run", ("--count", 1, "--augment", 0.5), "neither was asked for"),
+        ("run", ("--count", 1, "--augment", -1, "--heal", "2k"), "augment"),
+    ],
+)
+def test_a_share_that_nothing_reads_is_refused(avss_command, llama_folder, verb, words, message, text_file, tmp_path):
+    answer = avss_command(verb, llama_folder, *words, "--data", text_file, "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert message in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_healing_in_a_whole_run_takes_over_the_share(avss_command, llama_folder, text_file, tmp_path):
     for name, words, share in (("default", (), 0.5), ("none", ("--augment", 0), 0.0)):
         answer = avss_command("run", llama_folder, "--heal", "2k", "--count", 1, "--compensate", "refit", "--data",

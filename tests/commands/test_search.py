@@ -9,6 +9,7 @@ import avss
 from avss import composer
 from avss.ablation import Judge
 from avss.compensation import compensate
+from avss.composer import choosing
 from avss.composer.choosing import read_search
 from avss.composer.searching import passes_of_all, search_loaded
 from avss.config import PlanConfig, RunConfig, SearchConfig
@@ -325,11 +326,19 @@ def test_scores_in_rounds_are_made_of_what_is_left(pruned, llama_folder, text_fi
     assert "before each of 3 rounds" in record.cuts[0].plan.rule
 
 
-def test_scores_in_rounds_are_made_of_repaired_models_where_a_repair_follows(llama_folder, text_file):
+def test_scores_in_rounds_are_made_of_repaired_models_where_a_repair_follows(llama_folder, text_file, monkeypatch):
+    scored, real = [], choosing.score_loaded
+
+    def spied(loaded, *arguments, **settings):
+        found = real(loaded, *arguments, **settings)
+        scored.append(found[0].scores[0].values)
+        return found
+
+    monkeypatch.setattr(choosing, "score_loaded", spied)
     text = {"data": str(text_file), "samples": 24, "seq_len": 16, "batch_size": 4}
     settings = {"criterion": "update-norm", "protect": "none", "compensate": "refit"}
     plan = avss.prune(llama_folder, count=3, plan={"score_rounds": 3}, **settings, **text).plan
-    loaded, removed, differs = composer.load(llama_folder), [], False
+    loaded, removed, expected, raw = composer.load(llama_folder), [], [], []
     for _ in range(3):
         scores = []
         for repair in ("refit", "none"):
@@ -340,12 +349,14 @@ def test_scores_in_rounds_are_made_of_repaired_models_where_a_repair_follows(lla
                 samples=24, seq_len=16, batch_size=4,
             )  # fmt: skip
             scores.append(table["update-norm"])
-        differs |= scores[0].values != scores[1].values
+        expected.append(pytest.approx(scores[0].values, rel=1e-5))
+        raw.append(scores[1].values)
         kept = [block for block in range(5) if block not in removed]
         removed = sorted([*removed, kept[scores[0].ranking()[0]]])
     assert list(plan.removed) == removed
-    assert differs  # the repair did change what was scored
-    assert "repaired and scored again before each of 3 rounds" in plan.rule
+    assert scored[-2:] == expected[1:]
+    assert scored[-2:] != [pytest.approx(values, rel=1e-5) for values in raw[1:]]
+    assert "scored again before each of 3 rounds, 2 of the 2 cuts between them repaired" in plan.rule
 
 
 @pytest.mark.parametrize(

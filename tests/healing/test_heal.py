@@ -552,9 +552,9 @@ def test_the_share_that_is_rewritten_is_the_one_asked_for(patient, text, small):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("llama", 0.5), ("bert-masked", 0.5), ("bert", None), ("distilbert-classifier", None)]
+    ("name", "share"), [("llama", 0.5), ("bert-masked", None), ("bert", None), ("distilbert-classifier", None)]
 )
-def test_models_that_predict_words_read_other_writings_by_default(patient, text, small, name, share):
+def test_models_that_continue_text_read_other_writings_by_default(patient, text, small, name, share):
     prepared = prepare_text(patient(name).smaller, text, small(augment=None))
     assert (None if prepared.augmentation is None else prepared.augmentation.share) == share
 

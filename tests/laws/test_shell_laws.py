@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from avss.models.asked import AskedLogits
 from avss.models.load import adopt
 from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
-from tests.support.architectures import ARCHITECTURES, stored, token_batch
+from tests.support.architectures import ARCHITECTURES, VOCAB, stored, token_batch
 from tests.support.oracles import hook_count, run, state_copy
 
 PREDICTS_WORDS = [name for name in ARCHITECTURES if adopt(stored(name)).head in ("causal", "masked")]
@@ -36,6 +37,25 @@ def test_the_logits_asked_for_are_those_of_the_whole_pass(name):
     handle.remove()
     assert seen == [int(asked.sum())]  # the head has read nothing else
     assert hook_count(stored(name)) == 0
+
+
+def test_a_head_past_the_body_is_run_on_all_of_them():
+    """OPT's calls the decoder inside its body, so the body answers nothing that could be narrowed."""
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
+        word_embed_proj_dim=16, max_position_embeddings=64, do_layer_norm_before=True,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    token_ids, keep = token_batch()
+    asked = keep & (torch.arange(keep.shape[1]) % 3 == 1)
+    torch.testing.assert_close(AskedLogits(adopt(model))(token_ids, keep, asked), run(model, token_ids, keep)[asked])
+
+
+def test_where_all_is_asked_all_is_answered():
+    model = stored("llama")
+    token_ids, keep = token_batch(padded=False)
+    found = AskedLogits(adopt(model))(token_ids, keep, keep)
+    assert torch.equal(found, run(model, token_ids, keep).flatten(0, 1))
 
 
 class Neighbours(torch.nn.Linear):

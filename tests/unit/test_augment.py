@@ -71,6 +71,27 @@ def test_any_text_can_be_rewritten(text):
         assert isinstance(rewrite(text, np.random.default_rng(seed)), str)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_text_that_would_lose_its_words_stays(layout):
+    tokenizer = word_tokenizer(adds="cls")
+    ids = torch.tensor(tokenizer(". . ?", add_special_tokens=layout == "padded")["input_ids"])
+    rewriting = augment.augmentation(tokenizer, "masked", 1.0, layout)
+    assert rewriting is not None
+    special = set(tokenizer.all_special_ids)
+    for seed in range(60):
+        assert set(rewriting(ids, (seed,)).tolist()) - special
+
+
+@pytest.mark.parametrize("head", ["causal", "masked", "seq2seq", "encoder", "classifier"])
+def test_only_models_that_continue_text_are_read_to_by_default(head):
+    found = augment.augmentation(word_tokenizer(), head, None, "padded")
+    assert (found is not None) == (head == "causal")
+    assert augment.augmentation(word_tokenizer(), head, None, "padded", labelled=True) is None
+    asked = augment.augmentation(word_tokenizer(), head, 0.25, "padded", labelled=True)
+    assert asked is not None
+    assert asked.share == 0.25
+
+
 # --- batches ---
 
 

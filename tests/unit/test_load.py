@@ -1,6 +1,7 @@
 """Models in, stock checkpoints out: the head, the dtype and the tokenizer stay what they were."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from avss.cut import cut
@@ -365,6 +367,21 @@ def test_real_decoder_cut_saves_and_verifies_with_no_difference(smollm2, tmp_pat
         "model.safetensors",
         "tokenizer.json",
     }
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_saved_tokenizer_cuts_texts_where_the_given_one_did(limited, tmp_path):
+    tokenizer = word_tokenizer(adds="cls")
+    if limited:
+        tokenizer.backend_tokenizer.enable_truncation(max_length=9, stride=1)
+        tokenizer.backend_tokenizer.enable_padding(length=9, pad_id=3)
+    before = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    loaded = adopt(ARCHITECTURES["bert"](), tokenizer)
+    tokenizer(["the cat", "a dog sees"], truncation=True, max_length=3, padding=True)
+    save_model(dataclasses.replace(loaded), tmp_path / "out")
+    saved = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert (saved.truncation, saved.padding) == before
+    assert (before[0] is not None) == limited
 
 
 @pytest.mark.real

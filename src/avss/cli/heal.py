@@ -60,7 +60,7 @@ def command(
         float | None,
         typer.Option(
             help="Share of the sequences read in another writing: case, punctuation, line breaks, missing words.",
-            show_default="0.5 for language models, else 0",
+            show_default="0.5 for models that continue text, else 0",
             rich_help_panel=_TRAINING,
         ),
     ] = None,

@@ -63,9 +63,9 @@ TrainingData = Annotated[
 Augment = Annotated[
     float | None,
     typer.Option(
-        help="Share of the sequences that repair and healing read in another writing: case, punctuation, line breaks, "
-        "missing words. Scores read the text as it is.",
-        show_default="0.5 for language models, else 0",
+        help="Share of the sequences that a repair (and healing) reads in another writing: case, punctuation, line "
+        "breaks, missing words. Scores read the text as it is.",
+        show_default="0.5 for models that continue text, else 0",
         rich_help_panel=_TEXT,
     ),
 ]

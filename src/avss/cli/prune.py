@@ -60,7 +60,7 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
-    from avss.config import PlanConfig, SearchConfig, build, check_compensation
+    from avss.config import PlanConfig, SearchConfig, build, check_augment, check_compensation
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
@@ -95,6 +95,7 @@ def command(
     check_search(build(SearchConfig, search))
     find_criteria([criterion])
     check_compensation(compensate)
+    check_augment(augment, repairs=compensate != "none")
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":

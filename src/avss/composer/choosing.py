@@ -377,6 +377,7 @@ def _by_rounds(
     """
     protected = protected_blocks(config.protect, len(loaded.stack), protects_ends=criterion.protects_ends)
     removed: tuple[int, ...] = ()
+    num_rounds, num_repaired = len(in_rounds(count, config.score_rounds)), 0
     for more in in_rounds(count, config.score_rounds):
         if removed:
             plan = _partial(loaded, removed)
@@ -384,7 +385,8 @@ def _by_rounds(
             if repairs:
                 with timed(f"Repairing the cut of {len(removed)} blocks"):
                     text = batches.first(TOKENS).rewritten()
-                    smaller, _ = compensate(loaded, smaller, plan, text, method="refit")
+                    smaller, story = compensate(loaded, smaller, plan, text, method="refit")
+                num_repaired += story.applied
             scores = score_loaded(smaller, batches, (criterion,), True, 0.25, timed)[0].scores[0]
         kept = [block for block in range(len(loaded.stack)) if block not in removed]
         guard = ",".join(str(kept.index(block)) for block in protected) or "none"
@@ -396,9 +398,9 @@ def _by_rounds(
         num_blocks=num,
         removed=removed,
         method=criterion.name,
-        rule=f"{count} of {num} blocks ({count / num:.1%}), the lowest scores of {criterion.name}, "
-        f"{'repaired and ' if repairs else ''}scored again before each of "
-        f"{len(in_rounds(count, config.score_rounds))} rounds"
+        rule=f"{count} of {num} blocks ({count / num:.1%}), the lowest scores of {criterion.name}, scored again before "
+        f"each of {num_rounds} rounds"
+        + (f", {num_repaired} of the {num_rounds - 1} cuts between them repaired" if repairs else "")
         + (f"; protected: {', '.join(map(str, protected))}" if protected else ""),
         protected=protected,
     )

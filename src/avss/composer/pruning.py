@@ -14,7 +14,7 @@ from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
-from avss.config import DataConfig, PlanConfig, SearchConfig, build, check_compensation
+from avss.config import DataConfig, PlanConfig, SearchConfig, build, check_augment, check_compensation
 from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
@@ -133,6 +133,7 @@ def prune(
     check_one_target(config)
     check_search(hard)
     check_compensation(compensate)
+    check_augment(settings.get("augment"), repairs=compensate != "none")
     (wanted,) = find_criteria([criterion])
     if hard.screen != "damage":
         find_criteria([hard.screen])
@@ -214,7 +215,7 @@ def repair(
     share = batches.augmentation.share if batches.augmentation is not None else 0.0
     with timed("Repairing the cut") as advance:
         model, story = compensate_cut(original, raw, plan, batches.rewritten(), method=method, on_step=advance)
-    return model, story.model_copy(update={"augment": share})
+    return model, story.model_copy(update={"augment": share if story.fit_tokens else 0.0})
 
 
 def save_verified(

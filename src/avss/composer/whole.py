@@ -12,7 +12,7 @@ from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
-from avss.config import Budget, HealConfig, PlanConfig, RunConfig
+from avss.config import Budget, HealConfig, PlanConfig, RunConfig, check_augment
 from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
@@ -64,6 +64,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         VerificationError: The saved model was not what it should be; nothing has been published.
     """
     config = _at_its_best(config)
+    check_augment(config.data.augment, repairs=config.compensate != "none" or config.heal is not None)
     began = time.monotonic()
     out = Path(config.out)
     check_one_target(config.plan)

@@ -27,7 +27,7 @@ GAPPED, GAP = 0.2, 0.1
 """Share that lacks words, and which share of its words."""
 
 DEFAULT_SHARE = 0.5
-"""Of the sequences of a model that predicts words, where none is asked for (measured, see docs/log.md)."""
+"""Of the sequences of a model that continues text, where none is asked for (measured, see docs/log.md)."""
 
 
 class Augmentation:
@@ -35,7 +35,8 @@ class Augmentation:
 
     Args:
         tokenizer: Reads and writes.
-        share: Of the sequences; an attribute too.
+        share: Of the sequences, those drawn to be rewritten; an attribute too. By chance one in seven of them stays as
+            it is, and more where the tokenizer does not tell writings apart, e.g. an uncased one.
         layout: `packed` windows of a running text, or `padded` rows with the tokenizer's special tokens.
     """
 
@@ -43,6 +44,7 @@ class Augmentation:
         self.share = share
         self._tokenizer, self._layout = tokenizer, layout
         self._lead = torch.tensor(leading_ids(tokenizer) if layout == "packed" else [], dtype=torch.long)
+        self._special = set(tokenizer.all_special_ids)
 
     def __call__(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor:
         """The sequence `[T]` as it is or rewritten, a function of it and the seed; never longer than it was."""
@@ -57,7 +59,8 @@ class Augmentation:
         else:
             encoded = self._tokenizer(text, truncation=True, max_length=len(token_ids), verbose=False)
             found = torch.tensor(encoded["input_ids"], dtype=torch.long)
-        return found if len(found) > len(self._lead) + 1 else token_ids
+        has_words = any(token not in self._special for token in found.tolist())
+        return found if has_words and len(found) > 1 else token_ids
 
 
 def augmentation(
@@ -68,12 +71,12 @@ def augmentation(
     Args:
         tokenizer: The model's.
         head: The model's.
-        share: Of the sequences; None for `DEFAULT_SHARE` where the model predicts words, else none.
+        share: Of the sequences; None for `DEFAULT_SHARE` where the model continues text, else none.
         layout: Of the sequences.
         labelled: Whether the texts carry labels, which another writing might belie.
     """
     if share is None:
-        share = DEFAULT_SHARE if head in ("causal", "masked") and not labelled else 0.0
+        share = DEFAULT_SHARE if head == "causal" and not labelled else 0.0
     return Augmentation(tokenizer, share, layout) if share else None
 
 

@@ -141,7 +141,8 @@ class Loop:
         size = config.micro_batch_size or self._batch_size
         loss = 0.0
         for start in range(0, len(mine), size):
-            loss += self._backward(self._text.batch(mine[start : start + size]), count, num_tokens)
+            part = mine[start : start + size]
+            loss += self._backward(whole if part == drawn else self._text.batch(part), count, num_tokens)
         parameters = list(self._trained.parameters.values())
         self._team.sum_gradients(parameters)
         (loss,) = self._team.sum([loss])

@@ -9,6 +9,7 @@ Shape letters: B batch, T token, N places asked about, V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from avss.errors import AvssError
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded
 from avss.models.stack import hidden_from_output, replace_hidden
@@ -16,6 +17,7 @@ from avss.models.stack import hidden_from_output, replace_hidden
 _TRIAL_ROWS, _TRIAL_TOKENS = 2, 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _COARSE_TOLERANCE = 0.02
+_REFUSALS = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError, AvssError)
 
 
 class AskedLogits:
@@ -41,6 +43,8 @@ class AskedLogits:
             keep: `[B, T]`, True for real tokens.
             asked: `[B, T]`, True where logits are wanted.
         """
+        if bool(asked.all()):  # nothing to spare
+            return run_outputs(self._loaded, token_ids, keep).flatten(0, 1)
         if self._is_local is None:
             self._is_local = self._try(token_ids[:_TRIAL_ROWS, :_TRIAL_TOKENS], keep[:_TRIAL_ROWS, :_TRIAL_TOKENS])
         if self._is_local:
@@ -58,7 +62,9 @@ class AskedLogits:
         expected = whole[asked.to(whole.device)]
         try:
             found = self._narrowed(token_ids, keep, asked)
-        except (RuntimeError, ValueError, IndexError):  # a head that wants the shape of the whole batch
+        except torch.OutOfMemoryError:
+            raise
+        except _REFUSALS:  # a head that wants the shape of the whole batch
             return False
         if found.shape != (1, *expected.shape):
             return False

@@ -60,6 +60,7 @@ class Loaded:
             bfloat16 loses nothing, and saving it as bfloat16 gives the same values back.
         companions: Folder whose other files (pooling, sentence-transformers modules) belong to the model.
         stack_name: Which stack to work on: `auto`, or its name or path.
+        limits: How the tokenizer cut and padded texts when it came; every call to it changes that.
     """
 
     model: PreTrainedModel
@@ -70,6 +71,7 @@ class Loaded:
     stored_dtype: torch.dtype = torch.float32
     companions: Path | None = None
     stack_name: str = AUTO
+    limits: "_Limits | None" = None
 
     @functools.cached_property
     def stack(self) -> BlockStack:
@@ -270,6 +272,7 @@ def load_model(
         stored_dtype=stored if compute.itemsize >= stored.itemsize else compute,
         companions=_companions(location, options),
         stack_name=stack,
+        limits=_limits_of(tokenizer),
     )
 
 
@@ -327,6 +330,7 @@ def adopt(
         source=source,
         stored_dtype=model.dtype,
         stack_name=stack,
+        limits=_limits_of(tokenizer),
     )
 
 
@@ -614,9 +618,37 @@ def save_model(loaded: Loaded, folder: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)
         if loaded.tokenizer is not None:
+            _restore_limits(loaded.tokenizer, loaded.limits)
             loaded.tokenizer.save_pretrained(folder)
     if loaded.companions is not None:
         _copy_companions(loaded.companions, folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """How a tokenizer of the Rust library cuts and pads texts, in that library's words; None for not at all."""
+
+    truncation: dict[str, Any] | None
+    padding: dict[str, Any] | None
+
+
+def _limits_of(tokenizer: PreTrainedTokenizerBase | None) -> _Limits | None:
+    """The limits now; None where the tokenizer has none of these."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else _Limits(backend.truncation, backend.padding)
+
+
+def _restore_limits(tokenizer: PreTrainedTokenizerBase, limits: _Limits | None) -> None:
+    """Puts limits back: what is saved must not tell at which length this house read its texts."""
+    if limits is None:
+        return
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.no_truncation()
+    backend.no_padding()
+    if limits.truncation is not None:
+        backend.enable_truncation(**limits.truncation)
+    if limits.padding is not None:
+        backend.enable_padding(**limits.padding)
 
 
 def _companions(location: _Location, options: Mapping[str, Any]) -> Path | None:

@@ -81,6 +81,7 @@ class Reference:
 
 def divergence(dense_RV: Tensor, logits_RV: Tensor, places_N: Tensor) -> Tensor:
     """The divergence of `Reference.compare` for a single comparison, a few places at a time."""
+    logits_RV = logits_RV.to(dense_RV.device)
     pieces = [places_N[piece] for piece in _pieces(dense_RV, places_N)]
     return torch.cat([Reference(dense_RV, places).compare(logits_RV)[0] for places in pieces])
 

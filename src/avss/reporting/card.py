@@ -9,6 +9,7 @@ import jinja2
 from avss.record import Cut, RunRecord
 from avss.reporting import numbers, tables, verdict
 from avss.reporting.page import index_runs, safe_url
+from avss.reporting.repair import rewritten
 
 _CLASSES = {
     "causal": ("AutoModelForCausalLM", "text-generation"),
@@ -109,6 +110,7 @@ _TEMPLATES = jinja2.Environment(
 )
 _TEMPLATES.filters |= {
     "plain": _plain,
+    "rewritten": rewritten,
     "prose": _prose,
     "code": _code,
     "fenced": _fenced,

@@ -24,11 +24,22 @@ def compensation_sentences(repair: Compensation) -> list[str]:
             f"Repaired without training (`{repair.method}`: {kept} of {len(repair.cuts)} cuts solved for"
             f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} tokens: the "
             f"{_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to {numbers.number(repair.after)} "
-            f"on {repair.judge_tokens:,} tokens that it had not seen."
+            f"on {repair.judge_tokens:,} tokens that it had not seen"
+            f"{rewritten(repair.augment)}."
         )
     if repair.note:
         said.append(repair.note)
     return said
+
+
+def rewritten(share: float) -> str:
+    """What is said behind texts of which a share of the sequences was drawn to be read in another writing.
+
+    Example:
+        >>> rewritten(0.5), rewritten(0.0)
+        (' (50% of the sequences drawn for another writing)', '')
+    """
+    return f" ({share:.0%} of the sequences drawn for another writing)" if share else ""
 
 
 def compensation_rows(repair: Compensation) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ import math
 
 from avss.record import Comparison, Cut, Measurement, RunRecord, Verification, describe_blocks
 from avss.reporting import numbers, tables
-from avss.reporting.repair import compensation_sentences
+from avss.reporting.repair import compensation_sentences, rewritten
 
 PROMISE = 0.9
 """Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
@@ -143,7 +143,8 @@ def _healing_sentences(cut: Cut) -> list[str]:
     if healing is None:
         return []
     tokens, time = numbers.count(healing.num_tokens), numbers.duration(healing.seconds)
-    spent = f"on {tokens} tokens of {healing.data.source} in {time}"
+    other = rewritten(healing.settings.get("augment") or 0.0)
+    spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
     if healing.best_step == 0:
         return [f"Healing {spent} made held-out text no better; the weights are as they were before it."]
     before, after = healing.before, healing.after
