@@ -42,6 +42,13 @@ def test_endings_may_be_in_capitals(tmp_path, ending):
     assert read_texts(path).texts == TEXTS
 
 
+def test_lines_of_json_may_hold_line_separators(tmp_path):
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8", newline="")
+    assert read_table(path) == rows
+
+
 def test_json_object_with_one_list_is_a_table(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": ROWS}))
     assert read_texts(tmp_path / "a.json").texts == TEXTS
@@ -254,6 +261,41 @@ def test_hub_names_are_taken_apart(monkeypatch, source, expected):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = read_texts(source)
     assert (asked["name"], asked["config"], asked["split"], found.column) == expected
+
+
+def test_of_a_long_data_set_the_first_rows_are_read_and_it_is_said(monkeypatch, caplog):
+    import datasets
+
+    rows = [{"text": f"text {number}"} for number in range(20_001)]
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(rows))
+    assert read_texts("owner/name").texts == tuple(row["text"] for row in rows[:20_000])
+    assert "first 20,000 rows" in caplog.text
+    caplog.clear()
+    rows.pop()
+    assert len(read_texts("owner/name").texts) == 20_000
+    assert not caplog.text
+
+
+# --- several ---
+
+
+def test_several_sources_follow_each_other(tmp_path):
+    prose, more, table = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.csv"
+    prose.write_text("One.\n\nTwo.")
+    more.write_text("Three.")
+    table.write_text("text\nFour.\n")
+    both = read_texts(f"{prose}, {more}")
+    assert both == Texts(texts=("One.\n\nTwo.", "Three."), source="a.txt,b.txt", is_prose=True)
+    mixed = read_texts(f"{prose},{table}")
+    assert mixed == Texts(texts=("One.", "Two.", "Four."), source="a.txt,c.csv", is_prose=False)
+    with pytest.raises(DataError, match=r"no file .*missing\.txt"):
+        read_texts(f"{prose},missing.txt")
+
+
+def test_a_file_may_have_a_comma_in_its_name(tmp_path):
+    (tmp_path / "a,b.txt").write_text("One.")
+    assert read_texts(tmp_path / "a,b.txt").texts == ("One.",)
 
 
 # --- what comes with avss ---

@@ -12,7 +12,7 @@ from torch import Tensor
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.augment import augmentation
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
-from avss.data.sources import read_texts
+from avss.data.sources import read_texts, split_sources
 from avss.errors import DataError, UnsupportedArchitectureError
 from avss.models.load import Loaded, adopt, load_model
 from avss.models.probe import probe_inputs
@@ -74,8 +74,8 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         is_name = isinstance(data, str | Path)
         config = build(DataConfig, {**({"source": str(data)} if is_name else {}), **settings})
         source = config.source if is_name else data
-    if isinstance(source, str) and "," in source and not Path(source).exists():
-        parts = [part.strip() for part in source.split(",") if part.strip()]
+    parts = split_sources(source) if isinstance(source, str | Path) else ()
+    if len(parts) > 1:
         return interleave(
             [
                 calibration(
@@ -101,7 +101,7 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
     return dataclasses.replace(batches, augmentation=rewriting)
 
 
-def _share(samples: int, place: int, parts: list[str]) -> int:
+def _share(samples: int, place: int, parts: Sequence[str]) -> int:
     each, rest = divmod(samples, len(parts))
     return each + (place < rest)
 

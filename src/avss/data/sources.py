@@ -5,11 +5,15 @@ notes.txt, reviews.csv       a local file: txt, md, csv, tsv, json, jsonl, parqu
 reviews.csv#body             one column of it
 folder/                      a data set folder as `datasets` reads it
 name[:config][@split][#column]   a data set on the hub, e.g. `Salesforce/wikitext:wikitext-2-raw-v1@test#text`
+web.txt,chat.jsonl           several of these, where texts are read
+
+Of a data set folder or a data set on the hub, the first 20,000 rows are read; it is said where there are more.
 """
 
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -31,6 +35,7 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review", 
 _TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"})
 _MAX_HUB_ROWS = 20_000
+_log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
@@ -65,8 +70,16 @@ class Texts:
         )
 
 
+def split_sources(source: str | Path) -> tuple[str, ...]:
+    """The sources that a name with commas stands for; a file may have a comma in its name."""
+    name = str(source)
+    if Path(name).exists():
+        return (name,)
+    return tuple(part.strip() for part in name.split(",") if part.strip()) or (name,)
+
+
 def read_texts(source: str | Path | Sequence[str]) -> Texts:
-    """The texts of a source.
+    """The texts of a source, or of several one after the other.
 
     Args:
         source: See the top of this file; or the texts themselves.
@@ -79,7 +92,19 @@ def read_texts(source: str | Path | Sequence[str]) -> Texts:
         if not texts:
             raise DataError("The list of texts is empty. Give at least one text that is not blank.")
         return Texts(texts=texts, source=f"{len(texts)} texts")
-    name, column = _split_column(str(source))
+    parts = [_read_one(part) for part in split_sources(source)]
+    if len(parts) == 1:
+        return parts[0]
+    is_prose = all(part.is_prose for part in parts)
+    return Texts(
+        texts=tuple(text for part in parts for text in (part.texts if is_prose else part.paragraphs())),
+        source=",".join(part.source for part in parts),
+        is_prose=is_prose,
+    )
+
+
+def _read_one(source: str) -> Texts:
+    name, column = _split_column(source)
     path = _local_path(name)
     if path is not None and path.suffix.lower() in _TEXT_SUFFIXES:
         if column:
@@ -190,7 +215,8 @@ def _read_table_file(path: Path) -> list[Row]:
 
 def _json_lines(path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(_read_text_file(path).splitlines(), start=1):
+    # Not `splitlines`: inside a JSON string, U+2028 and its like may stand as they are.
+    for number, line in enumerate(_read_text_file(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -230,8 +256,8 @@ def _read_data_set(name: str, *, config: str | None, split: str | None) -> list[
     # datasets raises whatever its many readers raise; to the user they all mean: this data set cannot be read.
     try:
         chosen = split or _default_split(name, config)
-        rows: Iterable[Any] = datasets.load_dataset(name, config, split=chosen, streaming=True)
-        return [dict(row) for row in itertools.islice(rows, _MAX_HUB_ROWS)]
+        stream: Iterable[Any] = datasets.load_dataset(name, config, split=chosen, streaming=True)
+        rows = [dict(row) for row in itertools.islice(stream, _MAX_HUB_ROWS + 1)]
     except DataError:
         raise
     except Exception as error:
@@ -240,6 +266,13 @@ def _read_data_set(name: str, *, config: str | None, split: str | None) -> list[
             f"The data set `{name}` cannot be read: {reason}. Write `name:config@split#column`, and check the network, "
             "or give a local file."
         ) from error
+    if len(rows) > _MAX_HUB_ROWS:
+        _log.warning(
+            "Of the data set `%s`, the first %s rows are read. If it is sorted, by label say, give a shuffled file.",
+            name,
+            f"{_MAX_HUB_ROWS:,}",
+        )
+    return rows[:_MAX_HUB_ROWS]
 
 
 def _default_split(name: str, config: str | None) -> str:
