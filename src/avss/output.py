@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,12 +18,22 @@ from avss.errors import OutputExistsError
 _MARK = ".partial-"
 
 
-def check_free(path: Path, *, force: bool) -> None:
+def check_free(path: Path, *, force: bool, sources: Iterable[object] = ()) -> None:
     """Refuses early, before any work is done, what `fresh_folder` would refuse at the end.
+
+    Args:
+        path: The output.
+        force: Whether a folder of that name, written by avss, may be replaced.
+        sources: What is read. Names of files and folders among it are never replaced.
 
     Raises:
         OutputExistsError: The path exists and may not be replaced, or cannot be written.
     """
+    for source in sources:
+        if isinstance(source, str | Path) and path.exists() and Path(source).exists():
+            read = Path(source).resolve()
+            if path.resolve() in (read, *read.parents):
+                raise OutputExistsError(f"`{path}` is or holds `{source}`, which is read here. Choose another `--out`.")
     if path.parent.is_dir():
         _sweep(path)
     if path.is_file():

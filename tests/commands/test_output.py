@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from avss.errors import OutputExistsError
-from avss.output import fresh_folder
+from avss.output import check_free, fresh_folder
 
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path):
@@ -61,7 +61,7 @@ def test_an_unwritable_parent_is_refused_early(tmp_path: Path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from avss.output import fresh_folder
+from avss.output import check_free, fresh_folder
 out = Path(sys.argv[1])
 with fresh_folder(out, force=True) as folder:
     (folder / "record.json").write_text("new")
@@ -131,3 +131,26 @@ def test_pruning_killed_at_random_moments_never_leaves_half_a_model(llama_folder
         process.wait()
         if out.exists():
             assert {path.name for path in out.iterdir()} == names
+
+
+@pytest.mark.parametrize("read", ["out", "out/model", "out/data.txt"])
+def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    Path("out/model").mkdir(parents=True)
+    Path("out/record.json").write_text("{}")
+    Path("out/data.txt").write_text("text")
+    with pytest.raises(OutputExistsError, match="read here"):
+        check_free(tmp_path / "out", force=True, sources=(None, "builtin", read))
+    check_free(tmp_path / "out", force=True, sources=("builtin", "elsewhere"))
+
+
+@pytest.mark.parametrize("verb", ["score", "evaluate", "damage", "compare", "stability", "prune", "run", "heal"])
+def test_no_verb_replaces_the_model_it_reads(verb, avss_command, llama_folder, tmp_path):
+    model = tmp_path / "run" / "model"
+    assert avss_command("prune", llama_folder, "--blocks", "1", "--out", model, "--quiet").code == 0
+    (tmp_path / "run" / "record.json").write_text("{}")
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    answer = avss_command(verb, model, "--out", tmp_path / "run", "--force", "--quiet")
+    assert answer.code == 2
+    assert "read here" in answer.err
+    assert {path: path.read_bytes() for path in model.iterdir()} == before

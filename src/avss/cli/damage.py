@@ -29,7 +29,7 @@ def command(
     from avss.output import check_free
 
     if out is not None:
-        check_free(out, force=force)
+        check_free(out, force=force, sources=(model, data))
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(

@@ -72,7 +72,7 @@ def command(
     )
     tasks = [TaskConfig.parse(kind, **settings) for kind in kinds]
     if out is not None:
-        check_free(out, force=force)
+        check_free(out, force=force, sources=(model, baseline, data))
     loading = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     loading["stack"] = stack
     with opt.shown_stages(quiet=quiet) as stages:

@@ -32,7 +32,7 @@ def command(
     from avss.output import check_free
 
     if out is not None:
-        check_free(out, force=force)
+        check_free(out, force=force, sources=(variance, sparsity))
     table = from_csv(variance, sparsity, fraction=fraction, reference=reference, rule=opt.mass_rule(rule))
     if out is not None:
         write_layer_table(table, out, force=force)

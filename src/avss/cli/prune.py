@@ -101,7 +101,7 @@ def command(
     if on_disk and file_format == "gguf":
         raise ConfigError("`--format gguf` cuts from file to file anyway. Leave out `--on-disk`.")
     allowed = disk.parse_bytes(max_memory) if max_memory is not None else None
-    check_free(out, force=force)
+    check_free(out, force=force, sources=(model, data, scores))
     reason = None
     if on_disk is None and file_format == "safetensors":
         reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype)

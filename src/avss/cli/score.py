@@ -76,7 +76,7 @@ def command(
     }
     count_first_token = opt.first_token(first_token)
     if out is not None:
-        check_free(out, force=force)
+        check_free(out, force=force, sources=(model, data))
     if reference:
         if criteria != DEFAULT_CRITERIA or first_token != "keep":
             raise ConfigError(

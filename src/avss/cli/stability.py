@@ -47,7 +47,7 @@ def command(
     except ValueError as error:
         raise ConfigError(f"`--sizes {sizes}` is not a list of numbers. Write it as 8,16,32.") from error
     if out is not None:
-        check_free(out, force=force)
+        check_free(out, force=force, sources=(model, data))
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(

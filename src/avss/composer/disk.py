@@ -20,7 +20,6 @@ from avss.errors import (
     ConfigError,
     InvalidPlanError,
     ModelLoadError,
-    OutputExistsError,
     UnsupportedArchitectureError,
     VerificationError,
 )
@@ -246,11 +245,9 @@ def prune_on_disk(
     """
     check_one_target(config)
     check_unseen(config, scores)
-    check_free(out, force=force)
+    check_free(out, force=force, sources=(source, scores))
     timed = Timed(stages)
     folder = find_folder(source, revision)
-    if out.absolute() == folder.absolute():
-        raise OutputExistsError(f"`{out}` is the model itself. Choose another `--out`.")
     checkpoint = read_checkpoint(folder)
     with fresh_folder(out, force=force) as target:
         with (

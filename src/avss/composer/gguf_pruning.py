@@ -100,7 +100,7 @@ def prune_gguf(
         VerificationError: The result was not what it should be; it has been withdrawn.
     """
     check_one_target(config)
-    check_free(out, force=force)
+    check_free(out, force=force, sources=(source, data, scores))
     timed = Timed(stages)
     path = find_gguf(str(source), revision)
     with timed("Reading the file"):

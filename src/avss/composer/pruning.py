@@ -139,7 +139,7 @@ def prune(
         find_criteria([hard.screen])
     command = command or f"avss.prune({model if isinstance(model, str | Path) else 'model'!r}, ...)"
     if out is not None:
-        check_free(Path(out), force=force)
+        check_free(Path(out), force=force, sources=(model, data, scores))
     allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
     from_file = isinstance(model, str | Path)
     reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None

@@ -1,5 +1,6 @@
 """Records: begun, written, drawn again."""
 
+import tempfile
 from pathlib import Path
 
 from avss.composer.provenance import now, versions
@@ -57,6 +58,9 @@ def report(record: RunRecord | str | Path, out: str | Path | None = None, *, for
 
     Returns:
         The page.
+
+    Raises:
+        OutputExistsError: `out` may not be replaced; or, without it, the record lies beside another one.
     """
     value = record if isinstance(record, RunRecord) else RunRecord.read(Path(record))
     if out is not None:
@@ -66,6 +70,15 @@ def report(record: RunRecord | str | Path, out: str | Path | None = None, *, for
     if isinstance(record, RunRecord):
         raise OutputExistsError("A record in memory has no folder to be drawn in. Give `out`.")
     path = Path(record)
-    folder = path if path.is_dir() else path.parent
-    write_record(value, folder)
+    folder, name = (path, "record.json") if path.is_dir() else (path.parent, path.name)
+    if name != "record.json" and (folder / "record.json").exists():
+        raise OutputExistsError(
+            f"`{path}` lies beside another record, and the report there is that one's. Give `--out`."
+        )
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as fresh:
+        write_record(value, Path(fresh))
+        (Path(fresh) / "record.json").unlink()  # the one that was read is the better one
+        (folder / "figures").mkdir(exist_ok=True)
+        for drawn in [file for file in Path(fresh).rglob("*") if file.is_file()]:
+            drawn.replace(folder / drawn.relative_to(fresh))
     return folder / "report.html"
