@@ -320,8 +320,9 @@ def _as_budget(value: Any) -> Any:
 class HealConfig(Settings):
     """Repair by training: distillation from the dense model."""
 
-    source: str = "builtin"
-    """Text to train on: file, folder, hub data set or `builtin`."""
+    source: str | None = None
+    """Text to train on: file, folder, hub data set or `builtin`, or several with commas between. By default the
+    calibration text in a run, else `builtin`."""
     budget: Annotated[Budget, BeforeValidator(_as_budget)] = Budget(seconds=1800.0)
     """When to stop, e.g. `30m`, `2M` tokens; see `Budget.parse`."""
     weights: Literal["auto", "all", "blocks", "after", "lora"] = "auto"

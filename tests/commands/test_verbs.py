@@ -205,6 +205,21 @@ def test_report_draws_a_record_again(avss_command, llama_folder, text_file, tmp_
     assert (tmp_path / "again" / "scores.csv").read_text() == (out / "scores.csv").read_text()
 
 
+def test_a_report_beside_another_record_is_refused(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "scores"
+    avss_command("score", llama_folder, "--data", text_file, "--out", out, "--quiet", *SMALL)
+    before = (out / "record.json").read_text()
+    (out / "older.json").write_text(before.replace('"created"', ' "created"'))
+    answer = avss_command("report", out / "older.json", "--quiet")
+    assert answer.code == 2
+    assert "--out" in answer.err
+    assert (out / "record.json").read_text() == before
+    (out / "record.json").unlink()
+    assert avss_command("report", out / "older.json", "--quiet").code == 0
+    assert (out / "older.json").is_file()
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+
+
 def test_inspect_shows_the_stack_and_what_a_cut_changes(avss_command, llama_folder):
     answer = avss_command("inspect", llama_folder)
     assert answer.code == 0
@@ -270,14 +285,15 @@ def test_run_at_its_best_searches_repairs_heals_and_measures_every_stage(
     assert "greedy, healed" in page
 
 
-def test_a_run_that_dies_in_healing_goes_on_there(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("budget", [("--heal", "6k"), ("--quality", "best", "--time", "15s", "--max-passes", 1)])
+def test_a_run_that_dies_in_healing_goes_on_there(avss_command, llama_folder, text_file, tmp_path, monkeypatch, budget):
     from avss.healing.loop import Loop
     from avss.healing.state import Checkpoint
 
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
     out = tmp_path / "healed"
     arguments = (
-        "run", llama_folder, "--heal", "6k", "--count", 1, "--compensate", "refit", "--data", text_file,
+        "run", llama_folder, *budget, "--count", 1, "--compensate", "refit", "--data", text_file,
         "--task", f"perplexity={text_file}", "--limit", 2, "--out", out, "--samples", 12, "--seq-len", 16, "--quiet",
     )  # fmt: skip
     step, calls = Loop._step, []
@@ -295,6 +311,26 @@ def test_a_run_that_dies_in_healing_goes_on_there(avss_command, llama_folder, te
     healing = RunRecord.read(out).cuts[0].healing
     assert len(calls) - 3 == healing.num_steps - 2
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_healing_reads_the_calibration_text_unless_told_otherwise(avss_command, llama_folder, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text())
+    settings = tmp_path / "run.toml"
+    settings.write_text(f'[data]\nsource = "{text_file}"\n[heal]\nbudget = "200 tokens"\n')
+    small = ("--config", settings, "--count", 1, "--task", f"perplexity={text_file}", "--limit", 1, "--quiet", *SMALL)
+    for more, read in (((), [text_file.name]), (("--heal-data", f"{text_file},{other}"), [text_file.name, other.name])):
+        out = tmp_path / f"{len(read)}"
+        assert avss_command("run", llama_folder, *small, *more, "--out", out).code == 0
+        assert RunRecord.read(out).cuts[0].healing.data.source == ",".join(read)
+
+
+def test_a_missing_healing_text_costs_no_search(avss_command, tmp_path):
+    answer = avss_command(
+        "run", tmp_path / "no-model", "--heal", "1k", "--heal-data", "missing.txt", "--out", tmp_path / "x"
+    )
+    assert answer.code == 2
+    assert "missing.txt" in answer.err
 
 
 def test_run_refuses_an_unknown_quality(avss_command, llama_folder, tmp_path):

@@ -91,7 +91,7 @@ def command(
     """Train a cut MODEL to answer as the dense one does. Start a killed run again: it goes on."""
     from avss import composer
     from avss.config import HealConfig, build
-    from avss.output import check_free
+    from avss.healing.team import Team
 
     settings = opt.given(
         weights=weights,
@@ -112,7 +112,9 @@ def command(
         seed=seed,
     )
     config = build(HealConfig, {"source": data, "budget": budget, **settings})
-    check_free(out, force=force)
+    # Of several processes one talks.
+    leads = Team().leads
+    quiet = quiet or not leads
     if not quiet and not json:
         typer.echo(f"Healing for {config.budget}, validation included.", err=True)
     with opt.shown_stages(quiet=quiet) as stages:
@@ -129,7 +131,7 @@ def command(
             stages=stages,
             **settings,
         )
-    if json:
+    if json and leads:
         typer.echo(healed.record.to_json())
         return
     if quiet:

@@ -19,7 +19,7 @@ RequiredOut = Annotated[
     Path, typer.Option("--out", help="Folder to write; it appears whole or not at all.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder that avss wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 
 _LOADING = "Loading"

@@ -142,7 +142,7 @@ def command(
                 prompts=prompt or None,
                 first_token=opt.first_token(first_token) if first_token else None,
                 compensate=compensate,
-                heal=_healing(heal, heal_data, data),
+                heal=opt.given(budget=heal, source=heal_data) or None,
                 quality=quality,
                 time=time,
                 out=str(out) if out else None,
@@ -153,11 +153,3 @@ def command(
         task_settings=opt.given(limit=limit, seq_len=seq_len, batch_size=batch_size, seed=seed),
     )
     execute(settings, command=opt.this_command(), as_json=json, quiet=quiet)
-
-
-def _healing(budget: str | None, text: str | None, calibration: str | None) -> dict[str, str] | None:
-    """The settings of healing that the flags give; its text is the calibration text unless it has its own."""
-    if budget is None and text is None:
-        return None
-    source = text or calibration
-    return {**({"budget": budget} if budget else {}), **({"source": source} if source else {})}

@@ -78,7 +78,9 @@ def heal(
     target = Path(out) if out is not None else None
     team = Team()
     if target is not None and team.leads:
-        check_free(target, force=force)
+        # A model may be healed in its place: it is replaced by what it became.
+        read = [source for source in (model, teacher, data) if source is not model or not _is_same(source, target)]
+        check_free(target, force=force, sources=read)
     timed = Timed(stages)
     options = _device_of(team, loading or {})
     with timed("Loading the models"):
@@ -105,6 +107,10 @@ def heal(
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
         forget(checkpoint)
     return Pruned(model=healed.model, tokenizer=healed.tokenizer, plan=plan, record=record)
+
+
+def _is_same(source: object, folder: Path) -> bool:
+    return isinstance(source, str | Path) and Path(source).resolve() == folder.resolve()
 
 
 def _reporter(advance: Advance) -> Callable[[int, int | None, str], None]:

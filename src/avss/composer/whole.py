@@ -16,7 +16,7 @@ from avss.config import Budget, HealConfig, PlanConfig, RunConfig, check_augment
 from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
-from avss.data.sources import read_texts
+from avss.data.sources import Texts, read_texts
 from avss.errors import DegenerateStatisticError
 from avss.healing import heal as heal_cut
 from avss.healing.state import Checkpoint
@@ -72,8 +72,10 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     screens = (config.search.screen,) if config.search.screen != "damage" else ()
     names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
     criteria = find_criteria([name for name in names if name != "explicit"])
-    check_free(out, force=config.force)
+    check_free(out, force=config.force, sources=(config.model.source, config.data.source))
     timed = Timed(stages)
+    # Before anything dear: a mistake in its name shall not cost a search.
+    training = None if config.heal is None else read_texts(config.heal.source or config.data.source)
     with timed("Loading the model"):
         loaded = load(**model_settings(config.model))
         refuse_uncuttable(loaded)
@@ -95,7 +97,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
     others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
     raw = cut(loaded, chosen.plan)
-    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, config, timed, began)
+    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, training, config, timed, began)
     rivals = [cut(loaded, plan) for plan in others]
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
@@ -144,13 +146,20 @@ def _at_its_best(config: RunConfig) -> RunConfig:
         search = search.model_copy(update={"seconds": _SEARCH_SHARE * (config.time or BEST_SECONDS)})
     if search.max_tokens is None:
         search = search.model_copy(update={"max_tokens": _SEARCH_TOKENS})
-    heal = config.heal or HealConfig(source=config.data.source)
+    heal = config.heal or HealConfig()
     repair = "auto" if config.compensate == "none" else config.compensate
     return config.model_copy(update={"plan": plan, "search": search, "compensate": repair, "heal": heal})
 
 
 def _versions(
-    loaded: Loaded, raw: Loaded, plan: Plan, batches: Batches, config: RunConfig, timed: Timed, began: float
+    loaded: Loaded,
+    raw: Loaded,
+    plan: Plan,
+    batches: Batches,
+    training: Texts | None,
+    config: RunConfig,
+    timed: Timed,
+    began: float,
 ) -> tuple[list[_Version], Checkpoint | None]:
     """The states of the chosen cut, the last one first: it is the one that is saved; and healing's own state."""
     checkpoint = None
@@ -162,20 +171,23 @@ def _versions(
             versions.insert(0, _Version(repaired, told))
         else:
             versions = [_Version(raw, told)]
-    if config.heal is not None:
+    if config.heal is not None and training is not None:
         heal = config.heal
         if heal.augment is None:
             heal = heal.model_copy(update={"augment": config.data.augment})
-        if config.quality == "best" and heal.budget == HealConfig().budget:
-            left = (config.time or BEST_SECONDS) - (time.monotonic() - began)
+        takes_the_rest = config.quality == "best" and "budget" not in heal.model_fields_set
+        total = config.time or BEST_SECONDS
+        if takes_the_rest:
+            left = total - (time.monotonic() - began)
             heal = heal.model_copy(update={"budget": Budget(seconds=max(left, 1.0))})
         with timed("Healing") as advance:
             healed, healing, checkpoint = heal_cut(
                 loaded,
                 versions[0].model,
                 plan,
-                read_texts(heal.source),
+                training,
                 heal,
+                budget_name=f"the rest of {total:g} seconds" if takes_the_rest else None,
                 checkpoint_folder=checkpoints_beside(Path(config.out)),
                 report=lambda done, total, note: advance(done, total, note),
             )

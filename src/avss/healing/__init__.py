@@ -39,6 +39,7 @@ def heal(
     *,
     labels: Sequence[int] | None = None,
     checkpoint_folder: Path | None = None,
+    budget_name: str | None = None,
     report: Report = lambda done, total, note: None,
     clock: Clock = time.monotonic,
 ) -> tuple[Loaded, Healing, Checkpoint | None]:
@@ -56,6 +57,8 @@ def heal(
         config: Budget, weights, learning rate ...
         labels: For classifiers: one a text; `config.label_weight` says how much they count.
         checkpoint_folder: Where the state of an unfinished run is kept, and looked for; None to keep none.
+        budget_name: What the budget is called in the name of that state, where it is what a clock has left: a run that
+            was killed is found again though less is left.
         report: Called with seconds or tokens done, their total and a note.
         clock: Seconds from any fixed moment on.
 
@@ -80,8 +83,9 @@ def heal(
     precision = _precision(config.precision, smaller.device)
     checkpoint = None
     if checkpoint_folder is not None:
+        settings = config.model_dump(mode="json") | ({"budget": budget_name} if budget_name else {})
         hashes = {"text": text.facts.content_hash, "held_out": text.held_out_facts.content_hash, "plan": plan.removed,
-                  "labels": text.train_labels, "config": config.model_dump(mode="json"),
+                  "labels": text.train_labels, "config": settings,
                   "team": Team().size, "precision": precision}  # fmt: skip
         checkpoint = Checkpoint(checkpoint_folder / f"{run_key(dense, smaller, hashes)}.pt")
     model = dataclasses.replace(smaller, model=_own_copy(smaller))
