@@ -150,7 +150,8 @@ def test_no_verb_replaces_the_model_it_reads(verb, avss_command, llama_folder, t
     assert avss_command("prune", llama_folder, "--blocks", "1", "--out", model, "--quiet").code == 0
     (tmp_path / "run" / "record.json").write_text("{}")
     before = {path: path.read_bytes() for path in model.iterdir()}
-    answer = avss_command(verb, model, "--out", tmp_path / "run", "--force", "--quiet")
+    size = ("--count", 1) if verb == "prune" else ()
+    answer = avss_command(verb, model, *size, "--out", tmp_path / "run", "--force", "--quiet")
     assert answer.code == 2
     assert "read here" in answer.err
     assert {path: path.read_bytes() for path in model.iterdir()} == before
