@@ -8,22 +8,21 @@ What "far" means depends on the head:
 
 - `causal`, `masked`, `seq2seq`: KL divergence of the predicted words from the whole model's, nats a token, mean over
   the real tokens of a sequence;
-- `classifier`: KL divergence of the predicted labels, nats a sequence;
-- `encoder`: one minus the cosine between the embedding and the whole model's, 0 to 2.
+- `classifier`, `image-classifier`: KL divergence of the predicted labels, nats a sequence or image;
+- `encoder`, and a tower that reads images: one minus the cosine between the embedding and the whole model's, 0 to 2.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avss.data.batches import Batches
-from avss.errors import NoObservationsError
+from avss.data.batches import Batches, Inputs
+from avss.errors import NoObservationsError, UnsupportedArchitectureError
 from avss.models import predictions
 from avss.models.load import Head, Loaded
 from avss.models.pooling import find_pooling
@@ -72,12 +71,13 @@ def mean_and_error(values: FloatArray) -> tuple[float, float | None]:
 
 
 class Judge:
-    """Measures what sets of blocks cost one model on one text.
+    """Measures what sets of blocks cost one model on one text, or on images.
 
     Args:
-        loaded: The model; left as it was.
-        batches: The text. Holding one batch's hidden states at all blocks is what this costs in memory, and one float32
-            number for each token and word.
+        loaded: The model; left as it was. Of one whose stack belongs to a tower that reads images, the tower is
+            measured.
+        batches: The text, or the images. Holding one batch's hidden states at all blocks is what this costs in memory,
+            and one float32 number for each token and word.
         share: False runs every model from its first block: the slow way, for checks.
         holds_all: Whether to hold that for all batches, so that the whole model runs only once on each; see
             `bytes_to_hold`.
@@ -89,8 +89,8 @@ class Judge:
 
     def __init__(self, loaded: Loaded, batches: Batches, *, share: bool = True, holds_all: bool = False) -> None:
         if not len(batches):
-            raise NoObservationsError("There is no sequence to measure damage on. Give some text.")
-        self._loaded = loaded
+            raise NoObservationsError("There is no sequence to measure damage on. Give some data.")
+        self._loaded = loaded.tower()
         self._batches = tuple(batches)
         self._share = share
         self.holds_all = holds_all
@@ -151,9 +151,9 @@ class Judge:
         return [_damage(frozenset(one), rows[frozenset(one)], dense) for one in sets]
 
     def _run_whole(self, index: int) -> "_Whole":
-        token_ids, keep = self._batches[index]
-        shared = SharedPrefix(self._loaded, token_ids, keep, share=self._share)
-        answers = _Answers(self._loaded, shared.dense, token_ids, keep)
+        inputs, keep = self._batches[index]
+        shared = SharedPrefix(self._loaded, inputs, keep, share=self._share)
+        answers = _Answers(self._loaded, shared.dense, inputs, keep)
         row = answers.row(shared.dense)
         return _Whole(shared, answers, row)
 
@@ -169,7 +169,8 @@ class _Whole:
 
 def bytes_to_hold(loaded: Loaded, batches: Batches) -> int:
     """Memory that a `Judge` which holds all batches needs, roughly: hidden states twice, and the answers twice."""
-    width, words = cast(Tensor, loaded.model.get_input_embeddings().weight).shape[1], loaded.vocabulary
+    loaded = loaded.tower()
+    width, words = loaded.hidden_size, loaded.vocabulary
     is_by_word = loaded.head in ("causal", "masked", "seq2seq")
     return batches.facts.num_tokens * 4 * (2 * (len(loaded.stack) + 1) * width + (2 * words if is_by_word else 0))
 
@@ -187,10 +188,16 @@ def measure_of(head: Head) -> DamageMeasure:
 class _Answers:
     """The whole model's answers on one batch, to compare with."""
 
-    def __init__(self, loaded: Loaded, dense: Tensor, token_ids: Tensor, keep: Tensor) -> None:
+    def __init__(self, loaded: Loaded, dense: Tensor, inputs: Inputs, keep: Tensor) -> None:
         self._measure = measure_of(loaded.head)
         self._keep = keep
         if self._measure == "cosine":
+            if dense.shape[:2] != keep.shape and not isinstance(inputs, Tensor):
+                raise UnsupportedArchitectureError(
+                    f"`{type(loaded.model).__name__}` answers an image with {tuple(dense.shape[1:])}, neither logits "
+                    "of classes nor a state of each place, so how far its answers move is not defined. Choose by "
+                    "scores, or load it by `--head encoder`."
+                )
             self._pooling = find_pooling(loaded)
             self._embedding = self._embed(dense)
             return
@@ -198,10 +205,10 @@ class _Answers:
         places = keep.flatten().nonzero()[:, 0] if self._by_token else torch.arange(len(dense))
         self._sequence = places // keep.shape[1] if self._by_token else places
         targets = None
-        if loaded.head == "causal" and self._by_token:
+        if loaded.head == "causal" and self._by_token and isinstance(inputs, Tensor):
             # A token is predicted by the place before it, if both are real.
-            following = torch.full_like(token_ids, -1)
-            following[:, :-1] = token_ids[:, 1:].where(keep[:, 1:] & keep[:, :-1], -1)
+            following = torch.full_like(inputs, -1)
+            following[:, :-1] = inputs[:, 1:].where(keep[:, 1:] & keep[:, :-1], -1)
             targets = following.flatten()[places]
         self._targets = targets if targets is not None and bool((targets >= 0).any()) else None
         self._reference = predictions.Reference(dense.flatten(0, -2), places, self._targets)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avss.data.batches import Inputs
 from avss.errors import NoObservationsError, UnsupportedArchitectureError
 from avss.models.families import Family, facts_of
 from avss.models.forward import run_body
@@ -27,7 +28,7 @@ from avss.statistics.observation import GradientNumbers, Hidden, Observation, Pa
 Seen = dict[tuple[AbstractStatistic, int], dict[str, Tensor]]
 """Columns of one batch, by statistic and block."""
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Inputs, Tensor]]
 
 
 def num_passes(statistics: Iterable[AbstractStatistic]) -> int:
@@ -46,11 +47,13 @@ def collect(
     """Observes every statistic at every block.
 
     The forward pass runs the model's body only; the head is not needed. The backward pass runs the whole model for its
-    own loss (`avss.models.loss`). Nothing of activations and gradients is kept but the statistics' rows.
+    own loss (`avss.models.loss`). Nothing of activations and gradients is kept but the statistics' rows. Where the
+    stack belongs to a tower that reads images, the tower is all that runs.
 
     Args:
         loaded: The model; left as it was, whatever happens.
-        batches: Pairs of token ids `[B, T]` and keep `[B, T]` (True for real tokens).
+        batches: Pairs of token ids `[B, T]`, or the keyword arguments of the tower (images), and keep `[B, T]` (True
+            for real tokens).
         statistics: What to observe; each once, however often it is named.
         on_batch: Called after each batch of each pass, for progress.
 
@@ -58,6 +61,7 @@ def collect(
         NoObservationsError: There was no batch, or none had a target to predict.
         UnsupportedArchitectureError: The blocks are not residual blocks, or lack the parts a statistic looks at.
     """
+    loaded = loaded.tower()
     wanted = tuple(dict.fromkeys(statistics))
     forward = tuple(one for one in wanted if one.probe in ("block", "stack"))
     backward = tuple(one for one in wanted if one.probe == "backward")
@@ -121,17 +125,17 @@ def _forward(
         looks_inside = any(statistic.looks_inside for statistic in by_block)
         inside = hooks.enter_context(SubLayerStates.watched(loaded)) if looks_inside else None
         hooks.enter_context(hooked(stack, observe))
-        for token_ids, keep in batches:
+        for inputs, keep in batches:
             current_keep, previous, num_batches = keep, None, num_batches + 1
             seen = {}
             ran.clear()
             passages = {one.token: Passage(keep, len(stack), one.token) for one in by_stack}
             if statistics:
-                run_body(loaded, token_ids, keep)
+                run_body(loaded, inputs, keep)
                 if len(ran) != len(stack):
                     raise UnsupportedArchitectureError(
-                        f"{len(stack) - len(ran)} of {len(stack)} blocks of `{stack.path}` do not run on text, so text "
-                        "cannot score them. Choose a stack that reads text (`avss inspect` lists them)."
+                        f"{len(stack) - len(ran)} of {len(stack)} blocks of `{stack.path}` do not run on these data, "
+                        "which so cannot score them. Choose another stack (`avss inspect` lists them)."
                     )
             for statistic in by_stack:
                 for index in range(len(stack)):
@@ -139,7 +143,7 @@ def _forward(
             yield seen
             on_batch()
     if not num_batches:
-        raise NoObservationsError("There was no batch to observe. Give some text.")
+        raise NoObservationsError("There was no batch to observe. Give some data.")
 
 
 def _backward(
@@ -153,9 +157,9 @@ def _backward(
 
     num_targets = 0
     with watched_gradients(loaded, matrices, reduce):
-        for token_ids, keep in batches:
+        for inputs, keep in batches:
             kept[:] = [[] for _ in matrices]
-            loss, targets = own_loss(loaded, token_ids, keep)
+            loss, targets = own_loss(loaded, inputs, keep)
             if int(targets):
                 num_targets += int(targets)
                 loss.backward()
@@ -180,7 +184,7 @@ def _fitting(keep: Tensor, hidden: Tensor, family: Family) -> Tensor:
     if num_sequences != rows or num_tokens < length or (num_tokens > length and not family.lengthens):
         raise UnsupportedArchitectureError(
             f"A block's hidden state is {tuple(hidden.shape)} for a batch of {rows} sequences of {length} tokens: "
-            "which of its rows are tokens is not known, so it cannot be scored on text."
+            "which of its rows are tokens is not known, so it cannot be scored."
         )
     return torch.nn.functional.pad(keep, (0, num_tokens - length)) if num_tokens > length else keep
 

@@ -121,14 +121,15 @@ class ModelConfig(Settings):
 
 
 class DataConfig(Settings):
-    """The calibration text."""
+    """The calibration text, or the images for a stack that reads those."""
 
     source: str = "builtin"
-    """File, folder, hub data set or `builtin`; see `avss.data.sources`."""
+    """File, folder, hub data set or `builtin`; see `avss.data.sources`. Images: a folder or a file; see
+    `avss.data.images`."""
     layout: Literal["auto", "packed", "padded"] = "auto"
     """`packed` windows for language models, `padded` rows for the rest."""
     samples: int = Field(default=64, ge=1)
-    """Sequences."""
+    """Sequences, or images."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens in a sequence."""
     batch_size: int = Field(default=8, ge=1)

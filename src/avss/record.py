@@ -46,7 +46,7 @@ class ModelFacts(FrozenValue):
         revision: Hub revision, where one was asked for.
         architecture: Class that computes it, e.g. `LlamaForCausalLM`.
         model_type: `config.model_type`, e.g. `llama`.
-        head: What it is used as: `causal`, `masked`, `classifier`, `encoder` or `seq2seq`.
+        head: What it is used as: `causal`, `masked`, `classifier`, `encoder`, `seq2seq` or `image-classifier`.
         stack: Dotted path of the block stack, e.g. `model.layers`.
         num_blocks: Length of that stack.
         hidden_size: Width of the residual stream.
@@ -77,29 +77,45 @@ class ModelFacts(FrozenValue):
 
 
 class DataFacts(FrozenValue):
-    """What text was used.
+    """What text, or which images, were used.
 
     Attributes:
         source: As the user named it.
         column: Column read, where there was a choice.
-        layout: `packed` (one stream of tokens cut into equal windows) or `padded` (one row a text).
-        num_sequences: Sequences seen.
-        seq_len: Tokens in a sequence (the most, for padded rows).
-        num_tokens: Real tokens, padding not counted.
+        layout: `packed` (one stream of tokens cut into equal windows), `padded` (one row a text), or `images`.
+        image_size: Height and width of the images as the model reads them; None for text.
+        num_sequences: Sequences, or images, seen.
+        seq_len: Tokens in a sequence (the most, for padded rows); places of the hidden state that an image takes.
+        num_tokens: Real tokens, padding not counted; places of all images.
         batch_size: Sequences in a forward pass.
         seed: Seed of the sampling.
-        content_hash: SHA-256 over token ids and mask, shortened to 16 hex digits.
+        content_hash: SHA-256 over token ids, or pixels as the model reads them, shortened to 16 hex digits.
     """
 
     source: str
     column: str | None = None
-    layout: Literal["packed", "padded"]
+    layout: Literal["packed", "padded", "images"]
+    image_size: tuple[int, int] | None = None
     num_sequences: int
     seq_len: int
     num_tokens: int
     batch_size: int
     seed: int
     content_hash: str
+
+    @property
+    def unit(self) -> Literal["images", "sequences"]:
+        """What it is counted in."""
+        return "images" if self.layout == "images" else "sequences"
+
+    def describe(self) -> str:
+        """How much of what, e.g. `64 sequences of up to 512 tokens, 32,768 in all`."""
+        if self.image_size is not None:
+            height, width = self.image_size
+            return (
+                f"{self.num_sequences:,} images of {width} x {height} pixels, {self.seq_len:,} places of the stack each"
+            )
+        return f"{self.num_sequences:,} sequences of up to {self.seq_len:,} tokens, {self.num_tokens:,} in all"
 
 
 class BlockScores(FrozenValue):
@@ -174,6 +190,7 @@ class Stability(FrozenValue):
         closest_gap: Their difference in standard errors.
         num_sequences: Sequences of the text.
         num_sequences_needed: Sequences from which that pair would be two standard errors apart; None for a tie.
+        unit: What they are: `sequences` of text, or `images`.
     """
 
     criterion: str
@@ -187,6 +204,7 @@ class Stability(FrozenValue):
     closest_gap: JsonFloat
     num_sequences: int
     num_sequences_needed: int | None
+    unit: Literal["images", "sequences"] = "sequences"
 
     @property
     def settled(self) -> bool:
@@ -198,16 +216,16 @@ class Stability(FrozenValue):
         low, high = self.closest
         if self.settled:
             return (
-                f"`{self.criterion}`: the choice of {self.count} blocks is settled on {self.num_sequences} sequences."
+                f"`{self.criterion}`: the choice of {self.count} blocks is settled on {self.num_sequences} {self.unit}."
             )
         remedy = (
-            f"about {self.num_sequences_needed:,} sequences would tell (there are {self.num_sequences:,})"
+            f"about {self.num_sequences_needed:,} {self.unit} would tell (there are {self.num_sequences:,})"
             if self.num_sequences_needed
-            else "they are as good as tied, and more text will hardly tell"
+            else "they are as good as tied, and more data will hardly tell"
         )
         return (
-            f"`{self.criterion}` cannot settle its lowest {self.count} on this text: block {low} goes and block {high} "
-            f"stays by {max(self.closest_gap, 0):.1f} standard errors, and resampled texts keep "
+            f"`{self.criterion}` cannot settle its lowest {self.count} on these data: block {low} goes and block "
+            f"{high} stays by {max(self.closest_gap, 0):.1f} standard errors, and resampled data keep "
             f"{100 * self.agreement:.0f} % of the choice; {remedy}."
         )
 

@@ -171,5 +171,5 @@ def _few_counts(scores: tuple[BlockScores, ...], collected: Collected) -> tuple[
         return ()
     return (
         f"`avss-reference` rests on fewer than {FEW_COUNTS} activations below 1e-5 in {len(few)} of "
-        f"{collected.num_blocks} blocks (fewest: {below.min():.0f}); its order is noise there. More text helps.",
+        f"{collected.num_blocks} blocks (fewest: {below.min():.0f}); its order is noise there. More data helps.",
     )

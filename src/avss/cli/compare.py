@@ -12,7 +12,7 @@ def command(
     data: opt.Data = "builtin",
     damage_data: Annotated[
         str | None,
-        typer.Option(help="Text to measure damage on.", show_default="other sequences of the same text"),
+        typer.Option(help="Text or images to measure damage on.", show_default="other parts of the same"),
     ] = None,
     criteria: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
     fraction: opt.Fraction = None,
@@ -27,6 +27,7 @@ def command(
     batch_size: opt.BatchSize = 8,
     seed: opt.Seed = 0,
     out: opt.Out = None,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -50,7 +51,13 @@ def command(
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(
-                model, head=head, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+                model,
+                head=head,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                stack=stack,
             )
         record = composer.compare(
             loaded,

@@ -10,11 +10,12 @@ from avss.cli import options as opt
 def command(
     model: opt.Model,
     data: opt.Data = "builtin",
-    samples: Annotated[int, typer.Option(help="Sequences.")] = 16,
+    samples: Annotated[int, typer.Option(help="Sequences, or images.")] = 16,
     seq_len: opt.SeqLen = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass; small ones save memory.")] = 2,
     seed: opt.Seed = 0,
     out: opt.Out = None,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -33,7 +34,13 @@ def command(
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(
-                model, head=head, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+                model,
+                head=head,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                stack=stack,
             )
         table = composer.damage(
             loaded, data, stages=stages, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed

@@ -25,7 +25,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and
 _LOADING = "Loading"
 Head = Annotated[
     str,
-    typer.Option(help="auto, causal, masked, classifier, encoder or seq2seq.", rich_help_panel=_LOADING),
+    typer.Option(
+        help="auto, causal, masked, classifier, encoder, seq2seq or image-classifier.", rich_help_panel=_LOADING
+    ),
 ]
 Dtype = Annotated[
     str, typer.Option(help="To compute in: auto, float32, bfloat16 or float16.", rich_help_panel=_LOADING)
@@ -44,12 +46,12 @@ Stack = Annotated[
     ),
 ]
 
-_TEXT = "Calibration text"
+_TEXT = "Calibration data"
 Data = Annotated[
     str,
     typer.Option(
         help="txt, csv, json, jsonl or parquet file, folder, hub data set (name:config@split#column), or builtin; "
-        "several with commas between are mixed.",
+        "several with commas between are mixed. For a stack that reads images: a folder of images, or an image file.",
         rich_help_panel=_TEXT,
     ),
 ]
@@ -69,10 +71,11 @@ Augment = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Sequences.", rich_help_panel=_TEXT)]
+Samples = Annotated[int, typer.Option(help="Sequences, or images.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
 AnySamples = Annotated[
-    int | None, typer.Option(help="Sequences.", rich_help_panel=_TEXT, show_default="64; all with --reference")
+    int | None,
+    typer.Option(help="Sequences, or images.", rich_help_panel=_TEXT, show_default="64; all with --reference"),
 ]
 AnySeqLen = Annotated[
     int | None,

@@ -59,7 +59,7 @@ def command(
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Score every block of MODEL by each criterion, from one forward pass over the text."""
+    """Score every block of MODEL by each criterion, from one forward pass over the text or the images."""
     from avss import composer
     from avss.criteria import find_criteria
     from avss.criteria.sites import find_sites

@@ -26,6 +26,7 @@ def command(
     seq_len: opt.SeqLen = 512,
     batch_size: opt.BatchSize = 8,
     out: opt.Out = None,
+    stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -51,7 +52,13 @@ def command(
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(
-                model, head=head, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+                model,
+                head=head,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                stack=stack,
             )
         study = composer.stability(
             loaded,

@@ -85,7 +85,7 @@ class Yardstick:
         rest = smaller.stack.blocks[self._num_shared :]
         shell = with_blocks(smaller.model, smaller.stack, [*known, *rest])
         total, places = 0.0, 0
-        for (token_ids, keep), (truth, before) in zip(self._batches, self._dense_truths(), strict=True):
+        for (token_ids, keep), (truth, before) in zip(self._batches.tokens(), self._dense_truths(), strict=True):
             for block in known:
                 block.output = before
             found = self._answer(smaller, shell, token_ids, keep)
@@ -113,7 +113,7 @@ class Yardstick:
             if self._num_shared:
                 block = self._dense.stack.blocks[self._num_shared - 1]
                 hooks.callback(block.register_forward_hook(note).remove)
-            for token_ids, keep in self._batches:
+            for token_ids, keep in self._batches.tokens():
                 answer = self._answer(self._dense, self._dense.model, token_ids, keep)
                 self._truths.append((answer, after[0]))
         return self._truths

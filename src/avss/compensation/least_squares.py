@@ -170,7 +170,7 @@ def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
 def dense_states(work: Workpiece, run: Run, text: Batches) -> list[Tensor]:
     """The dense model's stream after the last removed block of a cut, `[B, T, D]` for each batch."""
     facts = _facts(work)
-    return [read_block(work.original, run[1] - 1, facts, (), *batch).state for batch in text]
+    return [read_block(work.original, run[1] - 1, facts, (), *batch).state for batch in text.tokens()]
 
 
 def residual_error(work: Workpiece, run: Run, text: Batches, aims: Sequence[Tensor] | None = None) -> float:
@@ -220,7 +220,7 @@ def _pairs(
     """
     facts = _facts(work)
     before, last = run[0] - 1, run[1] - 1
-    for number, (token_ids, keep) in enumerate(text):
+    for number, (token_ids, keep) in enumerate(text.tokens()):
         batch = (facts, token_ids, keep)
         if aims is None and not work.changed and before == work.place(before):
             # Up to its first cut, a raw one is the dense model: one run shows both ends of it.

@@ -41,7 +41,7 @@ def magnitude_ratio(work: Workpiece, run: Run, text: Batches) -> float:
     assert work.facts is not None
     before: Tensor | float = 0.0
     after: Tensor | float = 0.0
-    for token_ids, keep in text:
+    for token_ids, keep in text.tokens():
         entering = read_block(work.original, run[0] - 1, work.facts, (), token_ids, keep).state
         leaving = read_block(work.original, run[1] - 1, work.facts, (), token_ids, keep).state
         usual = ordinary(leaving, keep) & ordinary(entering, keep).to(leaving.device)

@@ -158,7 +158,7 @@ def _aim(work: Workpiece, keys: list[Key], text: Batches) -> _Aim:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with hooked(work.smaller.stack, observe), torch.enable_grad():
-            for number, (token_ids, keep) in enumerate(text):
+            for number, (token_ids, keep) in enumerate(text.tokens()):
                 current_keep = keep
                 places = torch.arange(number % STRIDE, token_ids.shape[1], STRIDE)
                 total, count = divergence(work.original, work.smaller, token_ids, keep, places=places)

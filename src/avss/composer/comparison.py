@@ -43,6 +43,7 @@ def compare(
     damage_samples: int = DAMAGE_SAMPLES,
     greedy: bool = False,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     stages: Stages = silent,
     **settings: Any,
 ) -> RunRecord:
@@ -54,7 +55,7 @@ def compare(
 
     Args:
         model: Hub id, folder, GGUF file, or a model object.
-        data: The text that scores are computed on.
+        data: The text, or the images, that scores are computed on.
         damage_data: The text that damage is measured on; by default other sequences of `data`.
         criteria: Names from `avss.CRITERIA`, or `all`.
         fraction: Share of blocks that each removes, rounded half up (a quarter by default); or
@@ -63,6 +64,7 @@ def compare(
         damage_samples: Sequences that damage is measured on.
         greedy: Whether to search as well, on as many sequences of the scores' text: takes longer than all the rest.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout` of the scores' text.
 
@@ -75,7 +77,7 @@ def compare(
     wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
     size = {"count": count} if count is not None else {"fraction": 0.25 if fraction is None else fraction}
     config = build(PlanConfig, {**size, "protect": protect})
-    loaded = load(model, tokenizer)
+    loaded = load(model, tokenizer, stack=stack)
     scoring, judging = _texts(loaded, data, damage_data, damage_samples, settings)
     share = config.fraction or (config.count or 1) / len(loaded.stack)
     table, _ = score_loaded(loaded, scoring, wanted, True, share, stages)
@@ -129,8 +131,9 @@ def _texts(
     num = len(everything.sequences)
     if num < 6:
         raise DataError(
-            f"`{everything.facts.source}` gives {num} sequences, too few to score on some and measure damage on "
-            "others. Give more text, a smaller `--seq-len`, or another text with `--damage-data`."
+            f"`{everything.facts.source}` gives {num} {everything.facts.unit}, too few to score on some and measure "
+            f"damage on others. Give more{'' if everything.facts.layout == 'images' else ', a smaller `--seq-len`'}, "
+            "or other data with `--damage-data`."
         )
     # A text that is too short for both is shared out in the same proportion.
     share = samples if num >= samples + damage_samples else round(num * samples / (samples + damage_samples))

@@ -28,6 +28,7 @@ def damage(
     data: DataConfig | str | Sequence[str] = "builtin",
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     stages: Stages = silent,
     samples: int = DAMAGE_SAMPLES,
     batch_size: int = DAMAGE_BATCH_SIZE,
@@ -35,14 +36,15 @@ def damage(
 ) -> DamageTable:
     """Measures what leaving out each block costs: the number that every criterion guesses at.
 
-    Language models by KL divergence from their own predictions and by loss, classifiers by KL divergence of their
-    labels, encoders by the cosine of their embeddings; see `avss.ablation`. Computes about half the blocks that running
-    all the shorter models would take, for the same numbers to the bit.
+    Language models by KL divergence from their own predictions and by loss, classifiers (of texts or images) by KL
+    divergence of their labels, encoders by the cosine of their embeddings; see `avss.ablation`. Computes about half the
+    blocks that running all the shorter models would take, for the same numbers to the bit.
 
     Args:
         model: Hub id, folder, GGUF file, or a model object.
-        data: The text: a source, a list of texts, or a `DataConfig`.
+        data: The text, or the images: a source, a list, or a `DataConfig`; as for `avss.score`.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
         samples: Sequences.
         batch_size: Sequences in a forward pass.
@@ -54,14 +56,14 @@ def damage(
     Raises:
         UserError: Anything the caller can fix, in one sentence.
     """
-    loaded = load(model, tokenizer)
+    loaded = load(model, tokenizer, stack=stack)
     if not isinstance(data, DataConfig):
         settings |= {"samples": samples, "batch_size": batch_size}
     return damage_loaded(loaded, calibration(loaded, data, **settings), stages)
 
 
 def damage_loaded(loaded: Loaded, batches: Batches, stages: Stages) -> DamageTable:
-    """Measures a loaded model on given text."""
+    """Measures a loaded model on given data."""
     judge = Judge(loaded, batches)
     with stages("Leaving out each block") as advance:
         damages = leave_one_out(judge, len(loaded.stack), on_step=advance)

@@ -85,6 +85,7 @@ def heal(
     options = _device_of(team, loading or {})
     with timed("Loading the models"):
         smaller, record = _smaller(model, tokenizer, options)
+        smaller.check_reads_text("Healing")
         plan = plan or _plan(record, smaller)
         dense = _dense(teacher, record, model, {**options, "head": smaller.head})
     texts, label_ids = _texts(data, labels, smaller)

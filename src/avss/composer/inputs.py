@@ -12,8 +12,10 @@ from torch import Tensor
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.augment import augmentation
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
+from avss.data.images import find_images, image_batches
 from avss.data.sources import read_texts, split_sources
-from avss.errors import DataError, UnsupportedArchitectureError
+from avss.errors import ConfigError, DataError, UnsupportedArchitectureError
+from avss.models.images import count_places, image_processor
 from avss.models.load import Loaded, adopt, load_model
 from avss.models.probe import probe_inputs
 from avss.models.stack import AUTO
@@ -62,11 +64,12 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
     Args:
         loaded: The model.
         data: A source (`avss.data.sources`), several separated by commas, a list of texts, or a whole `DataConfig`.
-            Several sources give equal shares, and their sequences take turns.
+            Several sources give equal shares, and their sequences take turns. For a stack that reads images: folders
+            of images or image files, or a list of files (`avss.data.images`).
         **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`.
 
     Raises:
-        DataError: The text cannot be read or is too short.
+        DataError: The text cannot be read or is too short, or there is no image.
     """
     if isinstance(data, DataConfig):
         config, source = data, data.source
@@ -85,6 +88,8 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
                 if _share(config.samples, place, parts)
             ]
         )
+    if loaded.reads_images:
+        return _images(loaded, source, config)
     layout: Layout = config.layout if config.layout != "auto" else "packed" if loaded.head == "causal" else "padded"
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     batches = make_batches(
@@ -99,6 +104,28 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
     )
     rewriting = augmentation(tokenizer, loaded.head, config.augment, layout)
     return dataclasses.replace(batches, augmentation=rewriting)
+
+
+def _images(loaded: Loaded, source: str | Sequence[str], config: DataConfig) -> Batches:
+    """The batches of images that a tower is scored on."""
+    reader = f"The stack `{loaded.stack.path}` of `{type(loaded.model).__name__}` reads images"
+    usual = DataConfig()
+    for name in ("seq_len", "layout", "augment"):
+        if getattr(config, name) != getattr(usual, name):
+            raise ConfigError(f"{reader}, and `--{name.replace('_', '-')}` is for text. Leave it out.")
+    if isinstance(source, str) and source.partition(":")[0] == "builtin" and not Path(source).exists():
+        raise DataError(
+            f"{reader}, and none come with avss. Give a folder of images, or one image file: `--data DIR`. "
+            "Blocks that you name (`--blocks`) need none."
+        )
+    return image_batches(
+        find_images(source),
+        image_processor(loaded),
+        lambda pixels: count_places(loaded, pixels),
+        samples=config.samples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
 
 
 def _share(samples: int, place: int, parts: Sequence[str]) -> int:
@@ -141,7 +168,7 @@ def text_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
                 batch_size=3,
                 seed=0,
             )
-            token_ids, keep = next(iter(batches))
+            token_ids, keep = next(batches.tokens())
             if int(token_ids.max()) < loaded.vocabulary:
                 return token_ids, keep
     generator = torch.Generator().manual_seed(0)

@@ -96,7 +96,8 @@ def prune(
         search: How hard a search looks: a `avss.config.SearchConfig`, or settings of one.
         compensate: Repair without training: `auto`, `refit`, `linear`, `cosine`, `scale`, `sweep`, `steer` or `none`
             (see `avss.compensation`). What does not help on held-out text is thrown away.
-        data: The calibration text, to score on and to repair with.
+        data: The calibration text, to score on and to repair with; images for a stack that reads those, as for
+            `avss.score`.
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.
         scores: Record of an earlier `avss.score` to choose by, instead of scoring again.
@@ -160,6 +161,7 @@ def prune(
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
         loaded = load(model, tokenizer, stack=stack)
         refuse_uncuttable(loaded)
+    _check_reads_text(loaded, config, hard, compensate)
     table, batches = None, None
     if compensate != "none" or (config.blocks is None and scores is None and config.from_search is None):
         batches = calibration(loaded, data, **settings)
@@ -201,6 +203,22 @@ def prune(
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record)
+
+
+def _check_reads_text(loaded: Loaded, plan: PlanConfig, search: SearchConfig, compensate: str) -> None:
+    """Refuses what reads text alone for a stack that reads images.
+
+    Raises:
+        ConfigError: Such a thing is asked for.
+    """
+    asked = {
+        f"`--compensate {compensate}`": compensate != "none",
+        "`--speedup`": plan.speedup is not None,
+        "`--min-retention`": plan.min_retention is not None,
+        "`--objective accuracy`": plan.select != "scores" and search.objective == "accuracy",
+    }
+    for option in (option for option, is_asked in asked.items() if is_asked):
+        loaded.check_reads_text(option)
 
 
 def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:

@@ -74,6 +74,7 @@ def reproduce(
     with torch.random.fork_rng(devices=[]):
         with stages("Loading the model"):
             loaded = _load_seeded(model, tokenizer, head=head, seed=seed, **loading)
+            loaded.check_reads_text("`--reference`")
         labels = None
         if loaded.head == "classifier":
             texts, labels = _labelled(data, texts, loaded)

@@ -44,7 +44,8 @@ def score(
 
     Args:
         model: Hub id, folder, GGUF file, or a model object.
-        data: The calibration text: a source, a list of texts, or a `DataConfig`.
+        data: The calibration text: a source, a list of texts, or a `DataConfig`. For a stack that reads images: a
+            folder of images, an image file, or a list of them.
         criteria: Names from `avss.CRITERIA`, or `all`.
         first_token: Whether the first token of each sequence counts.
         fraction: Share of blocks whose choice the warnings speak of.
@@ -95,7 +96,7 @@ def score_loaded(
         collected = collect(loaded, batches, needs, on_batch=on_batch)
     scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
     count = max(1, round(fraction * len(loaded.stack)))
-    with stages("Resampling the text"):
+    with stages("Resampling the data"):
         sure = [
             with_certainty(
                 collected,
@@ -108,7 +109,8 @@ def score_loaded(
             )
             for one in scores
         ]
-    stability = tuple(one for _, one in sure if one is not None)
+    unit = {"unit": batches.facts.unit}
+    stability = tuple(one.model_copy(update=unit) for _, one in sure if one is not None)
     unsettled = (one.describe() for one in stability if not one.settled)
     table = ScoreTable(
         scores=tuple(one for one, _ in sure),

@@ -35,6 +35,7 @@ def stability(
     sizes: Sequence[int] = (),
     samples: int = 64,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stack: str = "auto",
     stages: Stages = silent,
     **settings: Any,
 ) -> StabilityStudy:
@@ -51,6 +52,7 @@ def stability(
         sizes: Sequences to score on, beside all of them; by default a quarter and a half.
         samples: Sequences in a draw.
         tokenizer: For a model object.
+        stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
         **settings: `seq_len`, `batch_size`, `layout`.
 
@@ -59,13 +61,13 @@ def stability(
     """
     wanted = tuple(one for one in find_criteria(criteria if isinstance(criteria, str) else list(criteria)) if one.needs)
     if not wanted:
-        raise ConfigError("These criteria read no text, so text cannot change them. Name one that does, e.g. `avss`.")
+        raise ConfigError("These criteria read no data, so data cannot change them. Name one that does, e.g. `avss`.")
     if num_seeds < 1:
         raise ConfigError(f"`--seeds {num_seeds}` must be at least 1.")
     amounts = sorted({size for size in (*(sizes or (samples // 4, samples // 2)), samples) if size > 0}, reverse=True)
     if amounts[0] > samples:
         raise ConfigError(f"`--sizes {amounts[0]}` is more than the {samples} sequences of a draw (`--samples`).")
-    loaded = load(model, tokenizer)
+    loaded = load(model, tokenizer, stack=stack)
     count = count_of_fraction(fraction, len(loaded.stack))
     trials: list[StabilityTrial] = []
     reference: dict[str, FloatArray] = {}

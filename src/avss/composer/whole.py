@@ -79,6 +79,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     with timed("Loading the model"):
         loaded = load(**model_settings(config.model))
         refuse_uncuttable(loaded)
+        loaded.check_reads_text("The evaluation of `avss run`")
     tasks = choose_tasks(config.tasks, loaded, {})
     batches = calibration(loaded, config.data)
     fraction = config.plan.fraction or (config.plan.count or 1) / len(loaded.stack)

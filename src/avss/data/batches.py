@@ -1,4 +1,4 @@
-"""Texts -> batches of token ids with a mask of the real ones.
+"""Texts -> batches of token ids with a mask of the real ones; and batches of images (`avss.data.images`).
 
 Language models read packed windows: the texts joined, tokenised once, cut into equal pieces, no padding. Everything
 else reads one text a row, padded within its batch.
@@ -7,7 +7,7 @@ else reads one text a row, padded within its batch.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
 Layout = Literal["packed", "padded"]
 
+Inputs = Tensor | Mapping[str, Tensor]
+"""What a model reads of one batch: token ids `[B, T]`, or its own keyword arguments (images)."""
+
 DOCUMENT_BREAK = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Token ids in batches, in a fixed order.
+    """Token ids, or images, in batches, in a fixed order.
 
     Attributes:
-        sequences: Token ids of each sequence, without padding.
+        sequences: Token ids `[T]` of each sequence, without padding; of images (`facts.layout`) the pixels of each as
+            the model reads them, `[channel, height, width]`.
         batch_size: Sequences in a batch.
         pad_id: Token id that fills up a batch; never observed.
         facts: For the record.
@@ -48,10 +52,30 @@ class Batches:
         """Number of batches."""
         return -(-len(self.sequences) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (token ids `[B, T]`, keep `[B, T]`), padded on the right."""
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """Batches of (token ids `[B, T]`, keep `[B, T]`), padded on the right.
+
+        Of images, batches of (the model's keyword arguments, keep `[B, T]`), T being the places of its hidden state
+        that an image takes; all of them count.
+        """
         for start in range(0, len(self.sequences), self.batch_size):
-            yield pad(self.sequences[start : start + self.batch_size], self.pad_id)
+            part = self.sequences[start : start + self.batch_size]
+            if self.facts.layout == "images":
+                keep = torch.ones((len(part), self.facts.seq_len), dtype=torch.bool)
+                yield {"pixel_values": torch.stack(part)}, keep
+            else:
+                yield pad(part, self.pad_id)
+
+    def tokens(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, for whoever reads text alone.
+
+        Raises:
+            DataError: They are of images.
+        """
+        for inputs, keep in self:
+            if not isinstance(inputs, Tensor):
+                raise DataError(f"`{self.facts.source}` holds images, and text is needed here. Give a text.")
+            yield inputs, keep
 
     def in_batches_of(self, batch_size: int) -> "Batches":
         """The same sequences in batches of another size."""
@@ -62,7 +86,7 @@ class Batches:
         """The first sequences that hold at most so many tokens together, one at least; all of them for None."""
         if num_tokens is None:
             return self
-        ends = itertools.accumulate(len(sequence) for sequence in self.sequences)
+        ends = itertools.accumulate(_lengths(self.sequences, self.facts))
         count = sum(end <= num_tokens for end in ends) or 1
         if count == len(self.sequences):
             return self
@@ -85,8 +109,8 @@ class Batches:
         """
         if not 0 < num_sequences < len(self.sequences):
             raise DataError(
-                f"`{self.facts.source}` gives {len(self.sequences)} sequences, which cannot be split into "
-                f"{num_sequences} and some others. Give more text or fewer `--samples`."
+                f"`{self.facts.source}` gives {len(self.sequences)} {self.facts.unit}, which cannot be split into "
+                f"{num_sequences} and some others. Give more of them or fewer `--samples`."
             )
         parts = self.sequences[:num_sequences], self.sequences[num_sequences:]
         first, rest = (dataclasses.replace(self, sequences=part, facts=_facts_of(part, self.facts)) for part in parts)
@@ -95,14 +119,20 @@ class Batches:
 
 def _facts_of(sequences: Sequence[Tensor], facts: DataFacts) -> DataFacts:
     """The facts with what depends on the sequences counted anew."""
+    lengths = _lengths(sequences, facts)
     return facts.model_copy(
         update={
             "num_sequences": len(sequences),
-            "seq_len": max(len(sequence) for sequence in sequences),
-            "num_tokens": sum(len(sequence) for sequence in sequences),
+            "seq_len": max(lengths),
+            "num_tokens": sum(lengths),
             "content_hash": content_hash(sequences),
         }
     )
+
+
+def _lengths(sequences: Sequence[Tensor], facts: DataFacts) -> list[int]:
+    """Tokens of each sequence, or places that each image takes: all the same."""
+    return [facts.seq_len if facts.layout == "images" else len(sequence) for sequence in sequences]
 
 
 def pad(sequences: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -227,28 +257,42 @@ def make_batches(
 
 
 def interleave(parts: Sequence[Batches]) -> Batches:
-    """Several texts as one, their sequences taking turns: any part of it is a mixture.
+    """Several texts as one, their sequences taking turns: any part of it is a mixture. Or several folders of images.
 
     Args:
-        parts: At least one; made for the same tokenizer, with the same batch size.
+        parts: At least one; made for the same model, with the same batch size.
+
+    Raises:
+        DataError: They are images of different sizes.
     """
     if len(parts) == 1:
         return parts[0]
+    source = ", ".join(part.facts.source for part in parts)
+    check_one_size([part.facts.image_size for part in parts], source)
     rounds = itertools.zip_longest(*(part.sequences for part in parts))
     sequences = tuple(sequence for one in rounds for sequence in one if sequence is not None)
-    first = parts[0].facts
     columns = list(dict.fromkeys(part.facts.column for part in parts if part.facts.column))
-    facts = first.model_copy(
-        update={
-            "source": ", ".join(part.facts.source for part in parts),
-            "column": ", ".join(columns) or None,
-            "num_sequences": len(sequences),
-            "seq_len": max(len(sequence) for sequence in sequences),
-            "num_tokens": sum(len(sequence) for sequence in sequences),
-            "content_hash": content_hash(sequences),
-        }
-    )
+    names = {"source": source, "column": ", ".join(columns) or None}
+    facts = _facts_of(sequences, parts[0].facts).model_copy(update=names)
     return dataclasses.replace(parts[0], sequences=sequences, facts=facts)
+
+
+def check_one_size(sizes: Sequence[tuple[int, ...] | None], source: str) -> None:
+    """Whether images fit into one batch.
+
+    Args:
+        sizes: Height and width of each as the model reads it; None for text.
+        source: Their name.
+
+    Raises:
+        DataError: They have different sizes.
+    """
+    found = sorted({size for size in sizes if size is not None})
+    if len(found) > 1:
+        raise DataError(
+            f"The model's image processor keeps the shapes of images, and those of `{source}` differ: "
+            f"{found[0][1]} x {found[0][0]} and {found[1][1]} x {found[1][0]}, for two. Give images of one shape."
+        )
 
 
 def _packed(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:
@@ -267,7 +311,7 @@ def _padded(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:
 
 
 def content_hash(sequences: Sequence[Tensor]) -> str:
-    """SHA-256 over lengths and token ids, 16 hex digits: same hash, same data in the same order."""
+    """SHA-256 over lengths and token ids (or pixels), 16 hex digits: same hash, same data in the same order."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little"))

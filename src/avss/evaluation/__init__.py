@@ -51,4 +51,9 @@ def evaluate_task(
             f"The models have {len(heads)} different heads ({', '.join(heads) or 'there is no model'}), so they cannot "
             "be measured on the same task. Load all of them with the same `--head`."
         )
+    if models[0].model.main_input_name == "pixel_values":
+        raise TaskError(
+            f"The task `{task.kind}` reads text, and `{type(models[0].model).__name__}` reads images. What its blocks "
+            "are worth on images is measured by `avss damage` and `avss compare`."
+        )
     return TASKS[task.kind](models, task, on_step)

@@ -30,7 +30,11 @@ def model_inputs(
         part: The part of the model that is run; by default the whole.
     """
     if isinstance(batch, Mapping):
-        inputs: dict[str, Any] = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+        # Pixels are made in float32, whatever the model computes in.
+        inputs: dict[str, Any] = {
+            name: tensor.to(loaded.device, loaded.model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }
     else:
         inputs = {"input_ids": batch.to(loaded.device)}
         # Without padding no mask: attention then takes its fastest path.

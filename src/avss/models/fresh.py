@@ -20,6 +20,7 @@ _AUTO_CLASSES = {
     "classifier": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classifier": "AutoModelForImageClassification",
 }
 
 _SCRIPT = """

@@ -26,7 +26,7 @@ from avss.models.gguf import shared_reader
 from avss.models.stack import AUTO, BlockStack, find_stack
 from avss.record import ModelFacts
 
-Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "other"]
+Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "image-classifier", "other"]
 
 _AUTO_CLASSES: dict[str, str] = {
     "causal": "AutoModelForCausalLM",
@@ -34,6 +34,7 @@ _AUTO_CLASSES: dict[str, str] = {
     "classifier": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classifier": "AutoModelForImageClassification",
 }
 HEADS = tuple(_AUTO_CLASSES)
 
@@ -141,6 +142,27 @@ class Loaded:
         if self.embeddings is None or self.model.main_input_name != "input_ids":
             return False
         return not any(sense in name for name in self.stack.config_path for sense in _SENSES)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the part of the model that runs the stack takes images for its main input."""
+        return not self.reads_text and self.tower().model.main_input_name == "pixel_values"
+
+    def check_reads_text(self, what: str) -> None:
+        """Refuses what reads text alone for a stack that reads images.
+
+        Args:
+            what: Begins the sentence, e.g. `Healing`.
+
+        Raises:
+            ConfigError: The stack reads images.
+        """
+        if self.reads_images:
+            raise ConfigError(
+                f"{what} reads text, and the stack `{self.stack.path}` of `{type(self.model).__name__}` reads images. "
+                "For such a stack there are `avss score`, `avss damage`, `avss compare`, `avss stability` and `avss "
+                "prune`."
+            )
 
     @property
     def max_len(self) -> int | None:
@@ -411,7 +433,7 @@ def _find_device(device: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"The device `{device}` is not there ({_first_line(error)}). Allowed: auto, map, cpu, cuda, cuda:N, mps."
+            f"The device `{device}` is not there ({first_line(error)}). Allowed: auto, map, cpu, cuda, cuda:N, mps."
         ) from error
     return found
 
@@ -422,7 +444,8 @@ def _compute_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> tor
     return torch.float32 if device.type == "cpu" else stored
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name: the reason inside a sentence of our own."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 
@@ -437,7 +460,7 @@ def _read_config(location: _Location, *, revision: str | None, trust_remote_code
         return AutoConfig.from_pretrained(location.name, **options)
     except Exception as error:
         raise ModelLoadError(
-            f"Cannot read the config of `{location.name}`: {_first_line(error)}. "
+            f"Cannot read the config of `{location.name}`: {first_line(error)}. "
             + ("Is it a model folder?" if location.is_local else "Check the hub id, the network and your access.")
         ) from error
 
@@ -445,6 +468,8 @@ def _read_config(location: _Location, *, revision: str | None, trust_remote_code
 def _head_of_class(architecture: str, config: PretrainedConfig) -> Head:
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"
+    if architecture.endswith("ForImageClassification"):
+        return "image-classifier"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -498,7 +523,7 @@ def _read_weights(
         model, info = model_class.from_pretrained(**arguments, output_loading_info=True)
     except Exception as error:
         raise ModelLoadError(
-            f"Cannot load the weights of `{location.name}` as `{model_class.__name__}`: {_first_line(error)}. "
+            f"Cannot load the weights of `{location.name}` as `{model_class.__name__}`: {first_line(error)}. "
             "Only safetensors and GGUF weights are read; is the download whole?"
         ) from error
     _refuse_missing(model, info, location.name)

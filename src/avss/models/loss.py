@@ -1,8 +1,12 @@
 """The loss whose gradient says what a block is worth, for every kind of head."""
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from avss.models.forward import model_inputs
 from avss.models.load import Loaded
@@ -14,30 +18,35 @@ Fixed places rather than drawn ones, so that the loss depends on the text alone.
 _IGNORED = -100
 
 
-def own_loss(loaded: Loaded, token_ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def own_loss(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
     """The model's loss on a batch without labels, with its graph.
 
     - `causal`: cross entropy of each next real token, in nats.
     - `masked`: cross entropy of masked real tokens (see `MASK_EVERY`), in nats. Without a mask token in the tokenizer
       the same tokens are predicted unmasked.
-    - `classifier`, and any other head with logits: cross entropy of the label that the model itself finds most likely
-      (of each real token, where it labels tokens). The model's answer is what a cut must keep. A single output, as of a
-      regression, is taken itself.
-    - `encoder`: nothing to predict; the mean over sequences of the dot product of the normalised mean-pooled embedding
-      with a fixed random direction. The expected square of its gradient is that of the embedding's Jacobian, so it says
-      how much the embedding moves.
+    - `classifier`, `image-classifier`, and any other head with logits over text: cross entropy of the label that the
+      model itself finds most likely (of each real token, where it labels tokens). The model's answer is what a cut must
+      keep. A single output, as of a regression, is taken itself.
+    - `encoder`, and any other head over images: nothing to predict; the mean over sequences of the dot product of the
+      normalised mean-pooled embedding with a fixed random direction. The expected square of its gradient is that of the
+      embedding's Jacobian, so it says how much the embedding moves.
 
     Args:
         loaded: The model.
-        token_ids: `[B, T]`.
+        batch: Token ids `[B, T]`, or the model's own keyword arguments (images).
         keep: `[B, T]`, True for real tokens.
 
     Returns:
         The loss, a mean over targets, and their number: predicted tokens, or sequences. Where the number is 0 the loss
         is not a number.
     """
-    device = loaded.device
-    token_ids, keep = token_ids.to(device), keep.to(device)
+    keep = keep.to(loaded.device)
+    if isinstance(batch, Mapping):
+        if loaded.head == "image-classifier":
+            return _own_answer(loaded.model(**model_inputs(loaded, batch, keep))["logits"], keep)
+        body = cast(PreTrainedModel, loaded.model.base_model)
+        return _embedding_move(body(**model_inputs(loaded, batch, keep, part=body))["last_hidden_state"], keep)
+    token_ids = batch.to(loaded.device)
     if loaded.head == "causal":
         labels = token_ids.masked_fill(~keep, _IGNORED)
         loss = loaded.model(**model_inputs(loaded, token_ids, keep), labels=labels).loss

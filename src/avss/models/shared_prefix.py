@@ -6,7 +6,7 @@ whose blocks are called once each, in order.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class SharedPrefix:
 
     Args:
         loaded: The model; left as it was after each run.
-        token_ids: `[B, T]`.
+        batch: Token ids `[B, T]`, or the model's own keyword arguments (images).
         keep: `[B, T]`, True for real tokens.
         share: False runs every model from its first block: the slow way, for checks.
 
@@ -66,10 +66,12 @@ class SharedPrefix:
         num_blocks_run: Blocks computed so far, those of the whole model included.
     """
 
-    def __init__(self, loaded: Loaded, token_ids: Tensor, keep: Tensor, *, share: bool = True) -> None:
+    def __init__(
+        self, loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor, *, share: bool = True
+    ) -> None:
         self._loaded = loaded
         self._share = share
-        self._batch = (token_ids, keep)
+        self._batch = (batch, keep)
         self._results: list[Any] = [None] * len(loaded.stack)
         self._templates: list[Any] = []
         self._removed: Removed = frozenset()
@@ -84,7 +86,7 @@ class SharedPrefix:
             return self._results[index]
 
         with around_blocks(loaded.stack, compute):
-            self.dense = run_outputs(loaded, token_ids, keep)
+            self.dense = run_outputs(loaded, batch, keep)
         if calls != list(range(len(loaded.stack))):
             raise UnsupportedArchitectureError(
                 f"`{type(loaded.model).__name__}` does not call its {len(loaded.stack)} blocks once each in order (it "

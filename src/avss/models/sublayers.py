@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from avss.errors import ConfigError, UnsupportedArchitectureError, unknown_name
 from avss.models.forward import run_body
 from avss.models.load import Loaded
+from avss.models.probe import probe_inputs
 from avss.models.stack import hooked
 
 WeightChoice = Literal["ffn", "attention", "all"]
@@ -112,7 +113,8 @@ class _Call:
 def find_sublayers(loaded: Loaded) -> tuple[SubLayers, ...]:
     """The sub-layers of every block.
 
-    Names say what is attention; everything else is told by which tensor goes where in one pass over three tokens.
+    Names say what is attention; everything else is told by which tensor goes where in one pass over three tokens (or
+    over a drawn image).
     Between the sub-layers, a block with norms before its parts (Llama, GPT-2) holds the stream that goes into the
     second norm; one with norms after them (BERT) hands on the normalised stream itself.
 
@@ -128,7 +130,10 @@ def find_sublayers(loaded: Loaded) -> tuple[SubLayers, ...]:
                 if _is_projection(module) or _is_norm(module):
                     hooks.callback(_record_calls(calls[index], path, module).remove)
         hooks.enter_context(hooked(loaded.stack, lambda index, before, after: ends.__setitem__(index, (before, after))))
-        run_body(loaded, torch.arange(3).reshape(1, 3) % loaded.vocabulary)
+        if loaded.reads_text:
+            run_body(loaded, torch.arange(3).reshape(1, 3) % loaded.vocabulary)
+        else:
+            run_body(loaded, probe_inputs(loaded, num_sequences=1))
     return tuple(
         _sublayers_of(index, block, calls[index], *ends[index]) for index, block in enumerate(loaded.stack.blocks)
     )

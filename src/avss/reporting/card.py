@@ -17,6 +17,7 @@ _CLASSES = {
     "classifier": ("AutoModelForSequenceClassification", "text-classification"),
     "encoder": ("AutoModel", "feature-extraction"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "image-classifier": ("AutoModelForImageClassification", "image-classification"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -196,10 +196,14 @@ def _facts(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         ]),
     ]  # fmt: skip
     if data:
-        layout = {"packed": "one stream cut into equal windows", "padded": "one text a row, padding not counted"}
-        groups.append(("Calibration text", [
+        layout = {
+            "packed": "one stream cut into equal windows",
+            "padded": "one text a row, padding not counted",
+            "images": "all of one size, as the model's image processor makes them",
+        }
+        groups.append(("Calibration images" if data.layout == "images" else "Calibration text", [
             ("source", data.source + (f", column {data.column}" if data.column else "")),
-            ("sequences", f"{data.num_sequences:,} of up to {data.seq_len:,} tokens, {data.num_tokens:,} in all"),
+            ("amount", data.describe()),
             ("layout", f"{data.layout}: {layout[data.layout]}"),
             ("batch size, seed", f"{data.batch_size}, {data.seed}"),
             ("content hash", data.content_hash),
