@@ -75,12 +75,6 @@ def test_a_vision_encoder_is_cut_and_its_image_processor_travels(avss_command, v
     assert transformers.AutoModelForImageClassification.from_pretrained(out).config.num_hidden_layers == 3
 
 
-def test_a_vision_encoder_cannot_be_scored_on_text(avss_command, vit_folder, tmp_path):
-    answer = avss_command("prune", vit_folder, "--count", "1", "--out", tmp_path / "x")
-    assert answer.code == 2
-    assert "tokenizer" in answer.err
-
-
 def test_planning_leaves_out_what_the_architecture_cannot_lose(avss_command, text_file, tmp_path):
     folder = save("ModernBertForMaskedLM", "modernbert", tmp_path / "modernbert")
     word_tokenizer(adds="cls").save_pretrained(folder)
