@@ -34,7 +34,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A text or a table is missing, empty, or not what it says."""
+    """A text, a table or an image is missing, empty, or not what it says."""
 
 
 class ModelLoadError(UserError):

@@ -58,7 +58,7 @@ def test_verbs_that_read_images(avss_command, vit_folder, pictures, tmp_path, ar
     assert answer.code == 0, answer.err
     if verb == "prune":
         card = (tmp_path / "out" / "README.md").read_text()
-        assert "pipeline_tag: image-classification" in card
+        assert 'pipeline_tag: "image-classification"' in card
         assert "**Calibration images**: pictures; 9 images of 16 x 16 pixels" in card
         assert (tmp_path / "out" / "preprocessor_config.json").exists()
 

@@ -35,6 +35,8 @@ class AddingBlock(nn.Module):
 class AddingModel(nn.Module):
     """Embeds every token id as a row of a table, then passes it through `AddingBlock`s."""
 
+    main_input_name = "input_ids"
+
     def __init__(
         self, table: Tensor, vectors: Sequence[Tensor], answer: str = "tensor", call: str = "position"
     ) -> None:

@@ -198,7 +198,7 @@ SearchTime = Annotated[
     str | None, typer.Option("--search-time", help="Most time of measuring: 10m.", rich_help_panel=_SEARCH)
 ]
 MaxPasses = Annotated[
-    float | None, typer.Option(help="Most passes of the whole model over the text.", rich_help_panel=_SEARCH)
+    float | None, typer.Option(help="Most passes of the whole model over the data.", rich_help_panel=_SEARCH)
 ]
 Screen = Annotated[
     str | None,

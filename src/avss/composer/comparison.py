@@ -78,7 +78,7 @@ def compare(
     size = {"count": count} if count is not None else {"fraction": 0.25 if fraction is None else fraction}
     config = build(PlanConfig, {**size, "protect": protect})
     loaded = load(model, tokenizer, stack=stack)
-    scoring, judging = _texts(loaded, data, damage_data, damage_samples, settings)
+    scoring, judging = _parts(loaded, data, damage_data, damage_samples, settings)
     share = config.fraction or (config.count or 1) / len(loaded.stack)
     table, _ = score_loaded(loaded, scoring, wanted, True, share, stages)
     plans = {one.criterion: _plan(one, config, loaded) for one in table.scores}
@@ -113,14 +113,14 @@ def write_comparison(record: RunRecord, out: str | Path, *, command: str, force:
     return record
 
 
-def _texts(
+def _parts(
     loaded: Loaded,
     data: DataConfig | str | Sequence[str],
     damage_data: DataConfig | str | Sequence[str] | None,
     damage_samples: int,
     settings: Mapping[str, Any],
 ) -> tuple[Batches, Batches]:
-    """Text to score on, and other text to measure damage on."""
+    """What to score on, and what else to measure damage on."""
     judged = {**settings, "samples": damage_samples, "batch_size": DAMAGE_BATCH_SIZE}
     if damage_data is not None:
         return calibration(loaded, data, **settings), calibration(loaded, damage_data, **judged)

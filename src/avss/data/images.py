@@ -1,6 +1,7 @@
 """Reads images from where users keep them: one file, several, or a folder with any folders inside."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Endings that are taken for images; of a moving image its first frame."""
-
-_PILLOW = "Reading images needs Pillow, which is not installed. Run `pip install 'avss-layers[images]'`."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,10 @@ def find_images(source: str | Path | Sequence[str | Path]) -> Images:
             of image files.
 
     Raises:
-        DataError: Missing, no image by its ending, or a folder without any.
+        DataError: Missing, no image by its ending, or a folder without any; or Pillow is not installed.
     """
+    if importlib.util.find_spec("PIL") is None:
+        raise DataError("Reading images needs Pillow, which is not installed. Run `pip install 'avss-layers[images]'`.")
     if not isinstance(source, str | Path):
         files = tuple(file for one in source for file in find_images(one).files)
         if not files:
@@ -79,12 +80,10 @@ def open_image(path: Path) -> "Image":
     """The image in red, green and blue, turned as its camera says.
 
     Raises:
-        DataError: Pillow is not installed, or the file is no image.
+        DataError: The file is no image.
     """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise DataError(_PILLOW) from error
+    from PIL import Image, ImageOps  # only images need it
+
     # Pillow raises whatever its many readers raise; to the user they all mean: this is no readable image.
     try:
         with Image.open(path) as image:

@@ -27,6 +27,7 @@ def image_processor(loaded: Loaded) -> Callable[["Image"], Tensor]:
             returned.
     """
     place = str(loaded.companions or getattr(loaded.model.config, "_name_or_path", ""))
+    options = {} if loaded.companions or not loaded.revision else {"revision": loaded.revision}
     if not place:
         raise DataError(
             f"`{loaded.source}` has no image processor beside it, so no image can be read for it. Name the folder or "
@@ -34,7 +35,7 @@ def image_processor(loaded: Loaded) -> Callable[["Image"], Tensor]:
         )
     try:
         with quiet_transformers():
-            processor = cast(Any, AutoImageProcessor).from_pretrained(place, revision=loaded.revision)
+            processor = cast(Any, AutoImageProcessor).from_pretrained(place, **options)
     except ImportError as error:
         raise DataError(f"The image processor of `{loaded.source}` cannot be loaded: {first_line(error)}.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

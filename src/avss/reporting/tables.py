@@ -260,7 +260,7 @@ def search_texts(search: SearchResult) -> tuple[list[str], list[list[str]]]:
 
 def search_effort(search: SearchResult) -> str:
     """What a search took, in a sentence."""
-    share = f"{search.passes:.1f} passes of the whole model over the text in {numbers.duration(search.seconds)}"
+    share = f"{search.passes:.1f} passes of the whole model over the data in {numbers.duration(search.seconds)}"
     all_of_it = f"trying every block in every step takes {search.passes_of_all:.0f}"
     ended = "" if search.is_complete else " The budget ended it early."
     return f"{search.num_sets} sets measured, {share}; {all_of_it}.{ended}{_finalist_words(search.finalists)}"
