@@ -178,7 +178,7 @@ def test_values_show_themselves_in_a_notebook(llama_folder, text_file):
         ),
         (("stability", "MODEL", "--sizes", "a,b"), "is not a list of numbers"),
         (("stability", "MODEL", "--sizes", "99", "--samples", 4), "more than the 4 sequences"),
-        (("stability", "MODEL", "--criteria", "random"), "read no text"),
+        (("stability", "MODEL", "--criteria", "random"), "read no data"),
         (("stability", "MODEL", "--seeds", 0), "must be at least 1"),
         (("damage", "MODEL", "--data", "missing.txt"), "There is no file"),
         (("damage", "MODEL", "--samples", 0), "samples"),
