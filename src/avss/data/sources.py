@@ -257,7 +257,7 @@ def _read_data_set(name: str, *, config: str | None, split: str | None) -> list[
     try:
         chosen = split or _default_split(name, config)
         stream: Iterable[Any] = datasets.load_dataset(name, config, split=chosen, streaming=True)
-        rows = [dict(row) for row in itertools.islice(stream, _MAX_HUB_ROWS + 1)]
+        rows: list[Row] = [dict(row) for row in itertools.islice(stream, _MAX_HUB_ROWS + 1)]
     except DataError:
         raise
     except Exception as error:
