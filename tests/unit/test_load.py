@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_facts_tell_what_was_loaded(llama):
 def test_tied_parameters_count_once():
     model = stored("llama-tied")
     assert adopt(model).facts().num_parameters == sum(p.numel() for p in dict.fromkeys(model.parameters()))
+
+
+def test_fingerprint_is_the_same_wherever_the_model_lies(tmp_path):
+    ARCHITECTURES["llama"]().save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    places = (tmp_path / "one", f"{tmp_path}/./one", tmp_path / "two")
+    assert len({fingerprint(load_model(place).model) for place in places}) == 1
 
 
 def test_fingerprint_follows_weights_and_config():

@@ -215,7 +215,9 @@ def _short_source(source: str) -> str:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256, 16 hex digits, over the config and up to 1,024 evenly spaced values of every weight."""
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where it lies is no part of what it is
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
