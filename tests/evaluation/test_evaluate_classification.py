@@ -213,6 +213,15 @@ def test_examples_can_come_from_other_data(causal, tmp_path, reviews):
     assert result.predictions["accuracy"].tolist() == scores.argmax(1).tolist()
 
 
+def test_examples_come_from_the_column_that_is_named(causal, tmp_path, reviews):
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"text": "a stone", "body": "the moon", "label": 2}\n')
+    result = evaluate_task([causal], word_task(reviews, shots=1, shots_data=f"{pool}#body"))[0]
+    pairs = [(f"the moon . big blue\n\n{text} .", f" {word}") for text, _ in read(reviews) for word in WORDS]
+    scores = score_continuations([causal], pairs, batch_size=4)[0].reshape(30, 3)
+    assert result.predictions["accuracy"].tolist() == scores.argmax(1).tolist()
+
+
 def test_examples_with_words_for_labels_may_lack_a_label(causal, tmp_path):
     data = table(tmp_path, "the cat,big", "a dog,red", "the bird,old")
     pool = tmp_path / "pool.jsonl"

@@ -104,7 +104,7 @@ def read_texts(source: str | Path | Sequence[str]) -> Texts:
 
 
 def _read_one(source: str) -> Texts:
-    name, column = _split_column(source)
+    name, column = split_column(source)
     path = _local_path(name)
     if path is not None and path.suffix.lower() in _TEXT_SUFFIXES:
         if column:
@@ -129,7 +129,7 @@ def read_table(source: str | Path) -> list[Row]:
     Raises:
         DataError: Missing, not what its name says, or empty.
     """
-    name, _ = _split_column(str(source))
+    name, _ = split_column(str(source))
     path = _local_path(name)
     if path is None:
         rows = _read_hub(name)
@@ -147,7 +147,8 @@ def _short(source: str) -> str:
     return path.name if path.exists() else source
 
 
-def _split_column(source: str) -> tuple[str, str | None]:
+def split_column(source: str) -> tuple[str, str | None]:
+    """A source without its `#column`, and that column, if one is named."""
     name, mark, column = source.rpartition("#")
     return (name, column) if mark and column and not Path(source).exists() else (source, None)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from avss.config import TaskConfig
 from avss.data.batches import need_tokenizer
-from avss.data.sources import Row
+from avss.data.sources import Row, split_column
 from avss.errors import DataError, TaskError, unknown_name
 from avss.models.load import Loaded
 from avss.record import Measurement
@@ -137,11 +137,19 @@ def data_source(task: TaskConfig) -> str:
     return BUILTIN_OF_KIND.get(task.kind, task.data) if task.data == "builtin" else task.data
 
 
+def shots_source(task: TaskConfig) -> str | None:
+    """Where the task's solved examples are, if not among its data."""
+    return BUILTIN_OF_KIND.get(task.kind) if task.shots_data == "builtin" else task.shots_data
+
+
+def data_sources(task: TaskConfig) -> list[str]:
+    """All that the task reads."""
+    return [source for source in (data_source(task), shots_source(task)) if source is not None]
+
+
 def text_column_of(task: TaskConfig) -> str | None:
     """The column that the user named for the texts: in the task, or with `#column` in the source."""
-    source = data_source(task)
-    _, mark, column = source.rpartition("#")
-    return task.text_column or (column if mark and column and not Path(source).exists() else None)
+    return task.text_column or split_column(data_source(task))[1]
 
 
 def short_source(task: TaskConfig) -> str:

@@ -8,10 +8,9 @@ import torch
 
 from avss.config import TaskConfig
 from avss.data.batches import pad_id_of
-from avss.data.sources import read_table
+from avss.data.sources import read_table, split_column
 from avss.errors import TaskError
 from avss.evaluation.base import (
-    BUILTIN_OF_KIND,
     OnStep,
     Steps,
     TaskResult,
@@ -21,6 +20,7 @@ from avss.evaluation.base import (
     need_placeholder,
     shared_tokenizer,
     short_source,
+    shots_source,
     text_column_of,
 )
 from avss.evaluation.embedding import encode_texts
@@ -77,13 +77,13 @@ def _read(task: TaskConfig) -> Labelled:
 
 def _read_shots(task: TaskConfig, data: Labelled, words: tuple[str, ...]) -> Labelled:
     """The texts that the solved examples come from, their labels numbered as those of the evaluation data."""
-    if task.shots_data is None:
+    source = shots_source(task)
+    if source is None:
         return data
-    source = BUILTIN_OF_KIND[task.kind] if task.shots_data == "builtin" else task.shots_data
     pool = read_labelled(
         read_table(source),
         source,
-        text_column=text_column_of(task),
+        text_column=split_column(source)[1] or text_column_of(task),
         label_column=task.label_column,
         names=data.names or words,
     )
