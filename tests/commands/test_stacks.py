@@ -7,6 +7,8 @@ import pytest
 import transformers
 from tools.sweep.shrink import small_model
 
+from avss.record import RunRecord
+from tests.commands.test_bad_input import refused
 from tests.support.tokenizers import word_tokenizer
 
 
@@ -56,6 +58,23 @@ def test_prune_cuts_the_stack_that_is_named(avss_command, t5_folder, text_file, 
     config = json.loads((out / "config.json").read_text())
     assert (config["num_layers"], config["num_decoder_layers"]) == (3, 3)
     assert transformers.AutoModelForSeq2SeqLM.from_pretrained(out).config.num_layers == 3
+
+
+def test_a_search_of_one_stack_says_nothing_of_another(avss_command, t5_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("AVSS_CACHE", str(tmp_path / "cache"))
+    text = ("--samples", "4", "--seq-len", "16", "--data", text_file, "--quiet")
+    search = ("--select", "greedy", "--count", "1", "--protect", "none", *text)
+    points = {}
+    for name, words in (("encoder", ()), ("decoder", ()), ("again", ("--no-resume",))):
+        out, stack = tmp_path / name, "decoder" if name == "again" else name
+        answer = avss_command("prune", t5_folder, "--stack", stack, *search, *words, "--out", out)
+        assert answer.code == 0, answer.err
+        points[name] = RunRecord.read(out).search.points
+    assert points["decoder"] == points["again"]
+    assert points["decoder"] != points["encoder"]
+    cut = ("--count", "1", "--stack", "decoder", "--out", tmp_path / "x", "--quiet")
+    refused(avss_command("prune", t5_folder, "--from-search", tmp_path / "encoder", *cut), "`encoder.block`", "--stack")
+    assert avss_command("prune", t5_folder, "--from-search", tmp_path / "decoder", *cut).code == 0
 
 
 def test_an_unknown_stack_is_refused_with_the_names(avss_command, t5_folder, tmp_path):

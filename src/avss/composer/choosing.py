@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from avss.models.load import Loaded
 from avss.models.rewrite import pinned_blocks
 from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
 from avss.progress import Timed
-from avss.record import BlockScores, Plan, RunRecord, ScoreTable, SearchResult
+from avss.record import BlockScores, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult
 
 MOST = 0.5
 """Share of the blocks up to which a retention is kept, where no other is named."""
@@ -77,7 +78,7 @@ def choose(
     if config.from_search is not None:
         earlier = read_search(Path(config.from_search), loaded)
         sized = _Sized(loaded, config, tuple(earlier.protected), timed, task)
-        return sized.chosen(earlier.plan, most=len(earlier.points), search=earlier)
+        return sized.chosen(earlier.plan, most=sized.most_of(earlier), search=earlier)
     criterion = find_criteria([config.criterion])[0]
     protects_ends = criterion.protects_ends or config.select != "scores"
     config = with_pinned(config, loaded, protects_ends=protects_ends)
@@ -163,7 +164,7 @@ def read_search(path: Path, loaded: Loaded) -> SearchResult:
 
     Raises:
         DataError: There is none.
-        InvalidPlanError: It was of another model.
+        InvalidPlanError: It was of another model, or of another stack of this one.
     """
     found = RunRecord.read(path).search
     if found is None:
@@ -173,6 +174,11 @@ def read_search(path: Path, loaded: Loaded) -> SearchResult:
         raise InvalidPlanError(
             f"The search in `{path}` was of another model (`{found.model.source}`, fingerprint "
             f"`{found.model.fingerprint}`), so its blocks mean nothing here. Search this model."
+        )
+    if found.model is not None and found.model.stack != facts.stack:
+        raise InvalidPlanError(
+            f"The search in `{path}` was of the stack `{found.model.stack}`, and this cut is of `{facts.stack}`. Name "
+            "that stack with `--stack`, or search this one."
         )
     return found
 
@@ -200,7 +206,7 @@ class _Sized:
         elif self._most_parameters is not None:
             most = self._count_for_parameters(self._most_parameters, free)
         else:
-            most = config.count or count_of_fraction(config.fraction or MOST, num_blocks)
+            most = self._named_count or count_of_fraction(MOST, num_blocks)
         if most > len(free) or most >= num_blocks:
             guarded = f", {len(self.protected)} are protected" if self.protected else " and one must stay"
             raise InvalidPlanError(
@@ -208,6 +214,23 @@ class _Sized:
                 "protect fewer (`--protect none`)."
             )
         return most
+
+    def most_of(self, search: SearchResult) -> int:
+        """The same, of the sizes that an earlier search knows.
+
+        Raises:
+            InvalidPlanError: The target takes more blocks than it knows.
+        """
+        known = len(search.points)
+        if self.config.speedup is None:
+            return known
+        wanted = self.most()
+        if wanted > known:
+            raise InvalidPlanError(
+                f"A speedup of {self.config.speedup:g} takes {wanted} blocks by the latency measured, and the search "
+                f"knows sets of 1 to {known}. Ask for less, or search again with a larger `--count`."
+            )
+        return wanted
 
     def chosen(self, plan_of: Callable[[int], Plan], *, most: int, search: SearchResult | None = None) -> Chosen:
         """The plan of the right size.
@@ -219,10 +242,7 @@ class _Sized:
         """
         config = self.config
         if config.min_retention is not None:
-            cap = config.count or (
-                count_of_fraction(config.fraction, len(self.loaded.stack)) if config.fraction else most
-            )
-            plan = self._largest_that_keeps(config.min_retention, plan_of, min(cap, most))
+            plan = self._largest_that_keeps(config.min_retention, plan_of, min(self._named_count or most, most))
         elif self._most_parameters is not None:
             fitting = (plan for size in range(1, most + 1) if self._fits(plan := plan_of(size)))
             plan = next(fitting, None)
@@ -233,40 +253,38 @@ class _Sized:
                 )
             plan = _with_rule(plan, f"the fewest that leave at most {self._most_parameters:,} parameters")
         else:
-            fixed = config.count or (
-                count_of_fraction(config.fraction, len(self.loaded.stack)) if config.fraction else most
-            )
-            plan = plan_of(fixed)
+            plan = plan_of(self._named_count or most)
             if config.speedup is not None:
                 plan = _with_rule(plan, f"for a speedup of {config.speedup:g}, estimated from measured latency")
         return Chosen(plan, search, _search_warnings(search, plan) if search is not None else ())
 
     @property
     def _named_count(self) -> int | None:
-        config = self.config
-        if config.fraction is not None:
-            return count_of_fraction(config.fraction, len(self.loaded.stack))
-        return config.count
+        if self.config.fraction is not None:
+            return count_of_fraction(self.config.fraction, len(self.loaded.stack))
+        return self.config.count
+
+    @functools.cached_property
+    def _facts(self) -> ModelFacts:
+        return self.loaded.facts()  # hashes the whole model
 
     @property
     def _most_parameters(self) -> int | None:
-        config, facts = self.config, self.loaded.facts()
-        if config.max_params is not None:
-            return config.max_params
+        config = self.config
         if config.max_bytes is None:
-            return None
-        return int(config.max_bytes // (facts.checkpoint_bytes / facts.num_parameters))
+            return config.max_params
+        return int(config.max_bytes // (self._facts.checkpoint_bytes / self._facts.num_parameters))
 
     def _block_parameters(self) -> list[int]:
         return [sum(p.numel() for p in block.parameters()) for block in self.loaded.stack.blocks]
 
     def _fits(self, plan: Plan) -> bool:
         sizes = self._block_parameters()
-        left = self.loaded.facts().num_parameters - sum(sizes[block] for block in plan.removed)
+        left = self._facts.num_parameters - sum(sizes[block] for block in plan.removed)
         return self._most_parameters is not None and left <= self._most_parameters
 
     def _count_for_parameters(self, limit: int, free: list[int]) -> int:
-        total, sizes = self.loaded.facts().num_parameters, self._block_parameters()
+        total, sizes = self._facts.num_parameters, self._block_parameters()
         if total <= limit:
             raise InvalidPlanError(
                 f"The model has {total:,} parameters and so fits into {limit:,} already. Ask for fewer."

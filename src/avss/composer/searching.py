@@ -7,18 +7,21 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
 from avss.ablation import Judge, bytes_to_hold, mean_and_error
-from avss.composer.records import now
+from avss.composer.provenance import now, versions
 from avss.config import PlanConfig, SearchConfig, TaskConfig
 from avss.cut import cut
 from avss.data.batches import Batches
+from avss.data.sources import read_table
 from avss.errors import ConfigError, TaskError
 from avss.evaluation import evaluate_task
+from avss.evaluation.base import data_sources
 from avss.models.load import Loaded
 from avss.progress import Stages
 from avss.record import CurvePoint, Plan, SearchResult
@@ -261,15 +264,23 @@ def _key(loaded: Loaded, batches: Batches, method: str, config: SearchConfig, ru
     """What the measurements depend on, but for the budget: a larger one goes on where a smaller one ended."""
     facts = loaded.facts()
     content = {
-        "model": facts.fingerprint,
+        "versions": versions(),
+        "model": [facts.fingerprint, facts.stack],
         "compute": [facts.compute_dtype, facts.device],
         "head": loaded.head,
         "data": [batches.facts.content_hash, batches.batch_size],
         "method": method,
-        "objective": [config.objective, None if config.task is None else config.task.model_dump(mode="json")],
+        "objective": [config.objective, *([] if config.task is None else _task_content(config.task))],
         "rules": dataclasses.asdict(rules),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _task_content(task: TaskConfig) -> list[Any]:
+    """The task's settings, and a hash of every row it may read: a file may change under its name."""
+    rows = [read_table(source) for source in data_sources(task)]
+    text = json.dumps(rows, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    return [task.model_dump(mode="json"), hashlib.sha256(text.encode()).hexdigest()]
 
 
 def _free_bytes(loaded: Loaded) -> int:
