@@ -1,6 +1,7 @@
 """What one run is: every setting with its meaning and its range, from flags or from a TOML file. No torch here."""
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -53,23 +54,57 @@ def check_augment(share: float | None, *, repairs: bool) -> None:
     Raises:
         ConfigError: It is no share, or nothing would read it.
     """
-    if share is None:
-        return
-    if not 0 <= share <= 1:
+    if share is not None and not 0 <= share <= 1:
         raise ConfigError(f"`--augment {share:g}` must be a share between 0 and 1.")
     if not repairs:
-        raise ConfigError(
-            f"`--augment {share:g}` is for the text of a repair or of healing, and neither was asked for. Leave it "
-            "out, or add `--compensate auto`."
+        refuse_unread(
+            {"augment": share}, "the text of a repair or of healing, and neither was asked for", "`--compensate auto`"
         )
+
+
+_FLAGS = {"task": "--objective-task", "seconds": "--search-time", "resume": "--no-resume"}
+"""Settings whose flag has another name."""
+
+
+def refuse_unread(settings: Mapping[str, Any], what: str, remedy: str | None = None) -> None:
+    """Refuses settings that nothing would read: who gave them would believe that they counted.
+
+    Args:
+        settings: Name -> value as given; None for none given.
+        what: What they are for, and that this is not it.
+        remedy: What to add so that they count; None where nothing makes them.
+
+    Raises:
+        ConfigError: One was given.
+    """
+    for name, value in settings.items():
+        if value is not None:
+            flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+            number = f"{value:g}" if isinstance(value, float) else value
+            shown = "" if isinstance(value, bool | BaseModel) else f" {number}"
+            add = f", or add {remedy}" if remedy else ""
+            raise ConfigError(f"`{flag}{shown}` is for {what}. Leave it out{add}.")
+
+
+def seeded(settings: _Model, seed: int) -> _Model:
+    """The settings, drawn by this seed unless they name one."""
+    return settings if "seed" in settings.model_fields_set else settings.model_copy(update={"seed": seed})
+
+
+def as_given(settings: BaseModel) -> dict[str, Any]:
+    """The settings that somebody gave, whatever the value; what is left at its default is not among them."""
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {
     **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
-    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
 }
-_TIMES = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+_TIME = re.compile(
+    r"(?:(?P<h>\d+(?:\.\d+)?)\s*(?:h|hours?))?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*(?:m|min|minutes?))?\s*"
+    r"(?:(?P<s>\d+(?:\.\d+)?)\s*(?:s|sec|seconds?))?"
+)
 
 
 def _number(value: Any, units: Mapping[str, int]) -> Any:
@@ -79,16 +114,39 @@ def _number(value: Any, units: Mapping[str, int]) -> Any:
         return value
     if match[2].lower() not in units:
         raise ValueError(f"the unit `{match[2]}` is not one of {', '.join(filter(None, units))}")
-    return int(float(match[1].replace("_", "")) * units[match[2].lower()])
+    number = float(match[1].replace("_", "")) * units[match[2].lower()]
+    if not math.isfinite(number):
+        raise ValueError("there is no such number")
+    return int(number)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `300MB`, `16G`, `1.5 GiB` or a plain number.
+
+    Raises:
+        ConfigError: It is no amount of memory.
+
+    Example:
+        >>> parse_bytes("300MB"), parse_bytes("1.5 GiB")
+        (300000000, 1610612736)
+    """
+    try:
+        value = _number(text, _SIZES)
+    except ValueError:
+        value = None
+    if not isinstance(value, int) or value <= 0:
+        raise ConfigError(
+            f"`{text}` is no amount of memory that a program could use. Write `300MB`, `16GB` or `1.5GiB`."
+        )
+    return value
 
 
 def _seconds(value: Any) -> Any:
-    """`90`, `90s`, `10m` or `1h30m` in seconds; anything else as it is."""
-    parts = re.findall(r"([\d.]+)\s*([a-zA-Z]*)", value) if isinstance(value, str) else []
-    if not parts or re.sub(r"([\d.]+)\s*([a-zA-Z]*)\s*", "", value).strip():
+    """`90s`, `10m` or `1h30m` in seconds; anything else as it is."""
+    match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or not any(match.groups()):
         return value
-    milliseconds = {name: 1000 * size for name, size in _TIMES.items()}
-    return sum(_number(number + unit, milliseconds) for number, unit in parts) / 1000
+    return sum(float(match[unit] or 0) * seconds for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)))
 
 
 TARGETS = ("fraction", "count", "blocks", "max_params", "max_bytes", "speedup")
@@ -135,7 +193,7 @@ class DataConfig(Settings):
     batch_size: int = Field(default=8, ge=1)
     """Sequences in a forward pass."""
     seed: int = Field(default=0, ge=0)
-    """Of the draw."""
+    """Of the draw, and of every other that names no seed: the search's, and healing's in a whole run."""
     augment: float | None = Field(default=None, ge=0, le=1)
     """Share of the sequences that a repair reads in another writing, and healing too where its own settings say
     nothing (`HealConfig.augment`). Scores and searches read the text as it is; the finalists of a search are repaired
@@ -181,13 +239,30 @@ class PlanConfig(Settings):
     from_search: str | None = None
     """A folder or record with a search, to take the blocks from instead of choosing anew."""
 
+    def share(self, num_blocks: int) -> float:
+        """The share of the blocks that the warnings of scores speak of: those to go, or one where a size decides."""
+        return self.fraction or (self.count or 1) / num_blocks
+
     def sized(self, count: int) -> Self:
         """The same with a count as the only target."""
-        targets = dict.fromkeys((*TARGETS, "min_retention"))
+        targets = dict.fromkeys((*TARGETS, "min_retention", "retention_task"))
         return self.model_copy(update={**targets, "count": count, "rule": "count"})
 
 
-class TaskConfig(Settings):
+class TaskSettings(Settings):
+    """What every evaluation task has."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Windows or items at most; a seeded draw."""
+    seq_len: int = Field(default=512, ge=2)
+    """Tokens in a perplexity window."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences in a forward pass."""
+    seed: int = Field(default=0, ge=0)
+    """Of every draw."""
+
+
+class TaskConfig(TaskSettings):
     """One evaluation task."""
 
     kind: TaskKind
@@ -196,12 +271,6 @@ class TaskConfig(Settings):
     """File, hub data set, or `builtin`: the data of this kind that come with avss."""
     name: str | None = None
     """What tables call it; by default the kind and the data's name."""
-    limit: int | None = Field(default=None, ge=1)
-    """Windows or items at most; a seeded draw."""
-    seq_len: int = Field(default=512, ge=2)
-    """Tokens in a perplexity window."""
-    batch_size: int = Field(default=8, ge=1)
-    """Sequences in a forward pass."""
     template: str | None = None
     """Prompt with `{text}` (classification) or `{question}` (choice)."""
     labels: tuple[str, ...] | None = None
@@ -214,8 +283,6 @@ class TaskConfig(Settings):
     """Solved examples before each item of a classification."""
     shots_data: str | None = None
     """Where these come from; by default the evaluation data, never the item itself."""
-    seed: int = Field(default=0, ge=0)
-    """Of every draw."""
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> Self:
@@ -279,22 +346,18 @@ class Budget(Settings):
         return " or ".join(time + tokens)
 
 
-_TIME = re.compile(
-    r"(?:(?P<h>\d+(?:\.\d+)?)\s*(?:h|hours?))?\s*(?:(?P<m>\d+(?:\.\d+)?)\s*(?:m|min|minutes?))?\s*"
-    r"(?:(?P<s>\d+(?:\.\d+)?)\s*(?:s|sec|seconds?))?"
-)
 _TOKENS = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<unit>[kKMB])(?:\s*tokens?)?|tokens?)")
 _THOUSANDS = re.compile(r"(?<=\d)_(?=\d)")
 
 
 def _budget_part(part: str, whole: str) -> tuple[str, float | int]:
     plain = _THOUSANDS.sub("", part)
-    tokens, time = _TOKENS.fullmatch(plain), _TIME.fullmatch(plain)
+    tokens, time = _TOKENS.fullmatch(plain), _seconds(plain)
     if tokens is not None:
         unit = {None: 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}[tokens["unit"]]
         return "tokens", round(float(tokens["number"]) * unit)
-    if time is not None and any(time.groups()):
-        return "seconds", sum(float(time[unit] or 0) * seconds for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)))
+    if isinstance(time, float):
+        return "seconds", time
     hint = " `m` is minutes; millions are `M`." if re.fullmatch(r"[\d.]+\s*m\s*tokens?", plain) else ""
     raise ConfigError(
         f"The budget `{whole}` is neither a time nor a number of tokens.{hint} Write a time such as `30m` or `1h30m`, "
@@ -369,7 +432,7 @@ class HealConfig(Settings):
     patience: int = Field(default=4, ge=1)
     """Validations without a new best after which healing stops."""
     seed: int = Field(default=0, ge=0)
-    """Of the order of the text, and of masks."""
+    """Of the order of the text, and of masks; in a whole run the calibration text's, where none is named."""
 
 
 class SearchConfig(Settings):
@@ -403,7 +466,7 @@ class SearchConfig(Settings):
     """Where the cut is repaired and `objective` is `kl`: sets that are repaired and judged again before the last
     choice; 1 for none."""
     seed: int = Field(default=0, ge=0)
-    """Of the evolution's draws."""
+    """Of the evolution's draws; by default the calibration text's."""
     resume: bool = True
     """Whether measurements are kept, so that a killed search goes on where it was."""
     cache: str | None = None
@@ -433,6 +496,9 @@ class RunConfig(Settings):
     compare: tuple[str, ...] = ()
     """Criteria whose cut of the same size is evaluated beside the plan's, in memory."""
     tasks: tuple[TaskConfig, ...] = ()
+    """What both models are measured on; by default what suits the model, with `task_settings`."""
+    task_settings: TaskSettings = TaskSettings()
+    """Of the tasks that are run by default: `limit`, `seq_len`, `batch_size`, `seed`."""
     prompts: tuple[str, ...] = ()
     """Texts that the models continue, for the reader's eye."""
     out: str

@@ -10,15 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import avss
-from avss.composer.disk import fits_memory, memory_needed, parse_bytes
-from avss.errors import ConfigError
+from avss import scoring
+from avss.composer.disk import EarlierScores, fits_memory, memory_needed, score_blind
+from avss.composer.provenance import versions
+from avss.config import PlanConfig, parse_bytes
+from avss.criteria import find_criteria
+from avss.errors import ConfigError, InvalidPlanError
 from avss.models.shards import read_checkpoint
 from avss.record import RunRecord
 from tests.commands.test_bad_input import refused
-from tests.commands.test_hub import cached
+from tests.commands.test_hub import cached, offline
+from tests.support.architectures import ARCHITECTURES, randomise
 from tests.support.gguf_files import write_gguf
 
 
@@ -122,6 +130,63 @@ def test_scores_of_another_model_are_refused(avss_command, llama_folder, encoder
         refused(avss_command("prune", llama_folder, *arguments), "4 blocks", "this model has 5")
 
 
+def test_scores_of_a_model_with_as_many_blocks_are_refused(avss_command, llama_folder, text_file, tmp_path):
+    small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
+    wide = LlamaConfig(**{**json.loads((llama_folder / "config.json").read_text()), "intermediate_size": 40})
+    for name, model in (
+        ("trained", randomise(LlamaForCausalLM.from_pretrained(llama_folder), seed=1)),
+        ("wide", LlamaForCausalLM(wide)),
+        ("qwen", ARCHITECTURES["qwen2"]()),
+    ):
+        model.save_pretrained(copy_of(llama_folder, tmp_path / name))
+        answer = avss_command("score", tmp_path / name, "--out", tmp_path / f"{name}-scores", *small)
+        assert answer.code == 0, answer.err
+        arguments = ("--count", 1, "--scores", tmp_path / f"{name}-scores", "--out", tmp_path / "x", "--quiet")
+        refused(avss_command("prune", llama_folder, *arguments), f"The scores are of `{name}`")
+    refused(avss_command("prune", llama_folder, *arguments, "--on-disk"), "`qwen`", "type is `qwen2`", "`llama`")
+    # A copy elsewhere is the same model, and so are scores computed in another dtype.
+    twin = copy_of(llama_folder, tmp_path / "twin")
+    for place, name in enumerate(("float32", "bfloat16")):
+        scores, out = tmp_path / f"{name}-scores", tmp_path / f"out{place}"
+        assert avss_command("score", twin, "--dtype", name, "--out", scores, *small).code == 0
+        arguments = ("--count", 1, "--scores", scores, "--out", out, "--quiet")
+        answer = avss_command("prune", llama_folder, *arguments, *(("--on-disk",) if place else ()))
+        assert answer.code == 0, answer.err
+        assert avss_command("prune", llama_folder, *arguments, "--force").code == 0
+
+
+def test_scores_are_compared_by_what_both_sides_know(llama_folder):
+    facts = avss.load(str(llama_folder), device="cpu").facts()
+    scores = score_blind(find_criteria(["last"])[0], facts.num_blocks, seed=0)
+    ours = versions()
+
+    def refusal(scored, made_with=ours, model=facts):
+        try:
+            EarlierScores(scores, scored, made_with).of(model)
+        except InvalidPlanError as error:
+            return str(error).partition("whose ")[2].partition(" is")[0]
+        return ""
+
+    def like(**changes):
+        return facts.model_copy(update=changes)
+
+    assert EarlierScores(scores).of(facts) == scores  # of a model that nobody named
+    assert refusal(facts) == ""
+    assert refusal(like(stack="encoder.block")) == "stack"
+    assert refusal(like(architecture="LlamaModel")) == "class"
+    assert refusal(like(hidden_size=7)) == "width"
+    assert refusal(like(model_type="qwen2")) == "type"
+    assert refusal(like(fingerprint="other")) == "fingerprint"
+    assert refusal(like(fingerprint="other"), {**ours, "transformers": "4.0"}) == ""
+    assert refusal(like(fingerprint="other", compute_dtype="bfloat16")) == ""
+    assert refusal(like(fingerprint="other", head="classifier", architecture="X", stack="x.layers")) == ""
+    assert refusal(like(fingerprint="file-1", device="disk")) == ""
+    assert refusal(like(fingerprint="file-1", device="disk"), model=like(fingerprint="file-2", device="disk"))
+    gguf = like(fingerprint="file-1", device="disk", stack="blk", model_type="gguf", architecture="gguf")
+    assert refusal(facts, model=gguf) == ""
+    assert refusal(like(hidden_size=7), model=gguf) == "width"
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -195,6 +260,17 @@ def test_a_hub_model_is_cut_from_its_cache_without_torch_in_the_process_that_cop
     assert (proof.passed, proof.outputs_compared) == (True, False)
 
 
+def test_a_hub_model_that_does_not_fit_is_cut_on_disk_by_itself(llama_folder, tmp_path):
+    cached(tmp_path, "models", "acme", "tiny", {path.name: path.read_bytes() for path in llama_folder.iterdir()})
+    for memory, told in (("100MB", ["disk"]), ("64GB", ["cpu"])):
+        out = str(tmp_path / memory)
+        done = offline(tmp_path, "prune", "acme/tiny", "--blocks", "1", "--max-memory", memory, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert ("it is cut on disk" in done.stderr) == (told == ["disk"])
+        record = RunRecord.read(tmp_path / memory)
+        assert (record.model.source, [record.model.device]) == ("acme/tiny", told)
+
+
 def test_a_hub_model_that_is_not_cached_is_one_sentence(avss_command, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments = ("prune", "acme/absent", "--blocks", "1", "--on-disk", "--out", tmp_path / "x", "--quiet")
@@ -204,19 +280,50 @@ def test_a_hub_model_that_is_not_cached_is_one_sentence(avss_command, tmp_path, 
 def test_amounts_of_memory():
     amounts = {"300MB": 3e8, "16 gb": 16e9, "1.5GiB": 1.5 * 2**30, "2000": 2000, "4k": 4000}
     assert all(parse_bytes(text) == value for text, value in amounts.items())
-    for text in ("", "GB", "3XB", "nan", "-1", "0", "infGB"):
+    for text in ("", "GB", "3XB", "nan", "-1", "0", "infGB", "9" * 400):
         with pytest.raises(ConfigError, match="amount of memory"):
             parse_bytes(text)
+    for text in ("16G", "300MB", "1.5 GiB", "2000"):
+        assert PlanConfig.model_validate({"max_bytes": text}).max_bytes == parse_bytes(text)
 
 
 def test_what_fits_is_told_by_the_parameters(llama_folder, tmp_path):
     checkpoint = read_checkpoint(llama_folder)
-    needed = memory_needed(checkpoint)
-    assert needed - memory_needed(checkpoint, dtype="bfloat16") == 4 * checkpoint.num_values
+    needed = memory_needed(checkpoint.num_values)
+    assert needed - memory_needed(checkpoint.num_values, dtype="bfloat16") == 4 * checkpoint.num_values
     assert fits_memory(str(llama_folder), max_memory=needed) is None
     assert "cut on disk" in (fits_memory(str(llama_folder), max_memory=needed - 1) or "")
     assert fits_memory(str(tmp_path), max_memory=1) is None
+
+
+def test_what_fits_is_told_of_a_hub_model_before_it_is_downloaded(llama_folder, monkeypatch):
+    checkpoint, asked = read_checkpoint(llama_folder), []
+
+    def on_the_hub(name, *, revision):
+        asked.append((name, revision))
+        shard = parse_safetensors_file(llama_folder / "model.safetensors")
+        return SafetensorsRepoMetadata(metadata=None, sharded=False, weight_map={}, files_metadata={"one": shard})
+
+    def not_cached(*_, **__):
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr("avss.composer.disk.snapshot_download", not_cached)
+    monkeypatch.setattr("avss.composer.disk.get_safetensors_metadata", on_the_hub)
+    needed = memory_needed(checkpoint.num_values)
+    assert fits_memory("owner/name", max_memory=needed, revision="old") is None
+    assert "cut on disk" in (fits_memory("owner/name", max_memory=needed - 1) or "")
+    assert asked == [("owner/name", "old"), ("owner/name", None)]
+    monkeypatch.setattr("avss.composer.disk.get_safetensors_metadata", not_cached)
     assert fits_memory("owner/name", max_memory=1) is None
+
+
+def parse_safetensors_file(path: Path) -> SafetensorsFileMetadata:
+    """The header as `huggingface_hub` tells it."""
+    tensors = {
+        name: TensorInfo(dtype="F32", shape=list(tensor.shape), data_offsets=(0, 4 * tensor.numel()))
+        for name, tensor in load_file(path).items()
+    }
+    return SafetensorsFileMetadata(metadata={}, tensors=tensors)
 
 
 # --- GGUF ---
@@ -242,6 +349,24 @@ def test_a_gguf_file_is_cut_as_it_lies_and_run(avss_command, gguf_file, tmp_path
     card = (out / "README.md").read_text()
     assert 'gguf_file="model.gguf"' in card
     assert "nothing was quantised again" in card
+
+
+@pytest.mark.parametrize("way", [("--format", "gguf"), ()])
+def test_warnings_speak_of_the_blocks_that_go(avss_command, gguf_file, text_file, tmp_path, monkeypatch, way):
+    counts, real = [], scoring.score_warnings
+
+    def spied(*arguments, count):
+        counts.append(count)
+        return real(*arguments, count=count)
+
+    monkeypatch.setattr("avss.composer.scores.score_warnings", spied)
+    small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
+    for number, size in enumerate((("--count", 3), ("--fraction", 0.5))):
+        answer = avss_command(
+            "prune", gguf_file, *size, *way, "--protect", "none", "--out", tmp_path / f"{number}", *small
+        )
+        assert answer.code == 0, answer.err
+        assert counts[-1] == len(RunRecord.read(tmp_path / f"{number}").cuts[0].plan.removed)
 
 
 def test_a_gguf_file_is_chosen_by_scores_of_its_own_weights(avss_command, gguf_file, text_file, tmp_path):

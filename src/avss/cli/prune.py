@@ -60,7 +60,7 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
-    from avss.config import PlanConfig, SearchConfig, build, check_augment, check_compensation
+    from avss.config import PlanConfig, SearchConfig, build, check_augment, check_compensation, parse_bytes
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
@@ -100,11 +100,11 @@ def command(
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":
         raise ConfigError("`--format gguf` cuts from file to file anyway. Leave out `--on-disk`.")
-    allowed = disk.parse_bytes(max_memory) if max_memory is not None else None
+    allowed = parse_bytes(max_memory) if max_memory is not None else None
     check_free(out, force=force, sources=(model, data, scores))
     reason = None
     if on_disk is None and file_format == "safetensors":
-        reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype)
+        reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype, revision=revision)
         if reason and not quiet:
             typer.echo(reason, err=True)
     if stack != "auto" and (on_disk or reason or file_format == "gguf"):

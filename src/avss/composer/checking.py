@@ -9,10 +9,11 @@ import psutil
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from avss.composer.disk import OVERHEAD_BYTES, parse_bytes
+from avss.composer.disk import OVERHEAD_BYTES
 from avss.composer.gguf_pruning import find_gguf
 from avss.composer.inputs import text_batch
 from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
+from avss.config import parse_bytes
 from avss.errors import InvalidPlanError, ModelLoadError
 from avss.models.forward import run_outputs
 from avss.models.fresh import FreshRunError, run_afresh

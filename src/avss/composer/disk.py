@@ -3,15 +3,23 @@
 headers + config --outline--> plan --lay out, check--> files without bytes --copy--> checkpoint --prove--> record
 """
 
+import contextlib
+import dataclasses
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 
 from avss.composer.provenance import now, versions
 from avss.config import PlanConfig
@@ -42,55 +50,51 @@ from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunReco
 OVERHEAD_BYTES = 600_000_000
 """What Python, torch and transformers take before a model is loaded, with some room."""
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_HUB_ERRORS = (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.bpe", "*.py", "LICENSE*"]
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from `300MB`, `1.5 GiB` or a plain number.
-
-    Raises:
-        ConfigError: It is no amount of memory.
-
-    Example:
-        >>> parse_bytes("300MB"), parse_bytes("1.5 GiB")
-        (300000000, 1610612736)
-    """
-    digits = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text.strip()[len(digits) :].lower()
-    try:
-        value = float(digits) * _UNITS[unit]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"`{text}` is no amount of memory. Write `300MB`, `16GB` or `1.5GiB`.") from error
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"`{text}` is no amount of memory that a program could use. Write `300MB` or `16GB`.")
-    return int(value)
-
-
-def memory_needed(checkpoint: Checkpoint, *, dtype: str = "auto") -> int:
+def memory_needed(num_values: int, *, dtype: str = "auto") -> int:
     """Bytes that a cut in memory takes: the model and the saved one beside it, in the dtype computed in."""
     width = 2 if dtype in ("bfloat16", "float16") else 4
-    return OVERHEAD_BYTES + 2 * width * checkpoint.num_values
+    return OVERHEAD_BYTES + 2 * width * num_values
 
 
-def fits_memory(source: str, *, max_memory: int | None = None, dtype: str = "auto") -> str | None:
-    """None where a local model can be cut in memory; otherwise a sentence that says why not.
+def fits_memory(
+    source: str, *, max_memory: int | None = None, dtype: str = "auto", revision: str | None = None
+) -> str | None:
+    """None where a model can be cut in memory; otherwise a sentence that says why not.
 
-    What is not a folder of safetensors is not judged here: it is cut in memory, or refused there.
+    What is no folder of safetensors, here or on the hub, is not judged: it is cut in memory, or refused there.
     """
-    folder = Path(source).expanduser()
-    if not (folder / "config.json").is_file():
+    num_values = _num_values(source, revision)
+    if num_values is None:
         return None
-    try:
-        needed = memory_needed(read_checkpoint(folder), dtype=dtype)
-    except ModelLoadError:
-        return None
+    needed = memory_needed(num_values, dtype=dtype)
     allowed = max_memory or psutil.virtual_memory().available
     if needed <= allowed:
         return None
     what = "`--max-memory` allows" if max_memory else "are free"
     return f"The model takes about {_size(needed)} in memory and {_size(allowed)} {what}: it is cut on disk."
+
+
+def _num_values(source: str, revision: str | None) -> int | None:
+    """The values in a model's weights, by their headers alone; None where these cannot be read."""
+    folder = Path(source).expanduser()
+    try:
+        if not _is_hub_id(source):
+            return read_checkpoint(folder).num_values if (folder / "config.json").is_file() else None
+        with contextlib.suppress(ModelLoadError, LocalEntryNotFoundError):  # a whole snapshot needs no network
+            cached = snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True)
+            return read_checkpoint(Path(cached)).num_values
+        return sum(get_safetensors_metadata(source, revision=revision).parameter_count.values())
+    except (ModelLoadError, NotASafetensorsRepoError, SafetensorsParsingError, *_HUB_ERRORS):
+        return None
+
+
+def _is_hub_id(source: str) -> bool:
+    path = Path(source).expanduser()
+    return not path.exists() and not source.startswith((".", "~", "/")) and source.count("/") == 1
 
 
 def _size(num_bytes: int) -> str:
@@ -111,18 +115,76 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         if not (path / "config.json").is_file():
             raise ModelLoadError(f"`{source}` holds no `config.json`: it is not a model folder. Name one that does.")
         return path
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+    if not _is_hub_id(source):
         raise ModelLoadError(f"There is no folder `{source}`. A cut on disk takes a folder or a hub id.")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except _HUB_ERRORS as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelLoadError(
             f"The files of `{source}` cannot be had: {first}. Check the hub id, the network and your access."
         ) from error
 
 
-def scores_of(folder: str | Path, criterion: str) -> BlockScores:
+@dataclasses.dataclass(frozen=True)
+class EarlierScores:
+    """Scores that an earlier run wrote.
+
+    Attributes:
+        scores: Of one criterion.
+        model: What was scored; None where that is not known.
+        versions: What computed them.
+    """
+
+    scores: BlockScores
+    model: ModelFacts | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, model: ModelFacts) -> BlockScores:
+        """The scores, if they are this model's.
+
+        In memory the fingerprint decides, where both were loaded alike: with the same head, dtype and transformers.
+        Elsewhere (files, GGUF, another head) what remains the same does: the kind of model, the stack and its size.
+
+        Raises:
+            InvalidPlanError: They are another model's, or another stack's.
+        """
+        if self.scores.num_blocks != model.num_blocks:
+            raise InvalidPlanError(
+                f"The scores are of {self.scores.num_blocks} blocks; this model has {model.num_blocks}. Give the "
+                "scores of this model."
+            )
+        if self.model is None:
+            return self.scores
+        for what, scored, here in _differences(self.model, model, self.versions):
+            raise InvalidPlanError(
+                f"The scores are of `{self.model.source}`, whose {what} is `{scored}`; that of this model is `{here}`. "
+                "Give the scores of this model."
+            )
+        return self.scores
+
+
+def _differences(
+    scored: ModelFacts, model: ModelFacts, made_with: Mapping[str, str]
+) -> Iterator[tuple[str, object, object]]:
+    """What shows that two models are not one: its name, and what it is in either."""
+    facts: list[tuple[str, object, object]] = [("width", scored.hidden_size, model.hidden_size)]
+    if "gguf" not in (_kind(scored), _kind(model)):  # a GGUF file has names of its own
+        facts.append(("type", scored.model_type, model.model_type))
+        if scored.head == model.head:  # another head wraps the same stack under another path
+            facts += [("class", scored.architecture, model.architecture), ("stack", scored.stack, model.stack)]
+    same_library = made_with.get("transformers") == versions()["transformers"]
+    loaded_alike = (scored.head, scored.compute_dtype, _kind(scored)) == (model.head, model.compute_dtype, _kind(model))
+    if loaded_alike and (same_library or _kind(model) != "memory"):
+        facts.append(("fingerprint", scored.fingerprint, model.fingerprint))
+    return (fact for fact in facts if fact[1] != fact[2])
+
+
+def _kind(model: ModelFacts) -> str:
+    return "gguf" if model.stack == "blk" else "disk" if model.device == "disk" else "memory"
+
+
+def scores_of(folder: str | Path, criterion: str) -> EarlierScores:
     """The scores that an earlier run wrote.
 
     Args:
@@ -136,24 +198,12 @@ def scores_of(folder: str | Path, criterion: str) -> BlockScores:
     record = RunRecord.read(Path(folder))
     for scores in record.scores:
         if scores.criterion == criterion:
-            return scores
+            return EarlierScores(scores, record.model, record.versions)
     found = ", ".join(scores.criterion for scores in record.scores) or "none"
     raise ConfigError(
         f"`{folder}` holds no scores by `{criterion}`. It holds: {found}. Name one of them with `--criterion`, or "
         "score the model again."
     )
-
-
-def check_scores(scores: BlockScores, num_blocks: int) -> None:
-    """Refuses scores of another model.
-
-    Raises:
-        InvalidPlanError: They are of another number of blocks.
-    """
-    if scores.num_blocks != num_blocks:
-        raise InvalidPlanError(
-            f"The scores are of {scores.num_blocks} blocks; this model has {num_blocks}. Give the scores of this model."
-        )
 
 
 def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> BlockScores:
@@ -163,7 +213,7 @@ def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> Blo
 
 
 def choose_unseen(
-    config: PlanConfig, num_blocks: int, scores: str | Path | None, seed: int, pinned: Sequence[int] = ()
+    config: PlanConfig, model: ModelFacts, scores: str | Path | None, seed: int, pinned: Sequence[int] = ()
 ) -> tuple[Plan, BlockScores | None]:
     """The plan for a model through which no text passes: a list, a baseline, or the scores of an earlier run.
 
@@ -172,14 +222,14 @@ def choose_unseen(
     Raises:
         InvalidPlanError: Nothing can be removed that way.
     """
+    num_blocks = model.num_blocks
     if config.blocks is not None:
         return explicit_plan(config, num_blocks), None
     (criterion,) = find_criteria([config.criterion])
     if scores is not None:
-        found = scores_of(scores, config.criterion)
+        found = scores_of(scores, config.criterion).of(model)
     else:
         found = score_blind(criterion, num_blocks, seed)
-    check_scores(found, num_blocks)
     guarded = protecting(config, pinned, num_blocks, protects_ends=criterion.protects_ends)
     return make_plan(found, guarded, protects_ends=criterion.protects_ends), found
 
@@ -255,12 +305,13 @@ def prune_on_disk(
             empty_model(str(folder), head=head, trust_remote_code=trust_remote_code) as ask,
         ):
             outline = ask("outline")
-            plan, found = choose_unseen(config, outline["num_blocks"], scores, seed, outline["pinned"])
+            path = find_stack_path(list(checkpoint.tensors), outline["num_blocks"], outline["stack"])
+            dense = _facts(source, revision, outline, checkpoint, path, outline["num_blocks"], folder)
+            plan, found = choose_unseen(config, dense, scores, seed, outline["pinned"])
             changes = tuple(
                 FieldChange.model_validate(change)
                 for change in ask("write_config", plan=plan.model_dump(mode="json"), folder=str(target))
             )
-            path = find_stack_path(list(checkpoint.tensors), outline["num_blocks"], outline["stack"])
             surplus = _surplus(checkpoint, path, outline["num_blocks"])
 
             def rename(name: str) -> str | None:
@@ -280,7 +331,7 @@ def prune_on_disk(
                     f"The copy failed verification and has been withdrawn: {'; '.join(wrong[:4])}. Nothing was "
                     "published. Is the disk full, or is something writing to the model?"
                 )
-            fits = memory_needed(checkpoint) <= (max_memory or psutil.virtual_memory().available)
+            fits = memory_needed(checkpoint.num_values) <= (max_memory or psutil.virtual_memory().available)
             proof = (
                 _prove(folder, target, plan, head=head, trust_remote_code=trust_remote_code)
                 if fits
@@ -290,7 +341,7 @@ def prune_on_disk(
             created=now(),
             command=command or f"avss.prune({source!r}, on_disk=True, ...)",
             versions=versions(),
-            model=_facts(source, revision, outline, checkpoint, path, plan.num_blocks, folder),
+            model=dense,
             scores=() if found is None else (found,),
             warnings=tuple(filter(None, (note, _surplus_note(surplus)))),
             cuts=(

@@ -10,7 +10,7 @@ import psutil
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from avss.composer.disk import OVERHEAD_BYTES, check_scores, score_blind, scores_of
+from avss.composer.disk import OVERHEAD_BYTES, score_blind, scores_of
 from avss.composer.inputs import calibration
 from avss.composer.proof import prove_gguf
 from avss.composer.provenance import now, versions
@@ -112,8 +112,7 @@ def prune_gguf(
     if config.blocks is not None:
         plan = explicit_plan(config, file.num_blocks)
     elif scores is not None:
-        found = scores_of(scores, config.criterion)
-        check_scores(found, file.num_blocks)
+        found = scores_of(scores, config.criterion).of(_facts(str(source), revision, file))
         table = ScoreTable(scores=(found,))
         plan = make_plan(found, config, protects_ends=criterion.protects_ends)
     elif not criterion.needs:
@@ -125,7 +124,7 @@ def prune_gguf(
         with timed("Loading the model"):
             loaded = load_model(path, head=head, device=device)
         batches = calibration(loaded, data, **settings)
-        table, _ = score_loaded(loaded, batches, (criterion,), True, config.fraction or 0.25, timed)
+        table, _ = score_loaded(loaded, batches, (criterion,), True, config.share(file.num_blocks), timed)
         plan = make_plan(table.scores[0], config, protects_ends=criterion.protects_ends)
     metadata_changes(file, plan)  # refuse before anything is written
     with fresh_folder(out, force=force) as folder:

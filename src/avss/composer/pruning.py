@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from avss.compensation import compensate as compensate_cut
 from avss.composer.choosing import choose
-from avss.composer.disk import check_scores, fits_memory, parse_bytes, prune_on_disk, scores_of
+from avss.composer.disk import fits_memory, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
-from avss.config import DataConfig, PlanConfig, SearchConfig, build, check_augment, check_compensation
+from avss.config import (
+    DataConfig,
+    PlanConfig,
+    SearchConfig,
+    build,
+    check_augment,
+    check_compensation,
+    parse_bytes,
+)
 from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
@@ -166,11 +174,9 @@ def prune(
     if compensate != "none" or (config.blocks is None and scores is None and config.from_search is None):
         batches = calibration(loaded, data, **settings)
     if scores is not None:
-        found = scores_of(scores, criterion)
-        check_scores(found, len(loaded.stack))
-        table = ScoreTable(scores=(found,))
+        table = ScoreTable(scores=(scores_of(scores, criterion).of(loaded.facts()),))
     elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
-        table, _ = score_loaded(loaded, batches, (wanted,), True, fraction or 0.25, timed)
+        table, _ = score_loaded(loaded, batches, (wanted,), True, config.share(len(loaded.stack)), timed)
     chosen = choose(
         loaded,
         config,

@@ -1,5 +1,6 @@
 """`avss.score`: every criterion on one model, from one pass."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def score_loaded(
         advance(0, total)
         collected = collect(loaded, batches, needs, on_batch=on_batch)
     scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
-    count = max(1, round(fraction * len(loaded.stack)))
+    count = max(1, math.floor(fraction * len(loaded.stack) + 0.5))  # as plans round
     with stages("Resampling the data"):
         sure = [
             with_certainty(
