@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from avss.config import TARGETS, PlanConfig, SearchConfig
+from avss.config import TARGETS, PlanConfig, SearchConfig, as_given, refuse_unread
 from avss.errors import ConfigError, InvalidPlanError
 from avss.record import BlockScores, Plan
 
@@ -161,11 +161,13 @@ def check_one_target(config: PlanConfig) -> None:
         )
     if config.select != "scores" or config.from_search is not None:
         searching = f"`--select {config.select}`" if config.from_search is None else "`--from-search`"
-        for flag, is_given in (("--blocks", config.blocks), ("--contiguous", config.contiguous)):
-            if is_given:
-                raise ConfigError(
-                    f"`{flag}` does not go with {searching}, which chooses itself. Leave one of them out."
-                )
+        at_odds = {"--blocks": config.blocks is not None, "--contiguous": config.contiguous}
+        if config.from_search is not None:
+            at_odds[f"--select {config.select}"] = config.select != "scores"
+            at_odds[f"--score-rounds {config.score_rounds}"] = config.score_rounds > 1
+            at_odds[f"--protect {config.protect}"] = config.protect != "auto"
+        for flag in (flag for flag, is_given in at_odds.items() if is_given):
+            raise ConfigError(f"`{flag}` does not go with {searching}, which chooses itself. Leave one of them out.")
     if config.rule == "mass" and (
         given != ["fraction"]
         or config.contiguous
@@ -178,18 +180,28 @@ def check_one_target(config: PlanConfig) -> None:
             "`--rule mass` takes the lowest scores up to a share of their sum. Give that share as `--fraction`, "
             "without `--contiguous` or another way of choosing."
         )
-    if config.score_rounds > 1 and (config.select != "scores" or config.min_retention or config.blocks):
+    if config.score_rounds > 1 and (
+        config.select != "scores" or config.min_retention or config.blocks or config.contiguous
+    ):
         raise ConfigError(
             "`--score-rounds` rescores between removals, so it goes with `--select scores` and a number of blocks "
-            "only. Leave it out."
+            "only, without `--contiguous`. Leave it out."
         )
+    if config.min_retention is None:
+        unread = {"retention_task": config.retention_task}
+        refuse_unread(unread, "`--min-retention`, which was not given", "`--min-retention 0.95`")
 
 
-def check_search(search: SearchConfig) -> None:
-    """What a search is told must fit together.
+def check_search(search: SearchConfig, *, searches: bool, repairs: bool) -> None:
+    """What a search is told must fit together, and be read by one.
+
+    Args:
+        search: As given.
+        searches: Whether there will be a search.
+        repairs: Whether its cut will be repaired without training.
 
     Raises:
-        ConfigError: The objective lacks its task, has one too many, or the screening criterion is unknown.
+        ConfigError: The objective lacks its task or has one too many, or a setting is given that nothing reads.
     """
     if search.objective == "accuracy" and (search.task is None or search.task.kind not in ("choice", "classification")):
         raise ConfigError(
@@ -200,6 +212,13 @@ def check_search(search: SearchConfig) -> None:
         raise ConfigError(
             f"`--objective-task` goes with `--objective accuracy`, not with `{search.objective}`. Leave one out."
         )
+    given = as_given(search)
+    given.pop("seed", None)  # of every draw, in whatever run
+    if not searches:
+        refuse_unread(given, "a search by measured damage, and none was asked for", "`--select greedy`")
+    if not repairs or search.objective != "kl":
+        finalists = {"finalists": given.get("finalists")}
+        refuse_unread(finalists, "a search by `kl` whose cut is repaired, and this is none", "`--compensate auto`")
 
 
 def check_plain(config: PlanConfig) -> None:

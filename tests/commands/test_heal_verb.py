@@ -131,6 +131,7 @@ def test_the_api_heals_what_prune_returned(llama_folder, text_file):
         (("--data", "missing.txt"), ("missing.txt",)),
         (("--labels", "label"), ("classifiers", "causal")),
         (("--teacher", "nowhere.gguf"), ("nowhere.gguf",)),
+        (("--rank", 32), ("`--rank 32`", "`--weights lora`")),
     ],
 )
 def test_heal_refuses(avss_command, pruned, llama_folder, tmp_path, arguments, parts):

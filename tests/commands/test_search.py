@@ -12,12 +12,12 @@ from avss.compensation import compensate
 from avss.composer import choosing
 from avss.composer.choosing import read_search
 from avss.composer.searching import passes_of_all, search_loaded
-from avss.config import PlanConfig, RunConfig, SearchConfig
+from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig
 from avss.cut import cut
 from avss.models.load import load_model
 from avss.plan import make_plan
-from avss.progress import silent
-from avss.record import Plan, RunRecord
+from avss.progress import Timed, silent
+from avss.record import BlockScores, Plan, RunRecord, ScoreTable
 from tests.commands.test_bad_input import refused
 
 SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2, "--quiet")
@@ -130,6 +130,42 @@ def test_a_second_search_measures_nothing(pruned, own_cache, monkeypatch):
     assert second.search.num_blocks_run == first.search.num_blocks_run
     with pytest.raises(AssertionError, match="measured again"):
         pruned("--select", "greedy", "--count", 2, "--no-resume")
+
+
+def test_a_task_whose_rows_changed_is_measured_again(pruned, own_cache, choice_file, llama_folder, tmp_path):
+    task = tmp_path / "questions.jsonl"
+    rows = [json.loads(line) for line in choice_file.read_text().splitlines()]
+    arguments = ("--select", "greedy", "--count", 1, "--objective", "accuracy", "--objective-task", f"choice={task}")
+
+    def searched(answers):
+        task.write_text("".join(json.dumps({**row, "answer": answer}) + "\n" for row, answer in answers))
+        return pruned(*arguments).search.points[0]
+
+    def accuracy(removed):
+        small, tokenizer = avss.prune(llama_folder, blocks=removed).model, composer.load(llama_folder).tokenizer
+        return avss.evaluate(small, [f"choice={task}"], tokenizer=tokenizer).dense[0].value
+
+    for right in (False, True):  # of two answers, the wrong ones become the right ones
+        point = searched([(row, row["answer"] if right else 1 - row["answer"]) for row in rows])
+        assert 1 - point.cost == pytest.approx(accuracy(point.removed))
+    searched([(row, row["answer"]) for row in rows])
+    assert len(list(own_cache.rglob("*.jsonl"))) == 2
+
+
+def test_measurements_of_other_versions_are_not_gone_on_with(pruned, own_cache, monkeypatch):
+    pruned("--select", "window", "--count", 1)
+    monkeypatch.setattr("avss.composer.searching.versions", lambda: {"torch": "another"})
+    pruned("--select", "window", "--count", 1)
+    assert len(list(own_cache.rglob("*.jsonl"))) == 2
+
+
+def test_the_seed_of_the_text_is_the_searchs(pruned, llama_folder):
+    for words in ((), ("--seed", 3)):
+        search = pruned("--select", "evolution", "--count", 1, *words).search
+        assert search.settings["seed"] == search.data.seed == (3 if words else 0)
+    text = {"data": DataConfig(source="builtin", seed=5, samples=4, seq_len=16), "count": 1, "select": "window"}
+    for given, seed in (({}, 5), ({"seed": 2}, 2)):
+        assert avss.prune(llama_folder, search=given, **text).record.search.settings["seed"] == seed
 
 
 def test_a_budget_ends_a_search_and_says_so(pruned):
@@ -292,6 +328,37 @@ def test_a_speedup_is_estimated_from_latency(pruned, monkeypatch):
     assert "estimated from measured latency" in record.cuts[0].plan.rule
 
 
+def test_an_earlier_search_gives_the_size_of_a_speedup(pruned, avss_command, llama_folder, tmp_path, monkeypatch):
+    latencies(monkeypatch, 100.0, 80.0)
+    points = pruned("--select", "greedy", "--count", 3).search.points
+    pruned("--select", "greedy", "--count", 1)
+    record = pruned("--from-search", tmp_path / "out0", "--speedup", 1.5)
+    assert record.cuts[0].plan.removed == points[1].removed
+    assert "for a speedup of 1.5" in record.cuts[0].plan.rule
+    arguments = ("--from-search", tmp_path / "out1", "--speedup", 1.5, "--out", tmp_path / "no", "--quiet")
+    refused(avss_command("prune", llama_folder, *arguments), "speedup of 1.5 takes 2 blocks", "sets of 1 to 1")
+
+
+def test_only_a_size_target_hashes_the_model(llama_folder, monkeypatch):
+    loaded, calls = composer.load(llama_folder), []
+    monkeypatch.setattr("avss.models.load.fingerprint", lambda model: calls.append(model) or "none")
+
+    def chosen(**target):
+        config = PlanConfig(criterion="last", protect="none", **target)
+        table = ScoreTable(scores=(BlockScores(criterion="last", title="Last", values=(4.0, 3.0, 2.0, 1.0, 0.0)),))
+        return choosing.choose(loaded, config, SearchConfig(), Timed(silent), batches=None, table=table).plan.removed
+
+    assert chosen(count=2) == chosen(fraction=0.4) == (3, 4)
+    assert calls == []
+    assert chosen(max_bytes=loaded.facts().checkpoint_bytes - 1) == (4,)
+    assert len(calls) == 2  # that of the line above, and one
+
+
+@pytest.mark.parametrize("text", ["90s", "10m", "1h30m", "1.5h", "30 min", "1 hour 30 minutes"])
+def test_times_are_read_alike_everywhere(text):
+    assert SearchConfig.model_validate({"seconds": text}).seconds == Budget.parse(text).seconds
+
+
 def test_a_speedup_that_cannot_be_is_refused(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
     out = ("--data", text_file, "--out", tmp_path / "out", *SMALL)
     for dense, shorter in ((100.0, 80.0), (100.0, 101.0)):
@@ -379,6 +446,19 @@ def test_scores_in_rounds_are_made_of_repaired_models_where_a_repair_follows(lla
         (("--count", 1, "--width", 0), ("width", "0")),
         (("--count", 4, "--select", "greedy"), ("cannot be removed",)),
         (("--count", 2, "--score-rounds", 2, "--select", "greedy"), ("--score-rounds",)),
+        (("--count", 2, "--score-rounds", 2, "--contiguous"), ("--score-rounds", "--contiguous")),
+        (("--count", 1, "--from-search", "earlier", "--select", "greedy"), ("`--select greedy`", "`--from-search`")),
+        (("--count", 1, "--from-search", "earlier", "--score-rounds", 2), ("`--score-rounds 2`", "`--from-search`")),
+        (("--count", 1, "--from-search", "earlier", "--protect", "0"), ("`--protect 0`", "`--from-search`")),
+        (("--count", 1, "--objective", "loss"), ("`--objective loss`", "`--select greedy`")),
+        (("--count", 1, "--objective", "kl"), ("`--objective kl`", "`--select greedy`")),
+        (("--count", 1, "--search-time", "10m"), ("`--search-time 600`", "`--select greedy`")),
+        (("--count", 1, "--max-passes", 3), ("`--max-passes 3`", "`--select greedy`")),
+        (("--count", 1, "--beam", 2), ("`--beam 2`", "`--select greedy`")),
+        (("--count", 1, "--no-resume"), ("`--no-resume`", "`--select greedy`")),
+        (("--count", 1, "--from-search", "earlier", "--width", 3), ("`--width 3`",)),
+        (("--count", 1, "--select", "greedy", "--finalists", 3), ("`--finalists 3`", "`--compensate auto`")),
+        (("--count", 1, "--retention-task", "choice"), ("`--retention-task`", "--min-retention")),
     ],
 )
 def test_bad_settings_are_refused(avss_command, llama_folder, text_file, tmp_path, arguments, parts):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from avss.cli.execute import merge_flags
 from avss.record import RunRecord
+from tests.commands.test_bad_input import refused
 
 SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2)
 
@@ -185,6 +187,42 @@ seq_len = 16
     assert not (tmp_path / "from-file").exists()
 
 
+def test_task_settings_reach_the_tasks_that_run_by_itself_and_those_of_the_file(llama_folder, text_file, tmp_path):
+    flags = {"model": {"source": str(llama_folder)}, "data": {"seed": 3}, "plan": {"count": 1}, "out": str(tmp_path)}
+    file = tmp_path / "run.toml"
+    file.write_text('[search]\nseed = 1\n[heal]\nseed = 2\n[[tasks]]\nkind = "choice"\nlimit = 9\nshots = 1')
+    settings = {"limit": 4, "seed": 3}
+    config = merge_flags(None, flags, tasks=[], task_settings=settings)
+    assert (config.task_settings.limit, config.task_settings.seed, config.tasks) == (4, 3, ())
+    (task,) = merge_flags(file, flags, tasks=[], task_settings=settings).tasks
+    assert (task.kind, task.limit, task.seed, task.shots) == ("choice", 4, 3, 1)
+    seeds = [merge_flags(file, {**flags, "data": data}, tasks=[], task_settings={}) for data in ({}, {"seed": 3})]
+    assert [(one.search.seed, one.heal.seed) for one in seeds] == [(1, 2), (0, 0)]
+
+
+def test_run_measures_its_own_tasks_as_it_is_told(avss_command, llama_folder, text_file, tmp_path):
+    small = ("--samples", 4, "--seq-len", 16, "--batch-size", 2, "--limit", 3, "--seed", 5)
+    arguments = ("--count", 1, "--data", text_file, "--quiet", *small, "--heal", "1k")
+    answer = avss_command("run", llama_folder, "--out", tmp_path / "run", *arguments)
+    assert answer.code == 0, answer.err
+    answer = avss_command("evaluate", llama_folder, "--out", tmp_path / "evaluated", "--quiet", *small[2:])
+    assert answer.code == 0, answer.err
+    ran, evaluated = (RunRecord.read(tmp_path / name).dense for name in ("run", "evaluated"))
+    exact = [[one for one in measured if one.task != "speed"] for measured in (ran, evaluated)]
+    assert exact[0] == exact[1]
+    assert {one.num_samples for one in exact[0]} == {3}
+    record = RunRecord.read(tmp_path / "run")
+    assert record.cuts[0].healing.settings["seed"] == record.data.seed == 5
+
+
+def test_run_refuses_a_time_that_nothing_keeps(avss_command, llama_folder, tmp_path):
+    out = ("--out", tmp_path / "x", "--count", 1, "--quiet")
+    refused(avss_command("run", llama_folder, "--time", "40m", *out), "`--time 2400`", "`--quality best`")
+    refused(avss_command("run", llama_folder, "--max-passes", 3, *out), "`--max-passes 3`", "`--select greedy`")
+    best = ("--quality", "best", "--max-passes", 3, "--blocks", "1", *out[:2])
+    refused(avss_command("run", llama_folder, *best), "`--max-passes 3`")
+
+
 def test_two_runs_with_the_same_seed_give_the_same_record(avss_command, llama_folder, text_file, tmp_path):
     records = []
     for name in ("one", "two"):
@@ -233,6 +271,8 @@ def test_inspect_shows_the_stack_and_what_a_cut_changes(avss_command, llama_fold
 def test_quiet_prints_nothing(avss_command, llama_folder, text_file, tmp_path):
     answer = avss_command("prune", llama_folder, "--blocks", "1", "--out", tmp_path / "x", "--quiet")
     assert (answer.out, answer.err) == ("", "")
+    answer = avss_command("inspect", llama_folder, "--quiet")
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
 
 
 def test_the_api_takes_model_objects_and_leaves_them_alone(llama_folder: Path, text_file: Path):

@@ -651,3 +651,19 @@ def test_steps_are_thinned_to_a_curve():
     assert len(thin) == 100
     assert thin[0].loss == pytest.approx(4.5)
     assert thin[-1].step == 999
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        ("bert", {"temperature": 2.0}, "`--temperature 2` .* `encoder` predicts none"),
+        ("bert", {"label_weight": 0.5}, "`--label-weight 0.5` .* healed without"),
+        ("bert-classifier", {"label_weight": 0.0}, "`--label-weight 0` .* `--labels COLUMN`"),
+        ("llama", {"rank": 4}, "`--rank 4` .* `--weights lora`"),
+        ("llama", {"rank": 4, "weights": "blocks"}, "`--weights blocks` trains none"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(patient, text, small, name, settings, named):
+    one = patient(name)
+    with pytest.raises(ConfigError, match=named):
+        heal(one.dense, one.smaller, one.plan, text, small(**settings))

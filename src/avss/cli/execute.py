@@ -29,8 +29,16 @@ def merge_flags(
             plan.pop(other, None)
     if not ways & plan.keys():
         plan["fraction"] = 0.25
+    if "seed" in flags["data"]:  # of every draw: the flag replaces the file's seeds
+        for part in (raw.get("search"), raw.get("heal")):
+            if isinstance(part, dict):
+                part.pop("seed", None)
     if tasks:
         raw["tasks"] = [TaskConfig.parse(task, **task_settings).model_dump() for task in tasks]
+    elif isinstance(raw.get("tasks"), list):
+        raw["tasks"] = [{**task, **task_settings} if isinstance(task, dict) else task for task in raw["tasks"]]
+    else:
+        raw["task_settings"] = {**raw.get("task_settings", {}), **task_settings}
     if not raw["model"].get("source"):
         raise ConfigError("No model was named. Give `avss run MODEL`, or `[model] source` in the config file.")
     if not raw.get("out"):

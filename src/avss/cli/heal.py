@@ -44,7 +44,10 @@ def command(
         typer.Option(help="Sequences in memory at once.", show_default="the batch", rich_help_panel=_TRAINING),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TRAINING)] = 512,
-    temperature: Annotated[float, typer.Option(help="Of both models' predictions.", rich_help_panel=_TRAINING)] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Of both models' predictions.", show_default="1", rich_help_panel=_TRAINING),
+    ] = None,
     label_weight: Annotated[
         float | None,
         typer.Option(
@@ -64,7 +67,9 @@ def command(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of the adapters of lora.", rich_help_panel=_TRAINING)] = 32,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the adapters of lora.", show_default="32", rich_help_panel=_TRAINING)
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="Of the products: auto, float32 or bfloat16.", rich_help_panel=_TRAINING)
     ] = "auto",

@@ -34,6 +34,8 @@ def command(
         }
         typer.echo(json_module.dumps(raw, indent=2))
         return
+    if quiet:
+        return
     from avss.cli.show import show_inspection
 
     show_inspection(found)

@@ -22,6 +22,7 @@ from avss.config import (
     check_augment,
     check_compensation,
     parse_bytes,
+    seeded,
 )
 from avss.criteria import find_criteria
 from avss.cut import cut
@@ -140,7 +141,8 @@ def prune(
     )
     hard = search if isinstance(search, SearchConfig) else build(SearchConfig, dict(search or {}))
     check_one_target(config)
-    check_search(hard)
+    check_search(hard, searches=config.select != "scores", repairs=compensate != "none")
+    hard = seeded(hard, data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0)))
     check_compensation(compensate)
     check_augment(settings.get("augment"), repairs=compensate != "none")
     (wanted,) = find_criteria([criterion])

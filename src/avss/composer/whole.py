@@ -12,7 +12,7 @@ from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
-from avss.config import Budget, HealConfig, PlanConfig, RunConfig, check_augment
+from avss.config import Budget, HealConfig, PlanConfig, RunConfig, check_augment, refuse_unread, seeded
 from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
@@ -63,12 +63,15 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         UserError: Anything the caller can fix, in one sentence; nothing has been written.
         VerificationError: The saved model was not what it should be; nothing has been published.
     """
+    search = config.search
     config = _at_its_best(config)
     check_augment(config.data.augment, repairs=config.compensate != "none" or config.heal is not None)
     began = time.monotonic()
     out = Path(config.out)
     check_one_target(config.plan)
-    check_search(config.search)
+    check_search(search, searches=config.plan.select != "scores", repairs=config.compensate != "none")
+    if config.quality == "plain":
+        refuse_unread({"time": config.time}, "`--quality best`, which was not asked for", "`--quality best`")
     screens = (config.search.screen,) if config.search.screen != "damage" else ()
     names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
     criteria = find_criteria([name for name in names if name != "explicit"])
@@ -80,10 +83,10 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         loaded = load(**model_settings(config.model))
         refuse_uncuttable(loaded)
         loaded.check_reads_text("The evaluation of `avss run`")
-    tasks = choose_tasks(config.tasks, loaded, {})
+    tasks = choose_tasks(config.tasks, loaded, config.task_settings.model_dump())
     batches = calibration(loaded, config.data)
-    fraction = config.plan.fraction or (config.plan.count or 1) / len(loaded.stack)
-    table, collected = score_loaded(loaded, batches, criteria, config.first_token, fraction, timed)
+    share = config.plan.share(len(loaded.stack))
+    table, collected = score_loaded(loaded, batches, criteria, config.first_token, share, timed)
     chosen = choose(
         loaded,
         config.plan,
@@ -137,7 +140,13 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
 
 
 def _at_its_best(config: RunConfig) -> RunConfig:
-    """What `quality = best` stands for, under the settings that were given."""
+    """What `quality = best` stands for, under the settings given; the text's seed is that of every draw without one."""
+    config = config.model_copy(
+        update={
+            "search": seeded(config.search, config.data.seed),
+            "heal": None if config.heal is None else seeded(config.heal, config.data.seed),
+        }
+    )
     if config.quality == "plain":
         return config
     searches = config.plan.select == "scores" and config.plan.blocks is None and config.plan.from_search is None
@@ -147,7 +156,7 @@ def _at_its_best(config: RunConfig) -> RunConfig:
         search = search.model_copy(update={"seconds": _SEARCH_SHARE * (config.time or BEST_SECONDS)})
     if search.max_tokens is None:
         search = search.model_copy(update={"max_tokens": _SEARCH_TOKENS})
-    heal = config.heal or HealConfig()
+    heal = config.heal or HealConfig(seed=config.data.seed)
     repair = "auto" if config.compensate == "none" else config.compensate
     return config.model_copy(update={"plan": plan, "search": search, "compensate": repair, "heal": heal})
 

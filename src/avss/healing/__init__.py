@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from avss.config import HealConfig
+from avss.config import HealConfig, as_given, refuse_unread
 from avss.data.sources import Texts
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
 from avss.healing.loop import Loop, Report
@@ -73,6 +73,7 @@ def heal(
         NumericalError: The loss is no number.
     """
     _check_pair(dense, smaller, plan)
+    _check_read(smaller, config, has_labels=labels is not None)
     text = prepare_text(smaller, texts, config, labels=labels)
     found = {"batch_size": text.facts.batch_size, "held_out": len(text.held_out)}
     share = text.augmentation.share if text.augmentation is not None else 0.0
@@ -147,6 +148,27 @@ def _check_pair(dense: Loaded, smaller: Loaded, plan: Plan) -> None:
             f"smaller one {sizes[1][0]}, {sizes[1][1]} and `{sizes[1][2]}`; to be compared they must agree. Name the "
             "model it was cut from with `--teacher`."
         )
+
+
+def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> None:
+    """Refuses what was asked for and has no part in the healing of such a model.
+
+    Raises:
+        ConfigError: There is such a setting.
+    """
+    given = as_given(config)
+
+    def refuse(name: str, what: str, remedy: str | None = None) -> None:
+        refuse_unread({name: given.get(name)}, what, remedy)
+
+    if config.weights != "lora":
+        refuse("rank", f"adapters, and `--weights {config.weights}` trains none", "`--weights lora`")
+    head, predicts_words = smaller.head, smaller.head in ("causal", "masked")
+    if head == "encoder" or (not predicts_words and getattr(smaller.model.config, "num_labels", 0) == 1):
+        refuse("temperature", f"predicted words or labels, and this `{head}` predicts none")
+    if not predicts_words and not has_labels:
+        remedy = "`--labels COLUMN`" if head == "classifier" else None
+        refuse("label_weight", f"the labels of a text, and this `{head}` is healed without", remedy)
 
 
 def _precision(wanted: str, device: torch.device) -> torch.dtype | None:
