@@ -71,7 +71,7 @@ def measure(options) -> RunRecord:
         ),
         criteria=("avss", "block-influence"),
         plan=build(PlanConfig, plan),
-        search=SearchConfig(max_passes=options.max_passes, max_tokens=8192),
+        search=(SearchConfig(max_passes=options.max_passes, max_tokens=8192) if "select" in plan else SearchConfig()),
         compensate=options.compensate,
         heal=None if options.heal == "none" else build(HealConfig, heal),
         compare=tuple(options.compare),
