@@ -221,8 +221,10 @@ def check_search(search: SearchConfig, *, searches: bool, repairs: bool) -> None
         refuse_unread(finalists, "a search by `kl` whose cut is repaired, and this is none", "`--compensate auto`")
 
 
-def check_plain(config: PlanConfig) -> None:
+def check_plain(config: PlanConfig, *, stack: str = "auto") -> None:
     """A cut from file to file has no model to measure, so it takes scores, or the blocks themselves, only.
+
+    Nor does it look for another stack of blocks than the one that avss takes by itself.
 
     Raises:
         ConfigError: Something else is asked for.
@@ -241,6 +243,11 @@ def check_plain(config: PlanConfig) -> None:
         raise ConfigError(
             f"`{asked[0]}` needs the model in memory, and this cut goes from file to file. Say how many by "
             "`--fraction` or `--count`, or name the blocks that a search found by `--blocks`."
+        )
+    if stack != "auto":
+        raise ConfigError(
+            "`--stack` works in memory only: from file to file the stack that avss takes by itself is cut. Leave out "
+            "`--stack`, or cut in memory (`--in-memory`)."
         )
 
 

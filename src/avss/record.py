@@ -1042,6 +1042,11 @@ class Healing(FrozenValue):
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def kept(self) -> bool:
+        """Whether any weight changed: not where training only did harm."""
+        return self.best_step > 0
+
+    @property
     def before(self) -> HealingStep:
         """The held-out text before healing."""
         return self.validation[0]
@@ -1137,6 +1142,11 @@ class RunRecord(FrozenValue):
     samples: tuple[str, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def stack(self) -> str:
+        """Path of the stack of blocks that the first cut is of; `auto` where none is named, as in a GGUF file."""
+        return self.cuts[0].model.stack if self.cuts and self.cuts[0].file_format != "gguf" else "auto"
 
     def to_json(self) -> str:
         """The record as indented JSON; nan and infinities become null."""

@@ -23,7 +23,7 @@ from avss.config import PlanConfig, parse_bytes
 from avss.criteria import find_criteria
 from avss.errors import ConfigError, InvalidPlanError
 from avss.models.shards import read_checkpoint
-from avss.record import RunRecord
+from avss.record import Compensation, RunRecord
 from tests.commands.test_bad_input import refused
 from tests.commands.test_hub import cached, offline
 from tests.support.architectures import ARCHITECTURES, randomise
@@ -486,6 +486,32 @@ def test_verify_of_a_truncated_file_fails_and_runs_nothing(avss_command, smaller
 
 
 @pytest.mark.usefixtures("one_process")
+def test_weights_that_a_repair_or_healing_left_alone_are_compared(llama_folder, text_file, tmp_path, monkeypatch):
+    thrown_away = Compensation(method="auto", note="The repair was thrown away.")
+    monkeypatch.setattr("avss.composer.pruning.compensate_cut", lambda dense, raw, *_, **__: (raw, thrown_away))
+    cut, healed, again = (tmp_path / name for name in ("cut", "healed", "again"))
+    avss.prune(str(llama_folder), blocks=[2], compensate="auto", data=str(text_file), seq_len=16, out=cut)
+    assert len(avss.verify(cut, against=llama_folder).checks) == 6
+
+    small = {"teacher": str(llama_folder), "data": str(text_file), "budget": "300 tokens", "seq_len": 16}
+    # At such a rate training only does harm.
+    useless = avss.heal(cut, out=healed, learning_rate=1.0, validations=1, **small)
+    assert useless.record.cuts[0].healing.best_step == 0
+    report = avss.verify(healed, against=llama_folder)
+    assert (len(report.checks), report.passed, report.notes) == (6, True, ())
+
+    # What healed the weights before stays on record, where healing once more did not.
+    once = avss.heal(cut, out=healed, force=True, validations=1, **small).record.cuts[0].healing
+    assert once.best_step > 0
+    twice = avss.heal(healed, out=again, learning_rate=1.0, validations=1, **small).record
+    assert twice.cuts[0].healing == once
+    assert any("no better" in warning for warning in twice.warnings)
+    assert (
+        avss.verify(again, against=llama_folder).notes[0].startswith("Its weights were changed after the cut (healing)")
+    )
+
+
+@pytest.mark.usefixtures("one_process")
 def test_without_a_record_equal_weights_tell_the_plan(smaller, llama_folder, tmp_path):
     nameless = copy_of(smaller, tmp_path / "nameless")
     (nameless / "record.json").unlink()
@@ -531,7 +557,10 @@ def test_verify_refuses_what_is_no_model(avss_command, smaller, encoder_folder, 
     refused(avss_command("verify", tmp_path, "--quiet"), "is not a model")
     refused(avss_command("verify", smaller, "--against", tmp_path / "nowhere", "--quiet"), "is not there")
     refused(avss_command("verify", smaller, "--max-memory", "lots", "--quiet"), "lots")
-    refused(avss_command("verify", smaller, "--against", encoder_folder, "--quiet"), "5 blocks", "4")
+    refused(avss_command("verify", smaller, "--against", encoder_folder, "--quiet"), "`model.layers`", "cut from")
+    deeper = tmp_path / "deeper"
+    ARCHITECTURES["llama-tied"]().save_pretrained(deeper)
+    refused(avss_command("verify", smaller, "--against", deeper, "--quiet"), "5 blocks", "6")
 
 
 def test_verify_says_nothing_when_quiet(avss_command, smaller):

@@ -173,3 +173,21 @@ def test_a_failed_verification_publishes_nothing(avss_command, pruned, llama_fol
     assert answer.code == 1
     assert "withdrawn" in answer.err
     assert not out.exists()
+
+
+def test_a_run_says_that_healing_did_no_good(llama_folder, text_file, tmp_path):
+    import avss
+    from avss.config import RunConfig
+
+    config = {
+        "model": {"source": str(llama_folder)},
+        "data": {"source": str(text_file), "samples": 4, "seq_len": 16},
+        "plan": {"count": 1, "criterion": "first"},
+        "criteria": ["first"],
+        "tasks": [{"kind": "perplexity", "data": str(text_file), "limit": 4}],
+        "heal": {"source": str(text_file), "budget": "300 tokens", "seq_len": 16, "learning_rate": 1.0},
+        "out": str(tmp_path / "out"),
+    }
+    record = avss.run(RunConfig.model_validate(config))
+    assert record.cuts[0].healing.best_step == 0
+    assert any("Healing made the held-out text no better" in warning for warning in record.warnings)

@@ -37,6 +37,15 @@ def test_repaired_checkpoint_is_verified_and_stock(avss_command, model, text_fil
     assert not any(info.values())
 
 
+def test_a_repaired_model_is_measured_as_one(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "smaller"
+    avss.prune(str(llama_folder), blocks=[2], compensate="refit", data=str(text_file), samples=24, seq_len=16, out=out)
+    answer = avss_command("evaluate", out, "--baseline", llama_folder, "--task", f"perplexity={text_file}", "--json")
+    cut = RunRecord.model_validate_json(answer.out).cuts[0]
+    assert cut.compensation == RunRecord.read(out).cuts[0].compensation
+    assert cut.name == "explicit, repaired"
+
+
 def test_none_is_the_default_and_changes_no_weight(avss_command, llama_folder, text_file, tmp_path):
     for name, extra in (("plain", ()), ("none", ("--compensate", "none", "--data", text_file))):
         answer = avss_command("prune", llama_folder, "--blocks", 2, "--out", tmp_path / name, *extra)

@@ -9,7 +9,7 @@ from tools.sweep.shrink import small_model
 
 from avss.record import RunRecord
 from tests.commands.test_bad_input import refused
-from tests.support.tokenizers import word_tokenizer
+from tests.support.tokenizers import VOCABULARY, word_tokenizer
 
 
 def save(class_name: str, model_type: str, folder: Path, **settings: object) -> Path:
@@ -106,3 +106,81 @@ def test_planning_leaves_out_what_the_architecture_cannot_lose(avss_command, tex
     refused = avss_command("prune", folder, "--blocks", "0", "--out", tmp_path / "x")
     assert refused.code == 2
     assert "Block 0 of a `modernbert` model cannot be removed" in refused.err
+
+
+# --- later steps remember which stack was cut ---
+
+
+@pytest.fixture(scope="module")
+def bart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier over an encoder-decoder, with stacks of different lengths: mixed up, they could not go unnoticed."""
+    folder = tmp_path_factory.mktemp("models") / "bart"
+    ends = VOCABULARY["[SEP]"]  # its head reads the last place of this token
+    save("BartForSequenceClassification", "bart", folder, encoder_layers=5, decoder_layers=3, eos_token_id=ends)
+    word_tokenizer(adds="cls").save_pretrained(folder)
+    return folder
+
+
+def cut_encoder(avss_command, folder: Path, out: Path) -> Path:
+    answer = avss_command("prune", folder, "--stack", "encoder", "--blocks", "1,2", "--out", out, "--quiet")
+    assert answer.code == 0, answer.err
+    return out
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["against", "by the record"])
+def test_a_cut_of_the_encoder_is_verified_as_one(avss_command, t5_folder, tmp_path, named):
+    out = cut_encoder(avss_command, t5_folder, t5_folder.parent / f"smaller-{named}")
+    answer = avss_command("verify", out, *(("--against", t5_folder) if named else ()), "--json")
+    assert answer.code == 0, answer.out
+    checks = {check["what"]: check["passed"] for check in json.loads(answer.out)["checks"]}
+    assert checks["The weights it kept are those of the original, byte for byte"]
+    assert checks["Its outputs are those of the original with the removed blocks bypassed"]
+
+
+def test_a_cut_of_the_encoder_is_healed_as_one(avss_command, bart_folder, text_file, review_file, tmp_path):
+    out = cut_encoder(avss_command, bart_folder, tmp_path / "smaller")
+    small = ("--budget", "300 tokens", "--seq-len", 12, "--batch-size", 4, "--validations", 1, "--precision", "float32")
+    answer = avss_command(
+        "heal", out, "--teacher", bart_folder, "--data", text_file, "--out", tmp_path / "healed", *small
+    )
+    assert answer.code == 0, answer.err
+    cut = json.loads((tmp_path / "healed" / "record.json").read_text())["cuts"][0]
+    assert cut["model"]["stack"] == "model.encoder.layers"
+    assert cut["verification"]["of_raw_cut"]
+    task = f"classification={review_file}"
+    again = avss_command("evaluate", tmp_path / "healed", "--baseline", bart_folder, "--task", task, "--json")
+    assert again.code == 0, again.err
+    found = json.loads(again.out)["cuts"][0]
+    assert (found["model"]["stack"], found["plan"]["removed"]) == ("model.encoder.layers", [1, 2])
+
+
+def test_a_run_heals_the_stack_it_cut(bart_folder, text_file, review_file, tmp_path, monkeypatch):
+    import avss
+    from avss.config import HealConfig, RunConfig
+    from avss.healing import pair as room
+
+    shells, real = [], room.with_blocks
+    monkeypatch.setattr(room, "with_blocks", lambda *call: shells.append(call[1].path) or real(*call))
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": str(bart_folder), "stack": "encoder"},
+            "data": {"source": str(text_file), "samples": 4, "seq_len": 12},
+            "plan": {"count": 2, "protect": "none", "criterion": "first"},
+            "criteria": ["first"],
+            "tasks": [{"kind": "classification", "data": str(review_file)}],
+            "heal": HealConfig(source=str(text_file), budget="300 tokens", seq_len=12, validations=1).model_dump(),
+            "out": str(tmp_path / "out"),
+        }
+    )
+    record = avss.run(config)
+    assert shells == ["model.encoder.layers"]
+    assert record.cuts[0].healing.after.loss <= record.cuts[0].healing.before.loss
+
+
+@pytest.mark.parametrize("settings", [{"on_disk": True}, {"max_memory": "1MB"}])
+def test_a_named_stack_is_cut_in_memory_or_not_at_all(t5_folder, tmp_path, settings):
+    import avss
+
+    with pytest.raises(avss.errors.ConfigError, match=r"`--stack` works in memory only"):
+        avss.prune(str(t5_folder), blocks=[1], stack="encoder", out=tmp_path / "x", **settings)
+    assert not (tmp_path / "x").exists()

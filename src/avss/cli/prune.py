@@ -107,19 +107,16 @@ def command(
         reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype, revision=revision)
         if reason and not quiet:
             typer.echo(reason, err=True)
-    if stack != "auto" and (on_disk or reason or file_format == "gguf"):
-        raise ConfigError(
-            "`--stack` works in memory only: from file to file the stack that avss takes by itself is cut. Leave out "
-            "`--stack`, or cut in memory (`--in-memory`)."
-        )
-    check_compensation(compensate, in_memory=not (on_disk or reason or file_format == "gguf"))
+    in_memory = not (on_disk or reason or file_format == "gguf")
+    if not in_memory:
+        check_plain(plan, stack=stack)
+    check_compensation(compensate, in_memory=in_memory)
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
     text |= opt.given(augment=augment)
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:
-            check_plain(plan)
             loading["trust_remote_code"] = trust_remote_code
             record = disk.prune_on_disk(
                 model, plan, seed=seed, max_memory=allowed, note=reason, stages=stages, **common, **loading
@@ -127,7 +124,6 @@ def command(
         elif file_format == "gguf":
             from avss.composer.gguf_pruning import prune_gguf
 
-            check_plain(plan)
             record = prune_gguf(
                 model, plan, data=data, device=device, max_memory=allowed, stages=stages, **common, **loading, **text
             )

@@ -14,13 +14,13 @@ from avss.composer.gguf_pruning import find_gguf
 from avss.composer.inputs import text_batch
 from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
 from avss.config import parse_bytes
-from avss.errors import InvalidPlanError, ModelLoadError
+from avss.errors import InvalidPlanError, ModelLoadError, UnsupportedArchitectureError
 from avss.models.forward import run_outputs
 from avss.models.fresh import FreshRunError, run_afresh
 from avss.models.gguf_file import GgufFile, check_cut
 from avss.models.load import Loaded, load_empty, load_model
 from avss.models.shards import Checkpoint, check_copy, compare_bytes, find_stack_path, read_checkpoint
-from avss.models.stack import bypassed
+from avss.models.stack import AUTO, bypassed
 from avss.progress import Stages, silent
 from avss.record import Check, CheckReport, Plan, RunRecord
 
@@ -111,12 +111,18 @@ def verify(
     with stages("Comparing with the original"):
         dense = _read(str(original), _folder(original))
         plan = plan or _infer_plan(saved, dense, head=head)
-        _check_length(plan, dense.gguf.num_blocks if dense.gguf else len(load_empty(dense.source, head=head).stack))
+        stack = record.stack if record is not None else AUTO
+        if dense.gguf is not None:
+            empty, num_blocks = None, dense.gguf.num_blocks
+        else:
+            empty = load_empty(dense.source, head=head, trust_remote_code=trust_remote_code, stack=stack)
+            num_blocks = _num_blocks(empty)
+        _check_length(plan, num_blocks)
         changed = _changed_weights(record)
         if changed:
             notes.append(f"Its weights were changed after the cut ({changed}), so it need not equal the original.")
         else:
-            checks += _compare_bytes(saved, dense, plan, notes, head=head)
+            checks += _compare_bytes(saved, dense, plan, notes, empty)
             needed = OVERHEAD_BYTES + 2 * 4 * dense.num_values
             if saved.gguf is not None and dense.gguf is None:
                 notes.append("Its outputs were not compared: it is quantised, and the original is not.")
@@ -124,11 +130,21 @@ def verify(
                 notes.append("Its outputs were not compared: it did not run.")
             elif needed > allowed:
                 notes.append("Its outputs were not compared: the original does not fit in the memory there is.")
+            elif empty is not None and not empty.reads_text:
+                notes.append(f"Its outputs were not compared: text does not pass through `{stack}`, which was cut.")
             else:
                 if saved.gguf is not None:
                     # A stranger's weights have the digits that decoding gives; avss rounds them, for both alike.
                     outputs = run_outputs(load_model(saved.source, head=head, dtype="float32", device="cpu"), *batch)
-                checks.append(_compare_outputs(outputs, batch, dense, plan, head, trust_remote_code))
+                whole = load_model(
+                    dense.source,
+                    head=head,
+                    dtype="float32",
+                    device="cpu",
+                    trust_remote_code=trust_remote_code,
+                    stack=stack,
+                )
+                checks.append(_compare_outputs(outputs, batch, whole, plan))
     return CheckReport(model=str(model), against=str(original), plan=plan, checks=tuple(checks), notes=tuple(notes))
 
 
@@ -230,10 +246,7 @@ def _run(
     return batch, fresh.outputs, checks
 
 
-def _compare_outputs(
-    outputs: Tensor, batch: tuple[Tensor, Tensor], dense: _Saved, plan: Plan, head: str, trust_remote_code: bool
-) -> Check:
-    original = load_model(dense.source, head=head, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
+def _compare_outputs(outputs: Tensor, batch: tuple[Tensor, Tensor], original: Loaded, plan: Plan) -> Check:
     with bypassed(original.stack, plan.removed):
         reference = outputs_at_tokens(original, batch)
     difference, tolerance = largest_difference(at_tokens(outputs, batch[1]), reference), tolerance_of(reference)
@@ -244,14 +257,14 @@ def _compare_outputs(
 # --- comparing files ---
 
 
-def _compare_bytes(saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], *, head: str) -> list[Check]:
+def _compare_bytes(saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], empty: Loaded | None) -> list[Check]:
     if saved.gguf is not None and dense.gguf is not None:
         wrong = check_cut(dense.gguf, plan, saved.gguf)
-    elif saved.checkpoint is not None and dense.checkpoint is not None:
+    elif saved.checkpoint is not None and dense.checkpoint is not None and empty is not None:
         if saved.checkpoint.dtype != dense.checkpoint.dtype:
             notes.append(f"Its bytes were not compared: {saved.checkpoint.dtype} here, {dense.checkpoint.dtype} there.")
             return []
-        path = _path(dense, plan.num_blocks, head)
+        path = find_stack_path(list(dense.checkpoint.tensors), plan.num_blocks, empty.stack.path)
         kept = {plan.rename(name, path) for name in dense.checkpoint.tensors}
         # What a load from memory drops (buffers, other heads) is no loss; what is there must be the original's.
         shared = kept & saved.checkpoint.tensors.keys()
@@ -268,10 +281,15 @@ def _compare_bytes(saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], *
     return [Check(what=_BYTES, passed=not wrong, found="; ".join(wrong[:3]) or f"{len(plan.kept)} blocks and the rest")]
 
 
-def _path(dense: _Saved, num_blocks: int, head: str) -> str:
-    assert dense.checkpoint is not None
-    module_path = load_empty(dense.source, head=head).stack.path
-    return find_stack_path(list(dense.checkpoint.tensors), num_blocks, module_path)
+def _num_blocks(empty: Loaded) -> int:
+    """Length of the stack that was cut, in the original."""
+    try:
+        return len(empty.stack)
+    except UnsupportedArchitectureError as error:
+        raise InvalidPlanError(
+            f"`{empty.source}` has not the blocks that the record speaks of, `{empty.stack_name}`. Name the model that "
+            "this one was cut from."
+        ) from error
 
 
 def _check_length(plan: Plan, num_blocks: int) -> None:
@@ -283,11 +301,12 @@ def _check_length(plan: Plan, num_blocks: int) -> None:
 
 
 def _changed_weights(record: RunRecord | None) -> str:
-    """How weights were changed after the cut, by the record: compensation or healing."""
+    """How weights were changed after the cut, by the record: compensation or healing that was kept."""
     if record is None or not record.cuts:
         return ""
-    names = ("compensation", "healing")
-    return ", ".join(name for name in names if getattr(record.cuts[0], name, None) is not None)
+    repair, healing = record.cuts[0].compensation, record.cuts[0].healing
+    kept = {"compensation": repair is not None and repair.applied, "healing": healing is not None and healing.kept}
+    return ", ".join(name for name, is_kept in kept.items() if is_kept)
 
 
 def _infer_plan(saved: _Saved, dense: _Saved, *, head: str) -> Plan:

@@ -1,5 +1,6 @@
 """`avss.evaluate`: a model beside its baseline, on the same items."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from avss.config import TaskConfig, build
 from avss.evaluation import TaskResult, evaluate_task, retention
 from avss.models.forward import can_generate, generate
 from avss.models.load import Loaded
+from avss.models.stack import AUTO
 from avss.progress import Stages, Timed, silent
-from avss.record import Cut, Healing, Plan, RunRecord
+from avss.record import Cut, Plan, RunRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,20 +55,34 @@ def evaluate(
         holds the model's own.
     """
     timed = Timed(stages)
+    has_record = isinstance(model, str | Path) and (Path(model) / "record.json").is_file()
+    earlier = RunRecord.read(Path(str(model))) if has_record else None
+    stack = (loading or {}).get("stack", AUTO)
+    if stack == AUTO and earlier is not None:
+        stack = earlier.stack
     with timed("Loading the model"):
-        loaded = load(model, tokenizer, **(loading or {}))
+        loaded = load(model, tokenizer, **{**(loading or {}), "stack": stack})
     models = [loaded]
     if baseline is not None:
         same = {**(loading or {}), "head": loaded.head, "revision": None}
         with timed("Loading the baseline"):
-            models.insert(0, load(baseline, tokenizer, **same))
+            dense = load(baseline, tokenizer, **same)
+        if type(dense.model) is type(loaded.model):
+            dense = dataclasses.replace(dense, stack_name=loaded.stack.path)
+        models.insert(0, dense)
     dense = models[0]
     wanted = choose_tasks(tasks, dense, settings)
     results = evaluate_all(models, wanted, timed)
     cuts: tuple[Cut, ...] = ()
     if baseline is not None:
-        plan = _plan_of(model, loaded, dense)
-        one = describe_cut(dense, loaded, plan).model_copy(update={"healing": _healing_of(model, plan)})
+        as_loaded = Plan(num_blocks=len(loaded.stack), removed=(), method="model", rule="as loaded")
+        told = earlier.cuts[0] if earlier is not None and earlier.cuts else None
+        if told is None or told.plan.num_blocks != len(dense.stack):  # cut from another model than the baseline
+            one = describe_cut(dense, loaded, as_loaded)
+        else:
+            one = describe_cut(dense, loaded, told.plan).model_copy(
+                update={"compensation": told.compensation, "healing": told.healing}
+            )
         cuts = with_measurements((one,), results)
     record = begin_record(dense, command or f"avss.evaluate({loaded.source!r}, ...)", timed, None)
     return record.model_copy(
@@ -137,19 +153,3 @@ def continuations(loaded: Loaded, prompts: tuple[str, ...]) -> tuple[str, ...]:
         new = generate(loaded.model, token_ids, num_tokens=_CONTINUATION_TOKENS)
         texts.append(str(loaded.tokenizer.decode(new)))
     return tuple(texts)
-
-
-def _healing_of(model: AnyModel, plan: Plan) -> Healing | None:
-    """How the model was trained, as noted in its folder, if it is the model of that plan."""
-    if plan.removed and isinstance(model, str | Path) and (Path(model) / "record.json").is_file():
-        return RunRecord.read(Path(model)).cuts[0].healing
-    return None
-
-
-def _plan_of(model: AnyModel, loaded: Loaded, dense: Loaded) -> Plan:
-    """The plan noted in a model's folder, if it was cut from a model of the baseline's size; else an empty one."""
-    if isinstance(model, str | Path) and (Path(model) / "record.json").is_file():
-        plan = RunRecord.read(Path(model)).cuts[0].plan
-        if plan.num_blocks == len(dense.stack):
-            return plan
-    return Plan(num_blocks=len(loaded.stack), removed=(), method="model", rule="as loaded")

@@ -59,7 +59,7 @@ def heal(
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.
         tokenizer: For a model object.
-        loading: For models named: `head`, `dtype`, `device`, `trust_remote_code`.
+        loading: For models named: `head`, `dtype`, `device`, `trust_remote_code`; `stack`, where no record tells it.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: See `avss.config.HealConfig`: `weights`, `learning_rate`, `batch_size`, `seq_len` ...
@@ -87,7 +87,7 @@ def heal(
         smaller, record = _smaller(model, tokenizer, options)
         smaller.check_reads_text("Healing")
         plan = plan or _plan(record, smaller)
-        dense = _dense(teacher, record, model, {**options, "head": smaller.head})
+        dense = _dense(teacher, record, model, {**options, "head": smaller.head, "stack": smaller.stack.path})
     texts, label_ids = _texts(data, labels, smaller)
     with timed("Healing") as advance:
         healed, healing, checkpoint = heal_loaded(
@@ -149,7 +149,7 @@ def _smaller(
         if model.model is None:
             raise ConfigError("The model was cut from file to file and is not in memory. Give the folder it is in.")
         head = model.record.cuts[0].model.head
-        return load(model.model, model.tokenizer, head=head), model.record
+        return load(model.model, model.tokenizer, head=head, stack=model.record.stack), model.record
     if not isinstance(model, str | Path):
         return load(model, tokenizer, **loading), None
     folder = Path(model)
@@ -160,7 +160,8 @@ def _smaller(
     head = loading.get("head", "auto")
     if head == "auto" and record is not None and record.cuts:
         head = record.cuts[0].model.head
-    return load(named, tokenizer, **{**loading, "head": head}), record
+    stack = {} if record is None else {"stack": record.stack}
+    return load(named, tokenizer, **{**loading, "head": head, **stack}), record
 
 
 def _plan(record: RunRecord | None, smaller: Loaded) -> Plan:
@@ -234,19 +235,25 @@ def _healed_record(
         one = one.model_copy(update={**kept, "model": one.model, "healing": healing})
         measured = first.model_copy(update={"path": None, "verification": None})
         earlier = ((measured,) if first.measurements else ()) + base.cuts[1:]
-    warnings = base.warnings
-    if healing.best_step == 0:
-        warnings = (*warnings, "Healing made the held-out text no better, so the weights are as they were before it.")
+        if not healing.kept and first.healing is not None:
+            one = one.model_copy(update={"healing": first.healing})  # the weights are what that one made of them
     return base.model_copy(
         update={
             "created": now(),
             "command": command if record is None else f"{record.command}\n{command}",
             "cuts": (one, *earlier),
-            "warnings": warnings,
+            "warnings": (*base.warnings, *healing_warnings(healing)),
             "seconds": {**base.seconds, **timed.seconds},
             "settings": {**base.settings, "healing": healing.settings},
         }
     )
+
+
+def healing_warnings(healing: Healing | None) -> tuple[str, ...]:
+    """A sentence where healing left the weights as they were."""
+    if healing is None or healing.kept:
+        return ()
+    return ("Healing made the held-out text no better, so the weights are as they were before it.",)
 
 
 _OF_THE_WEIGHTS = frozenset({"model", "path", "verification", "measurements", "retention", "samples", "healing"})

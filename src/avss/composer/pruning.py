@@ -155,7 +155,7 @@ def prune(
     from_file = isinstance(model, str | Path)
     reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
     if on_disk or reason or file_format == "gguf":
-        check_plain(config)
+        check_plain(config, stack=stack)
         check_compensation(compensate, in_memory=False)
         if not from_file or out is None:
             raise ConfigError("A cut from file to file needs the name of a model, not an object, and a folder `out`.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from avss.composer.choosing import choose, with_pinned
 from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
-from avss.composer.healing import checkpoints_beside, forget
+from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, repair, save_verified
@@ -124,7 +124,12 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
             update={
                 "dense": tuple(m for result in results for m in result[0].measurements),
                 "cuts": cuts,
-                "warnings": (*table.warnings, *chosen.warnings, *wreck_warnings(cuts)),
+                "warnings": (
+                    *table.warnings,
+                    *chosen.warnings,
+                    *healing_warnings(cuts[0].healing),
+                    *wreck_warnings(cuts),
+                ),
                 "prompts": prompts if samples[0] else (),
                 "samples": samples[0],
                 "seconds": timed.seconds,

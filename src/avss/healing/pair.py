@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from avss.healing.text import Batch
 from avss.models.load import Loaded
 from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
-from avss.models.stack import BlockStack, find_stack, hidden_from_output, hooked, replace_hidden
+from avss.models.stack import BlockStack, hidden_from_output, hooked, replace_hidden
 from avss.record import Plan
 
 
@@ -64,7 +64,7 @@ class Pair:
         self._dense_stack = dataclasses.replace(
             dense.stack, blocks=cast(nn.ModuleList, self._dense.get_submodule(dense.stack.path))
         )
-        stack = find_stack(model.model)
+        stack = model.stack
         self._known = [KnownBlock(block) for block in stack.blocks[:num_shared]]
         rest = [RecomputedBlock(block) if recompute else block for block in stack.blocks[num_shared:]]
         blocks: list[nn.Module] = [*self._known, *rest]

@@ -307,6 +307,7 @@ def load_empty(
     revision: str | None = None,
     trust_remote_code: bool = False,
     with_tokenizer: bool = False,
+    stack: str = AUTO,
 ) -> Loaded:
     """The model as its config describes it, without any weight: what can be told of it without reading them.
 
@@ -316,6 +317,7 @@ def load_empty(
         revision: As for `load_model`.
         trust_remote_code: As for `load_model`.
         with_tokenizer: Whether to read the tokenizer.
+        stack: As for `load_model`.
 
     Raises:
         ConfigError: `head` is unknown.
@@ -333,7 +335,9 @@ def load_empty(
             # An auto class builds from a config by a method of its own.
             model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
         tokenizer = _read_tokenizer(location, options) if with_tokenizer else None
-    return Loaded(model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision)
+    return Loaded(
+        model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision, stack_name=stack
+    )
 
 
 def adopt(

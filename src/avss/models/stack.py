@@ -169,7 +169,9 @@ def find_stack(model: PreTrainedModel, wanted: str = AUTO) -> BlockStack:
 def _pick(stacks: Sequence[BlockStack], wanted: str) -> BlockStack:
     exact = [stack for stack in stacks if wanted in (stack.name, stack.path)]
     partial = [stack for stack in stacks if wanted in stack.name.split("-")]
-    for fitting in (exact, partial):
+    # The same stack in a model with its head and in the bare body: `bert.encoder.layer`, `encoder.layer`.
+    inside = [s for s in stacks if s.path.endswith(f".{wanted}") or wanted.endswith(f".{s.path}")]
+    for fitting in (exact, partial, inside):
         if len(fitting) == 1:
             return dataclasses.replace(fitting[0], reason="asked for by name")
     allowed = [AUTO, *(stack.name for stack in stacks), *(stack.path for stack in stacks)]
