@@ -20,7 +20,7 @@ from avss.compensation.sweep import sweep
 from avss.compensation.workpiece import Workpiece
 from avss.cut import cut
 from avss.data.batches import Batches
-from avss.errors import ConfigError
+from avss.errors import ConfigError, DataError
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded, adopt
 from avss.models.projections import PROJECTIONS, bias_of, find_by_trial, find_projections, matrix_of, set_linear
@@ -534,4 +534,57 @@ def test_text_is_dealt_out_in_three_without_overlap():
     assert [len(part.sequences) for part in (fit, choose, judge)] == [12, 2, 2]
     dealt = [*fit.sequences, *choose.sequences, *judge.sequences]
     assert all(one is other for one, other in zip(dealt, text.sequences, strict=True))
-    assert all(part is short for short in [random_text(2)] for part in split(short))
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 3])
+def test_little_text_is_cut_shorter_so_that_the_judge_has_not_been_seen(num_sequences):
+    text = random_text(num_sequences, ragged=False)
+    parts = split(text)
+    dealt = torch.cat([sequence for part in parts for sequence in part.sequences])
+    assert torch.equal(dealt, torch.cat(text.sequences))  # every token once
+    assert all(part.sequences and min(map(len, part.sequences)) > 1 for part in parts)
+
+
+def test_too_little_text_to_judge_by_is_refused():
+    with pytest.raises(DataError, match="`drawn` gives 5 tokens, too few"):
+        split(random_text(1, 5))
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_both_sides_of_an_encoder_decoder_read_the_text(name, num_shared):
+    loaded = adopt(stored(name))
+    smaller, text = cut(loaded, without(len(loaded.stack), 2)), random_text(5)
+    found = Yardstick(loaded, text, num_shared)(smaller)
+    assert found == pytest.approx(by_hand(name, loaded, smaller, text), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert-reward", "bert-labels", "t5", "gpt2-padless"])
+def test_other_heads_are_repaired_by_what_they_answer(name):
+    loaded = adopt(stored(name))
+    plan = without(len(loaded.stack), 2)
+    smaller, text = cut(loaded, plan), random_text(24).padded_with(loaded.pad_id)
+    repaired, story = compensate(loaded, smaller, plan, text, method="auto", rounds=2)
+    assert story.applied, story.note
+    assert story.measure == ("squared" if name == "bert-reward" else "kl")
+    assert story.before == pytest.approx(by_hand(name, loaded, smaller, split(text)[2]), rel=1e-4)
+    assert story.after == pytest.approx(by_hand(name, loaded, repaired, split(text)[2]), rel=1e-4)
+    assert story.after < story.before
+
+
+@torch.no_grad()
+def by_hand(name: str, dense: Loaded, smaller: Loaded, text: Batches) -> float:
+    """The mean distance of a place, a sequence at a time and with transformers alone."""
+    rows = []
+    for ids in text.sequences:
+        more = {"decoder_input_ids": ids[None]} if name in ("t5", "bart") else {}
+        truth, found = (one.model(input_ids=ids[None], **more).logits[0].double() for one in (dense, smaller))
+        if name == "bert-reward":
+            rows.append((truth - found) ** 2)
+            continue
+        if name == "bert-labels":
+            truth, found = (torch.stack([logits, 0 * logits], -1) for logits in (truth, found))
+        p, q = truth.softmax(-1), found.softmax(-1)
+        distances = (p * (p / q).log()).sum(-1)
+        rows.append(distances.sum()[None] if name == "bert-labels" else distances.reshape(-1))
+    return float(torch.cat(rows).mean())

@@ -72,7 +72,8 @@ def compensate(
         The repaired model, or `smaller` itself where nothing helped; and what was done.
 
     Raises:
-        ConfigError: An unknown method, or no sequence of text.
+        ConfigError: An unknown method.
+        DataError: Too little text to fit to some of it and judge by the rest.
     """
     wanted = check_compensation(method)
     facts = find_projections(smaller)

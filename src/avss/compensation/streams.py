@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from avss.data.batches import Batches
+from avss.errors import DataError
 from avss.models.forward import run_body
 from avss.models.load import Loaded
 from avss.models.projections import Projections
@@ -117,15 +118,24 @@ def ordinary(state: Tensor, keep: Tensor) -> Tensor:
 def split(batches: Batches, *, share: float = 0.125) -> tuple[Batches, Batches, Batches]:
     """Calibration text in three: to fit, to choose a ridge or a step by, and to judge by.
 
-    The last two are `share` of the sequences each, at least one. With fewer than three sequences there is nothing to
-    hold out, and all three are the same.
+    The last two are `share` of the sequences each, at least one. Fewer than three sequences are halved until there are
+    enough, so that no token is in two of the three.
+
+    Raises:
+        DataError: There are too few tokens for that.
     """
-    total = len(batches.sequences)
-    if total < 3:
-        return batches, batches, batches
+    sequences = batches.sequences
+    while len(sequences) < 3:
+        if min(map(len, sequences), default=0) < 4:
+            raise DataError(
+                f"`{batches.facts.source}` gives {num_tokens(batches)} tokens, too few to fit a repair to some of them "
+                "and judge it by others. Give more text."
+            )
+        sequences = tuple(half for one in sequences for half in one.tensor_split(2))
+    total = len(sequences)
     held = max(1, round(share * total))
     cuts = (0, total - 2 * held, total - held, total)
-    parts = [batches.sequences[start:stop] for start, stop in itertools.pairwise(cuts)]
+    parts = [sequences[start:stop] for start, stop in itertools.pairwise(cuts)]
     fit, choose, judge = (dataclasses.replace(batches, sequences=part) for part in parts)
     return fit, choose, judge
 
