@@ -460,6 +460,34 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(patient, text, small, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_killed_after_a_validation_does_not_repeat_or_miss_it(patient, text, small, tmp_path, monkeypatch):
+    one, config = patient(), small(budget="500 tokens")
+    whole, expected, _ = heal(one.dense, one.smaller, one.plan, text, config)
+    due = expected.validation[1].step
+    assert 0 < due < expected.num_steps
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
+    step = loop_room.Loop._step
+
+    def dies(self):
+        if self._steps == due:
+            raise Killed
+        step(self)
+
+    monkeypatch.setattr(loop_room.Loop, "_step", dies)
+    with pytest.raises(Killed):
+        heal(one.dense, one.smaller, one.plan, text, config, checkpoint_folder=tmp_path)
+    monkeypatch.setattr(loop_room.Loop, "_step", step)
+    (file,) = tmp_path.iterdir()
+    assert torch.load(file, weights_only=True)["steps"] == due
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, config, checkpoint_folder=tmp_path)
+    assert [(point.step, point.loss) for point in healing.validation] == [
+        (point.step, point.loss) for point in expected.validation
+    ]
+    assert healing.best_step == expected.best_step
+    state = healed.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in whole.model.state_dict().items())
+
+
 def test_another_run_does_not_meet_the_checkpoint(patient, text, small, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
     one = patient()

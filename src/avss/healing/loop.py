@@ -102,7 +102,6 @@ class Loop:
         while self._agreed_room():
             begun = self._pace.seconds
             self._step()
-            self._write_if_due()
             self._tick()
             self._pace.note_step(_MARGIN * (self._pace.seconds - begun))
             if self._is_due():
@@ -110,6 +109,9 @@ class Loop:
                 if self._since_best() >= self._config.patience:
                     stopped = "no improvement"
                     break
+            # After a validation that is due: a run that goes on from here does not make up for it a step later.
+            self._write_if_due()
+            self._tick()
         if stopped == "budget" and self._validation[-1].step != self._steps:
             self._validate()
         with torch.no_grad():
