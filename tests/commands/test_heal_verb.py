@@ -1,13 +1,18 @@
 """`avss heal`: from a pruned folder to a healed one, on the command line and in Python."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from avss.models.load import adopt
 from avss.record import RunRecord
+from tests.support.architectures import ARCHITECTURES, randomise, stored
+from tests.support.tokenizers import word_tokenizer
 
 SMALL = ("--budget", "300 tokens", "--seq-len", 16, "--batch-size", 2, "--validations", 2, "--precision", "float32")
 
@@ -61,6 +66,36 @@ def test_the_teacher_is_the_one_in_the_record(avss_command, llama_folder, text_f
     answer = avss_command("heal", "smaller", *arguments, "--force")
     assert answer.code == 2
     assert "--teacher" in answer.err
+
+
+def test_another_model_of_the_recorded_name_is_no_teacher(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama_folder, "gpt2")  # a fine-tune of somebody's, say
+    assert avss_command("prune", "gpt2", "--blocks", "2", "--out", "smaller", "--quiet").code == 0
+    arguments = ("heal", "smaller", "--data", text_file, "--quiet", *SMALL)
+    Path("moved").mkdir()
+    Path("smaller").rename("moved/smaller")  # the fingerprint does not depend on where a model lies
+    shutil.copytree("gpt2", "moved/gpt2")
+    monkeypatch.chdir("moved")
+    answer = avss_command(*arguments, "--out", "healed")
+    assert answer.code == 0, answer.err
+
+    shutil.rmtree("gpt2")
+    randomise(ARCHITECTURES["llama"](), seed=1).save_pretrained("gpt2")
+    answer = avss_command(*arguments, "--out", "again")
+    assert answer.code == 2
+    assert "is not the `gpt2` that was cut" in answer.err
+    assert "--teacher" in answer.err
+
+    shutil.rmtree("gpt2")
+    asked = []
+    monkeypatch.setattr("avss.models.load._read_config", lambda location, **_: asked.append(location.name))
+    smaller = dataclasses.replace(adopt(ARCHITECTURES["llama"]()), source="smaller"), RunRecord.read(Path("smaller"))
+    monkeypatch.setattr("avss.composer.healing._smaller", lambda *_: smaller)
+    answer = avss_command(*arguments, "--out", "again")
+    assert answer.code == 2
+    assert "neither beside" in answer.err
+    assert asked == []  # a name without an owner is not looked up on the hub
 
 
 def test_a_killed_command_goes_on(avss_command, pruned, llama_folder, text_file, tmp_path, monkeypatch):
@@ -182,12 +217,30 @@ def test_a_run_says_that_healing_did_no_good(llama_folder, text_file, tmp_path):
     config = {
         "model": {"source": str(llama_folder)},
         "data": {"source": str(text_file), "samples": 4, "seq_len": 16},
-        "plan": {"count": 1, "criterion": "first"},
+        "plan": {"blocks": "2"},
         "criteria": ["first"],
         "tasks": [{"kind": "perplexity", "data": str(text_file), "limit": 4}],
-        "heal": {"source": str(text_file), "budget": "300 tokens", "seq_len": 16, "learning_rate": 1.0},
+        "heal": {
+            "source": str(text_file),
+            "budget": "300 tokens",
+            "seq_len": 16,
+            "learning_rate": 1.0,
+            "validations": 1,
+        },
         "out": str(tmp_path / "out"),
     }
     record = avss.run(RunConfig.model_validate(config))
     assert record.cuts[0].healing.best_step == 0
     assert any("Healing made the held-out text no better" in warning for warning in record.warnings)
+
+
+@pytest.mark.parametrize("name", ["bert-reward", "bert-labels"])
+def test_labels_are_for_classifiers_that_choose_one(avss_command, name, review_file, tmp_path):
+    dense, out = tmp_path / "dense", tmp_path / "smaller"
+    stored(name).save_pretrained(dense)
+    word_tokenizer(adds="cls").save_pretrained(dense)
+    assert avss_command("prune", dense, "--blocks", "1", "--out", out, "--quiet").code == 0
+    labels = ("--data", review_file, "--labels", "label")
+    answer = avss_command("heal", out, "--teacher", dense, *labels, "--out", tmp_path / "x")
+    assert answer.code == 2
+    assert "one right label of two or more" in answer.err

@@ -1,5 +1,6 @@
 """`avss.verify`: is a saved model whole, does a stranger's process run it, is it the original without its blocks?"""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -13,6 +14,7 @@ from avss.composer.disk import OVERHEAD_BYTES
 from avss.composer.gguf_pruning import find_gguf
 from avss.composer.inputs import text_batch
 from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
+from avss.composer.records import places_of
 from avss.config import parse_bytes
 from avss.errors import InvalidPlanError, ModelLoadError, UnsupportedArchitectureError
 from avss.models.forward import run_outputs
@@ -186,14 +188,11 @@ def _find_original(against: str | Path | None, record: RunRecord | None, folder:
         return against
     if record is None:
         return None
+    for place in places_of(record, folder):
+        with contextlib.suppress(ModelLoadError):
+            _folder(place)
+            return place
     name = record.model.source
-    for place in (Path(name), folder.parent / name, folder.parent.parent / name):
-        try:
-            if place.exists() and place.resolve() != folder.resolve():
-                _folder(place)
-                return place
-        except ModelLoadError:
-            continue
     return name if name.count("/") == 1 and isinstance(try_to_load_from_cache(name, "config.json"), str) else None
 
 

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from avss.composer.inputs import AnyModel, load, probe_batch
 from avss.composer.pruning import Pruned, describe_cut
-from avss.composer.records import begin_record, now
+from avss.composer.records import begin_record, now, places_of, versions
 from avss.config import HealConfig, build
 from avss.cut import cut
 from avss.data.sources import Texts, read_table, read_texts
-from avss.errors import ConfigError, ModelLoadError
+from avss.errors import ConfigError, InvalidPlanError, ModelLoadError
 from avss.evaluation.labelled import match_classifier, read_labelled
 from avss.healing import heal as heal_loaded
 from avss.healing.state import Checkpoint
 from avss.healing.team import Team
 from avss.models.load import Loaded, save_model
+from avss.models.predictions import label_answers
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.progress import Advance, Stages, Timed, silent
@@ -87,7 +88,9 @@ def heal(
         smaller, record = _smaller(model, tokenizer, options)
         smaller.check_reads_text("Healing")
         plan = plan or _plan(record, smaller)
-        dense = _dense(teacher, record, model, {**options, "head": smaller.head, "stack": smaller.stack.path})
+        dense = _dense(
+            teacher, record, Path(smaller.source), {**options, "head": smaller.head, "stack": smaller.stack.path}
+        )
     texts, label_ids = _texts(data, labels, smaller)
     with timed("Healing") as advance:
         healed, healing, checkpoint = heal_loaded(
@@ -173,22 +176,45 @@ def _plan(record: RunRecord | None, smaller: Loaded) -> Plan:
     return record.cuts[0].plan
 
 
-def _dense(
-    teacher: AnyModel | None, record: RunRecord | None, model: AnyModel | Pruned, loading: dict[str, Any]
-) -> Loaded:
+def _dense(teacher: AnyModel | None, record: RunRecord | None, folder: Path, loading: dict[str, Any]) -> Loaded:
+    """The model named as the teacher, or the one that a record in `folder` says was cut."""
     if teacher is not None:
         return load(teacher, **loading)
     if record is None:
         raise ConfigError("No dense model was named. Name the model that it was cut from with `--teacher`.")
     source = record.model.source
-    beside = Path(model).parent / source if isinstance(model, str | Path) else Path(source)
+    places = places_of(record, folder)
+    if not places and "/" not in source:  # of a folder the record keeps the last part; on the hub it may be any model
+        raise ModelLoadError(
+            f"The dense model `{source}` that the record names is neither beside `{folder}` nor in the working "
+            "directory. Name it with `--teacher`."
+        )
     revision: dict[str, Any] = {"revision": record.model.revision} if record.model.revision else {}
     try:
-        return load(str(beside) if beside.exists() else source, **{**loading, **revision})
+        dense = load(str(places[0]) if places else source, **{**loading, **revision})
     except ModelLoadError as error:
         raise ModelLoadError(
             f"The dense model `{source}` that the record names cannot be loaded. Name it with `--teacher`. ({error})"
         ) from error
+    _check_teacher(dense, record)
+    return dense
+
+
+def _check_teacher(dense: Loaded, record: RunRecord) -> None:
+    """Refuses a model of the recorded name that is another one, where fingerprints can tell.
+
+    Raises:
+        InvalidPlanError: It is another one.
+    """
+    found, known = dense.facts(), record.model
+    # A fingerprint is of the values computed with and of the config as transformers writes it; or of files.
+    alike = found.compute_dtype == known.compute_dtype
+    alike = alike and versions()["transformers"] == record.versions.get("transformers")
+    if alike and not known.fingerprint.startswith("file-") and found.fingerprint != known.fingerprint:
+        raise InvalidPlanError(
+            f"`{dense.source}` is not the `{known.source}` that was cut: its fingerprint is `{found.fingerprint}`, not "
+            f"`{known.fingerprint}`. Name the model that was cut with `--teacher`."
+        )
 
 
 # --- text ---
@@ -201,6 +227,12 @@ def _texts(data: str | Path | Sequence[str], column: str | None, smaller: Loaded
         raise ConfigError(
             f"`--labels {column}` is for classifiers and a table of labelled texts; the model has a `{smaller.head}` "
             "head. Leave it out: the model then learns from the dense model's answers."
+        )
+    if label_answers(smaller.model.config) != "choice":
+        raise ConfigError(
+            f"`--labels {column}` is for classifiers with one right label of two or more, and `{smaller.source}` has "
+            f"{smaller.model.config.num_labels} outputs of the problem type `{smaller.model.config.problem_type}`. "
+            "Leave it out: the model then learns from the dense model's answers."
         )
     name, _, text_column = str(data).partition("#")
     table = read_labelled(

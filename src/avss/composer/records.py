@@ -29,6 +29,13 @@ def begin_record(loaded: Loaded, command: str, timed: Timed, table: ScoreTable |
     )
 
 
+def places_of(record: RunRecord, folder: Path) -> list[Path]:
+    """Where the dense model of a record in `folder` may be at hand: beside it, or in the working directory."""
+    name = record.model.source
+    places = (folder.parent / name, folder.parent.parent / name, Path(name))
+    return [place for place in places if place.exists() and place.resolve() != folder.resolve()]
+
+
 def write_record(record: RunRecord, folder: Path) -> None:
     """Writes `record.json` and all that can be made from it: the tables as CSV, `report.html`, `figures/`."""
     (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
