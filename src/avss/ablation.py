@@ -8,7 +8,8 @@ What "far" means depends on the head:
 
 - `causal`, `masked`, `seq2seq`: KL divergence of the predicted words from the whole model's, nats a token, mean over
   the real tokens of a sequence;
-- `classifier`, `image-classifier`: KL divergence of the predicted labels, nats a sequence or image;
+- `classifier`, `image-classifier`: KL divergence of the predicted labels, nats a sequence or image, summed over labels
+  that are there or not; of a head that predicts numbers, the squared difference;
 - `encoder`, and a tower that reads images: one minus the cosine between the embedding and the whole model's, 0 to 2.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from avss.data.batches import Batches, Inputs
 from avss.errors import NoObservationsError, UnsupportedArchitectureError
 from avss.models import predictions
-from avss.models.load import Head, Loaded
+from avss.models.load import Loaded
 from avss.models.pooling import find_pooling
 from avss.models.shared_prefix import SharedPrefix, in_sharing_order
 from avss.record import DamageMeasure, DamageTable, DataFacts, ModelFacts, SetDamage
@@ -101,7 +102,7 @@ class Judge:
     @property
     def measure(self) -> DamageMeasure:
         """What the distances are."""
-        return measure_of(self._loaded.head)
+        return predictions.measure_of(self._loaded)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -180,18 +181,13 @@ def leave_one_out(judge: Judge, num_blocks: int, *, on_step: OnStep = lambda don
     return judge.judge([(block,) for block in range(num_blocks)], on_step=on_step)
 
 
-def measure_of(head: Head) -> DamageMeasure:
-    """What distance suits a head."""
-    return "cosine" if head in ("encoder", "other") else "kl"
-
-
 class _Answers:
     """The whole model's answers on one batch, to compare with."""
 
     def __init__(self, loaded: Loaded, dense: Tensor, inputs: Inputs, keep: Tensor) -> None:
-        self._measure = measure_of(loaded.head)
+        self._answers: predictions.Answers = predictions.answers_of(loaded)
         self._keep = keep
-        if self._measure == "cosine":
+        if self._answers == "states":
             if dense.shape[:2] != keep.shape and not isinstance(inputs, Tensor):
                 raise UnsupportedArchitectureError(
                     f"`{type(loaded.model).__name__}` answers an image with {tuple(dense.shape[1:])}, neither logits "
@@ -200,6 +196,9 @@ class _Answers:
                 )
             self._pooling = find_pooling(loaded)
             self._embedding = self._embed(dense)
+            return
+        if self._answers != "choice":
+            self._dense = dense
             return
         self._by_token = dense.dim() == 3
         places = keep.flatten().nonzero()[:, 0] if self._by_token else torch.arange(len(dense))
@@ -215,9 +214,11 @@ class _Answers:
 
     def row(self, answers: Tensor) -> _Row:
         """Distance and loss of each sequence."""
-        if self._measure == "cosine":
+        if self._answers == "states":
             near = torch.cosine_similarity(self._embed(answers), self._embedding, dim=-1)
             return (1 - near).cpu().numpy(), None
+        if self._answers != "choice":
+            return predictions.distance(self._answers, self._dense, answers).double().cpu().numpy(), None
         divergences, likelihoods = self._reference.compare(answers.flatten(0, -2))
         distance = self._by_sequence(divergences, self._sequence)
         if likelihoods is None or self._targets is None:

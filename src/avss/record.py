@@ -499,8 +499,9 @@ def describe_blocks(blocks: Sequence[int]) -> str:
     return ", ".join(str(start) if stop - start == 1 else f"{start}-{stop - 1}" for start, stop in runs_of(blocks))
 
 
-DamageMeasure = Literal["kl", "cosine"]
-"""How far answers are apart: KL divergence from the dense model in nats, or one minus the cosine of embeddings."""
+DamageMeasure = Literal["kl", "cosine", "squared"]
+"""How far answers are apart: KL divergence from the dense model in nats, one minus the cosine of embeddings, or the
+squared difference of a number that is predicted."""
 
 
 class SetDamage(FrozenValue):
@@ -527,7 +528,7 @@ class DamageTable(FrozenValue):
     """The measured cost of leaving out each block alone: what every criterion guesses at.
 
     Attributes:
-        measure: `kl` or `cosine`.
+        measure: `kl`, `cosine` or `squared`.
         blocks: One entry per block, in block order.
         dense_loss: Next-token loss of the dense model on the same text, nats a token.
         num_blocks_run: Blocks that were computed for it, in units of one block on one batch.
@@ -955,8 +956,8 @@ class Compensation(FrozenValue):
 
     Attributes:
         method: As asked for, e.g. `auto`.
-        measure: What `before` and `after` are: `kl` (nats a token, to the dense model) or `cosine` (distance of the
-            last hidden states).
+        measure: What `before` and `after` are: `kl` (nats a token, to the dense model), `cosine` (distance of the
+            last hidden states) or `squared` (difference of a predicted number).
         before: Divergence of the raw cut from the dense model, on text used for nothing else.
         after: The same after the repair.
         fit_tokens: Tokens it was fitted to.
@@ -971,7 +972,7 @@ class Compensation(FrozenValue):
     """
 
     method: str
-    measure: Literal["kl", "cosine"] = "kl"
+    measure: DamageMeasure = "kl"
     before: JsonFloat = math.nan
     after: JsonFloat = math.nan
     fit_tokens: int = 0

@@ -11,7 +11,9 @@ import torch
 import avss
 from avss.composer import damage
 from avss.record import Comparison, DamageTable, RunRecord, StabilityStudy
+from tests.support.architectures import stored
 from tests.support.oracles import run, without_blocks
+from tests.support.tokenizers import word_tokenizer
 
 SMALL = ("--samples", 12, "--seq-len", 16, "--batch-size", 4)
 
@@ -190,3 +192,26 @@ def test_bad_input_is_one_sentence(avss_command, llama_folder, text_file, argume
     assert answer.code == 2
     assert says in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("name", ["gpt2-padless", "llama-padless", "llama-classifier", "bert-reward", "bert-labels"])
+def test_classifiers_of_every_kind_go_the_whole_way(avss_command, name, text_file, tmp_path):
+    """Damage, search, repair, the proof of what was saved, and healing."""
+    folder, out, tokenizer = tmp_path / "dense", tmp_path / "out", word_tokenizer(adds="cls")
+    stored(name).save_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    text = ("--data", text_file, "--samples", 8, "--seq-len", 12)
+    answer = avss_command("damage", folder, *text, "--json")
+    assert answer.code == 0, answer.err
+    damage = [one["distance"] for one in json.loads(answer.out)["blocks"]]
+    assert min(damage) > 1e-7
+    alone = avss.damage(str(folder), str(text_file), samples=8, seq_len=12, batch_size=1)
+    assert damage == pytest.approx(alone.values, rel=1e-3)  # padding was not read
+    search = ("--select", "greedy", "--count", 1, "--compensate", "refit", "--protect", "none")
+    answer = avss_command("prune", folder, *search, *text, "--out", out)
+    assert answer.code == 0, answer.err
+    heal = ("--teacher", folder, "--data", text_file, "--budget", "300 tokens", "--seq-len", 12, "--validations", 1)
+    answer = avss_command("heal", out, *heal, "--out", tmp_path / "healed")
+    assert answer.code == 0, answer.err
+    assert avss_command("report", out, "--out", tmp_path / "report", "--quiet").code == 0

@@ -156,7 +156,7 @@ def test_a_cut_of_the_encoder_is_healed_as_one(avss_command, bart_folder, text_f
 
 def test_a_run_heals_the_stack_it_cut(bart_folder, text_file, review_file, tmp_path, monkeypatch):
     import avss
-    from avss.config import HealConfig, RunConfig
+    from avss.config import RunConfig
     from avss.healing import pair as room
 
     shells, real = [], room.with_blocks
@@ -168,7 +168,7 @@ def test_a_run_heals_the_stack_it_cut(bart_folder, text_file, review_file, tmp_p
             "plan": {"count": 2, "protect": "none", "criterion": "first"},
             "criteria": ["first"],
             "tasks": [{"kind": "classification", "data": str(review_file)}],
-            "heal": HealConfig(source=str(text_file), budget="300 tokens", seq_len=12, validations=1).model_dump(),
+            "heal": {"source": str(text_file), "budget": "300 tokens", "seq_len": 12, "validations": 1},
             "out": str(tmp_path / "out"),
         }
     )
@@ -184,3 +184,23 @@ def test_a_named_stack_is_cut_in_memory_or_not_at_all(t5_folder, tmp_path, setti
     with pytest.raises(avss.errors.ConfigError, match=r"`--stack` works in memory only"):
         avss.prune(str(t5_folder), blocks=[1], stack="encoder", out=tmp_path / "x", **settings)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_classifier_over_an_encoder_decoder_is_verified(avss_command, bart_folder, tmp_path):
+    out = cut_encoder(avss_command, bart_folder, tmp_path / "smaller")
+    answer = avss_command("verify", out, "--against", bart_folder)
+    assert answer.code == 0, answer.out
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_an_encoder_decoder_is_repaired_and_healed(avss_command, t5_folder, text_file, tmp_path, stack):
+    text, out, healed = ("--data", text_file, "--seq-len", 12), tmp_path / "out", tmp_path / "healed"
+    chosen = ("--stack", stack, "--blocks", "1", "--compensate", "refit", "--samples", 24)
+    answer = avss_command("prune", t5_folder, *chosen, *text, "--out", out)
+    assert answer.code == 0, answer.err
+    small = ("--budget", "300 tokens", "--validations", 1, "--precision", "float32")
+    answer = avss_command("heal", out, "--teacher", t5_folder, *text, *small, "--out", healed)
+    assert answer.code == 0, answer.err
+    healing = json.loads((healed / "record.json").read_text())["cuts"][0]["healing"]
+    assert "next-token predictions" in healing["objective"]
+    assert avss_command("verify", healed, "--against", t5_folder).code == 0

@@ -12,7 +12,7 @@ from avss.cut import cut
 from avss.data.sources import Texts
 from avss.models.load import Loaded, adopt
 from avss.record import Plan
-from tests.support.architectures import ARCHITECTURES
+from tests.support.architectures import ARCHITECTURES, OTHER_HEADS
 from tests.support.tokenizers import WORDS, word_tokenizer
 
 
@@ -30,8 +30,8 @@ def patient() -> Callable[..., Patient]:
     """Makes a patient of an architecture; by default without block 2, the third."""
 
     def make(name: str = "llama", removed: tuple[int, ...] = (2,)) -> Patient:
-        reads_cls = name.split("-")[0] in ("bert", "distilbert", "roberta", "electra")
-        dense = adopt(ARCHITECTURES[name](), word_tokenizer(adds="cls" if reads_cls else "bos"))
+        reads_cls = name.split("-")[0] in ("bert", "distilbert", "roberta", "electra", "t5", "bart")
+        dense = adopt((ARCHITECTURES | OTHER_HEADS)[name](), word_tokenizer(adds="cls" if reads_cls else "bos"))
         plan = Plan(num_blocks=len(dense.stack), removed=removed, method="explicit", rule="by hand")
         return Patient(dense, cut(dense, plan), plan)
 

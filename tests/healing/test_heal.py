@@ -26,6 +26,7 @@ from tests.support.oracles import hook_count, largest_difference, run, state_cop
 from tests.support.tokenizers import word_tokenizer
 
 HEADS = ["llama", "llama-tied", "gpt2", "gemma2", "bert", "bert-masked", "distilbert-classifier", "bert-tokens"]
+HEADS += ["t5", "bert-reward", "bert-labels"]
 
 
 def parts(patient, config: HealConfig, text: Texts, *, choice="all", labels=None, num_shared=None):
@@ -154,6 +155,33 @@ def test_hidden_states_are_compared_after_the_same_original_block(patient, text,
     assert not torch.equal(sides.states[-1][0], sides.states[-1][1])
 
 
+def test_labels_asked_one_by_one_are_compared_one_by_one(patient, text, small):
+    one = patient("bert-labels")
+    pair, objective, _, prepared = parts(one, small(), text)
+    batch = prepared.batch(prepared.drawn(0, 6))
+    with torch.no_grad():
+        found = objective.loss(pair.run(batch), batch, 1.0).value
+    p, q = (torch.sigmoid(run(model.model, batch.token_ids, batch.keep).double()) for model in (one.dense, one.smaller))
+    kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert found == pytest.approx(float(kl.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_learns_the_words_of_its_decoder(patient, text, small, name):
+    one = patient(name)
+    pair, objective, _, prepared = parts(one, small(), text)
+    batch = prepared.batch(prepared.drawn(0, 6))
+    with torch.no_grad():
+        found = objective.loss(pair.run(batch), batch, 1.0).value
+    expected = 0.0
+    for row, keep in zip(batch.token_ids, batch.keep, strict=True):
+        ids = row[keep][None]
+        p, q = (run(model.model, ids).double().softmax(-1) for model in (one.dense, one.smaller))
+        expected += float((p * (p / q).log()).sum(-1).mean())
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert "next-token predictions" in objective.title
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_padding_and_parts_of_a_batch_do_not_matter(patient, text, small, name):
     one = patient(name)
@@ -217,7 +245,18 @@ def test_steps_and_held_out_text_hold_about_as_many_tokens_whatever_the_length(p
     assert (asked.facts.batch_size, len(asked.held_out)) == (3, 5)
 
 
-@pytest.mark.parametrize(("name", "rate"), [("llama", 3e-4), ("bert-masked", 3e-4), ("bert-classifier", 3e-5)])
+@pytest.mark.parametrize("name", ["gpt2-padless", "llama-padless"])
+def test_a_classifier_without_padding_is_healed_sequence_by_sequence(patient, text, small, name):
+    one = patient(name)
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small())
+    assert healing.settings["micro_batch_size"] == 1
+    assert healing.settings["batch_size"] == 4
+    assert healing.after.loss < healing.before.loss
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("llama", 3e-4), ("bert-masked", 3e-4), ("t5", 3e-4), ("bert-classifier", 3e-5)]
+)
 def test_task_heads_learn_at_a_lower_rate(patient, text, small, name, rate):
     one = patient(name)
     _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(learning_rate=None))

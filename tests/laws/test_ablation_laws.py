@@ -20,7 +20,7 @@ from tests.support.oracles import hook_count, run, without_blocks
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
-HEADS = ("llama", "bert-masked", "distilbert-classifier", "bert")
+HEADS = ("llama", "bert-masked", "distilbert-classifier", "bert", "bert-reward", "bert-labels", "t5")
 
 
 def batches(token_ids, keep, batch_size):
@@ -140,6 +140,11 @@ def plain_distance(head, dense, other, row):
     if head == "bert":
         p, q = dense.double().mean(0), other.double().mean(0)
         return 1 - float(p @ q / (p.norm() * q.norm()))
+    if head == "bert-reward":
+        return float((dense.double() - other.double()) ** 2)
+    if head == "bert-labels":
+        chances = [(1 / (1 + math.exp(-d)), 1 / (1 + math.exp(-o))) for d, o in zip(dense, other, strict=True)]
+        return sum(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)) for p, q in chances)
     p, q = dense.double().softmax(-1), other.double().softmax(-1)
     return float((p * (p / q).log()).sum(-1).mean())
 
@@ -250,3 +255,14 @@ def test_no_text_no_damage():
     empty = batches(*token_batch(num_sequences=1), batch_size=1)
     with pytest.raises(NoObservationsError, match="no sequence"):
         Judge(loaded, Batches(sequences=(), batch_size=1, pad_id=0, facts=empty.facts))
+
+
+@pytest.mark.parametrize("name", ["bert-reward", "bert-labels", "llama-reward"])
+def test_heads_of_one_output_and_of_many_labels_tell_blocks_apart(name):
+    judge = Judge(adopt(stored(name)), batches(*token_batch(num_sequences=4), batch_size=2))
+    damages = leave_one_out(judge, 4)
+    assert judge.measure == ("kl" if name == "bert-labels" else "squared")
+    assert len({one.mean for one in damages}) == 4
+    assert min(one.mean for one in damages) > 1e-6
+    (nothing,) = judge.judge([()])
+    assert list(nothing.distance) == [0.0] * 4

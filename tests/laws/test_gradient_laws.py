@@ -13,6 +13,7 @@ from avss.collect import collect, num_passes
 from avss.criteria import CRITERIA
 from avss.criteria.table import find_criteria
 from avss.errors import ConfigError, NoObservationsError, UnsupportedArchitectureError
+from avss.models.forward import run_outputs
 from avss.models.gradients import watched_gradients
 from avss.models.load import Loaded, adopt
 from avss.models.loss import own_loss
@@ -93,6 +94,16 @@ def test_the_loss_is_what_it_says_for_every_head(name):
         expected, num = slow_loss(loaded, token_ids, keep)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
         assert int(targets) == num
+
+
+def test_labels_asked_one_by_one_have_a_binary_loss():
+    loaded = adopt(stored("bert-labels"))
+    token_ids, keep = token_batch()
+    loss, targets = own_loss(loaded, token_ids, keep)
+    logits = run_outputs(loaded, token_ids, keep)
+    # The likelier answer to each label, whichever it is: ln(1 + e^-|z|).
+    assert float(loss.detach()) == pytest.approx(float(torch.log1p((-logits.double().abs()).exp()).mean()), rel=1e-5)
+    assert int(targets) == 3
 
 
 def test_a_regression_is_its_own_loss_and_a_missing_mask_token_leaves_the_text_alone():

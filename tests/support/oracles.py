@@ -62,11 +62,13 @@ def without_blocks(model: PreTrainedModel, path: str, removed: Iterable[int]) ->
 
 @torch.no_grad()
 def run(model: PreTrainedModel, token_ids: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Logits, or the last hidden state of a model without a head; no cache."""
+    """Logits, or the last hidden state of a model without a head; no cache. Both sides of a T5 read the same text."""
     inputs: dict[str, Any] = {"input_ids": token_ids}
     if keep is not None:
         inputs["attention_mask"] = keep.long()
-    if is_causal(model):
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token_ids
+    elif is_causal(model):
         inputs["use_cache"] = False
     outputs = model(**inputs)
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state

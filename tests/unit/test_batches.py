@@ -246,3 +246,28 @@ def test_a_missing_tokenizer_is_a_data_error():
     assert need_tokenizer(PLAIN, "tiny") is PLAIN
     with pytest.raises(DataError, match="`tiny` has no tokenizer"):
         need_tokenizer(None, "tiny")
+
+
+def test_without_a_token_to_fill_them_up_batches_hold_one_sequence():
+    batches = batches_of(prose(200))
+    alone = batches.padded_with(None)
+    assert (alone.batch_size, alone.facts.batch_size, len(alone)) == (1, 1, 8)
+    assert alone.in_batches_of(5).batch_size == 1
+    assert all(torch.equal(ids[0], one) for (ids, _), one in zip(alone, alone.sequences, strict=True))
+    assert batches.padded_with(7).batch_size == batches.batch_size
+
+
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_a_text_is_tokenised_once_however_short(least):
+    calls = []
+
+    class Counting:
+        bos_token_id = None
+
+        def __call__(self, text, **settings):
+            calls.append(text)
+            return PLAIN(text, **settings)
+
+    found = windows(Counting(), running_text(20), 50, least=least)
+    assert [len(window) for window in found] == [20 // least] * (20 // (20 // least))
+    assert [text for text in calls if text != "a"] == [running_text(20)]

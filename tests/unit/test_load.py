@@ -22,7 +22,7 @@ from avss.models.verify import verify
 from avss.record import Plan
 from tests.support.architectures import ARCHITECTURES, POSITIONS, VOCAB, randomise, stored, token_batch
 from tests.support.oracles import run
-from tests.support.tokenizers import word_tokenizer
+from tests.support.tokenizers import VOCABULARY, word_tokenizer
 
 
 def saved(model: PreTrainedModel, folder: Path, *, tokenizer: bool = False) -> Path:
@@ -403,3 +403,22 @@ def test_real_encoder_cut_stays_a_sentence_transformers_folder(minilm_folder, tm
     assert (proof.max_diff_memory, proof.max_diff_bypass) == (0, 0)
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (minilm_folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "pad", "expected"),
+    [
+        ("llama", {}, "[EOS]", 0),  # the model's own, whatever the tokenizer says
+        ("llama", {"pad_token_id": None}, "[PAD]", VOCABULARY["[PAD]"]),
+        ("llama", {"pad_token_id": -1}, None, VOCABULARY["[EOS]"]),
+        ("llama-classifier", {"pad_token_id": 5}, None, 5),
+        ("llama-classifier", {"pad_token_id": None}, "[PAD]", None),  # its head would read the padding
+        ("llama-classifier", {"pad_token_id": -1}, "[PAD]", None),
+    ],
+)
+def test_what_fills_up_a_batch_is_the_models_own(name, settings, pad, expected):
+    model, tokenizer = ARCHITECTURES[name](), word_tokenizer()
+    tokenizer.pad_token = pad
+    for field, value in settings.items():
+        setattr(model.config, field, value)
+    assert adopt(model, tokenizer).pad_id == expected

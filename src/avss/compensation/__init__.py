@@ -8,7 +8,7 @@ Nothing is kept that does not bring the predictions nearer to the dense model's 
 
 from collections.abc import Callable
 
-from avss.compensation.divergence import Yardstick, kind_of
+from avss.compensation.divergence import Yardstick
 from avss.compensation.least_squares import (
     Readings,
     Run,
@@ -27,6 +27,7 @@ from avss.compensation.workpiece import Workpiece
 from avss.config import COMPENSATION_METHODS, CompensationMethod, check_compensation
 from avss.data.batches import Batches
 from avss.models.load import Loaded
+from avss.models.predictions import measure_of
 from avss.models.projections import PROJECTIONS, find_projections
 from avss.record import Compensation, CutRepair, Plan, runs_of
 
@@ -111,7 +112,7 @@ def compensate(
     on_step(total, total)
     story = Compensation(
         method=method,
-        measure=kind_of(original),
+        measure=measure_of(original),
         before=before,
         after=before,
         fit_tokens=num_tokens(fit),

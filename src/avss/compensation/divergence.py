@@ -2,33 +2,24 @@
 
 import contextlib
 import dataclasses
-import inspect
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from avss.data.batches import Batches
-from avss.models.forward import model_inputs
+from avss.models.forward import model_inputs, takes
 from avss.models.load import Loaded
+from avss.models.predictions import answers_of, distance
 from avss.models.shell import HeadShell, KnownBlock, with_blocks
-
-Kind = Literal["kl", "cosine"]
-"""KL divergence of predictions in nats (models with a head), or cosine distance of hidden states (bare encoders)."""
-
-
-def kind_of(loaded: Loaded) -> Kind:
-    """What is compared for this head."""
-    return "cosine" if loaded.head in ("encoder", "other") else "kl"
 
 
 def divergence(
     dense: Loaded, smaller: Loaded, token_ids: Tensor, keep: Tensor, *, places: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    r"""The divergence of one batch, summed, and the number of places it is summed over. Gradients flow to `smaller`.
+    """The divergence of one batch, summed, and the number of places it is summed over. Gradients flow to `smaller`.
 
-    - With logits: $\sum_t \sum_v p_t(v) \ln \frac{p_t(v)}{q_t(v)}$, $p$ the dense model's prediction.
-    - Bare encoders: $\sum_t 1 - \cos(h_t, h'_t)$ of the last hidden states.
+    Of the answers at every place (`avss.models.predictions.distance`), or of the last hidden states of bare encoders.
 
     Args:
         dense: Its predictions are the truth.
@@ -47,14 +38,10 @@ def _distance(dense: Loaded, truth: Tensor, found: Tensor, keep: Tensor) -> tupl
     if found.dim() == 3:
         here = keep.to(found.device)
         truth, found = truth[here], found[here]
-    if kind_of(dense) == "cosine":
-        values = 1 - torch.nn.functional.cosine_similarity(truth.float(), found.float(), dim=-1)
-        return values.sum(), len(values)
-    total = found.new_zeros((), dtype=torch.float32)
+    answers, total = answers_of(dense), found.new_zeros((), dtype=torch.float32)
     # In pieces: a vocabulary's width of float32 for every token would be the largest tensor of the whole run.
     for some_truth, some_found in zip(truth.split(_PIECE), found.split(_PIECE), strict=True):
-        log_p, log_q = some_truth.float().log_softmax(-1), some_found.float().log_softmax(-1)
-        total = total + torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        total = total + distance(answers, some_truth, some_found).sum()
     return total, len(found)
 
 
@@ -128,15 +115,12 @@ class Yardstick:
 
 def _outputs(loaded: Loaded, token_ids: Tensor, keep: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Logits or last hidden states, and the positions they stand for (None for all)."""
-    inputs: dict[str, Any] = {"input_ids": token_ids.to(loaded.device)}
-    if not bool(keep.all()):
-        inputs["attention_mask"] = keep.to(loaded.device, torch.long)
-    if loaded.head == "causal":
-        inputs["use_cache"] = False
-    if kind_of(loaded) == "cosine":
-        hidden = loaded.model.base_model(**inputs)[0]
+    if answers_of(loaded) == "states":
+        body: Any = loaded.model.base_model
+        hidden = body(**model_inputs(loaded, token_ids, keep, part=body))[0]
         return (hidden, None) if places is None else (hidden[:, places.to(hidden.device)], places)
-    if places is not None and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+    inputs = model_inputs(loaded, token_ids, keep)
+    if places is not None and takes(loaded.model, "logits_to_keep"):
         return loaded.model(**inputs, logits_to_keep=places.to(loaded.device))["logits"], places
     logits = loaded.model(**inputs)["logits"]
     if places is None or logits.dim() < 3:

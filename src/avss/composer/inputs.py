@@ -103,7 +103,7 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         max_len=loaded.max_len,
     )
     rewriting = augmentation(tokenizer, loaded.head, config.augment, layout)
-    return dataclasses.replace(batches, augmentation=rewriting)
+    return dataclasses.replace(batches.padded_with(loaded.pad_id), augmentation=rewriting)
 
 
 def _images(loaded: Loaded, source: str | Sequence[str], config: DataConfig) -> Batches:
@@ -168,10 +168,10 @@ def text_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
                 batch_size=3,
                 seed=0,
             )
-            token_ids, keep = next(batches.tokens())
+            token_ids, keep = next(batches.padded_with(loaded.pad_id).tokens())
             if int(token_ids.max()) < loaded.vocabulary:
                 return token_ids, keep
     generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(loaded.vocabulary, (3, length), generator=generator)
+    token_ids = torch.randint(loaded.vocabulary, (1 if loaded.pad_id is None else 3, length), generator=generator)
     keep = torch.ones_like(token_ids, dtype=torch.bool)
     return token_ids, keep

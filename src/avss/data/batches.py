@@ -37,14 +37,14 @@ class Batches:
         sequences: Token ids `[T]` of each sequence, without padding; of images (`facts.layout`) the pixels of each as
             the model reads them, `[channel, height, width]`.
         batch_size: Sequences in a batch.
-        pad_id: Token id that fills up a batch; never observed.
+        pad_id: Token id that fills up a batch; never observed. None where every batch is one sequence.
         facts: For the record.
         augmentation: Gives `rewritten` another writing; None to leave the sequences as they are.
     """
 
     sequences: tuple[Tensor, ...]
     batch_size: int
-    pad_id: int
+    pad_id: int | None
     facts: DataFacts
     augmentation: "Augmentation | None" = None
 
@@ -64,7 +64,7 @@ class Batches:
                 keep = torch.ones((len(part), self.facts.seq_len), dtype=torch.bool)
                 yield {"pixel_values": torch.stack(part)}, keep
             else:
-                yield pad(part, self.pad_id)
+                yield pad(part, self.pad_id or 0)
 
     def tokens(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, for whoever reads text alone.
@@ -78,9 +78,14 @@ class Batches:
             yield inputs, keep
 
     def in_batches_of(self, batch_size: int) -> "Batches":
-        """The same sequences in batches of another size."""
+        """The same sequences in batches of another size, or of one where nothing can fill them up."""
+        batch_size = batch_size if self.pad_id is not None else 1
         facts = self.facts.model_copy(update={"batch_size": batch_size})
         return dataclasses.replace(self, batch_size=batch_size, facts=facts)
+
+    def padded_with(self, pad_id: int | None) -> "Batches":
+        """The same, filled up with a model's own token id; for None, in batches of one sequence."""
+        return dataclasses.replace(self, pad_id=pad_id).in_batches_of(self.batch_size)
 
     def first(self, num_tokens: int | None) -> "Batches":
         """The first sequences that hold at most so many tokens together, one at least; all of them for None."""
@@ -180,14 +185,22 @@ def tokenise(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.long)
 
 
-def windows(tokenizer: Any, text: str, seq_len: int) -> list[Tensor]:
+def windows(tokenizer: Any, text: str, seq_len: int, *, least: int | None = None) -> list[Tensor]:
     """Non-overlapping windows of exactly `seq_len` tokens, BOS included where the model wants it; the rest is dropped.
+
+    Args:
+        tokenizer: The model's.
+        text: A running text.
+        seq_len: Tokens in a window.
+        least: How many windows even a short text gives, which are shorter then; None to keep their length.
 
     Raises:
         DataError: The text does not fill one window.
     """
     lead = torch.tensor(leading_ids(tokenizer), dtype=torch.long)
     ids = tokenise(tokenizer, text)
+    if least is not None:
+        seq_len = min(seq_len, max(2, len(ids) // least) + len(lead))
     body = seq_len - len(lead)
     if body < 1:
         raise ConfigError(f"A window of `{seq_len}` token leaves no room for text; use at least 2.")
@@ -233,7 +246,10 @@ def make_batches(
     if seq_len < 2:
         raise ConfigError(f"`--seq-len {seq_len}` must be at least 2: one token has nothing after it.")
     seq_len = min(seq_len, max_len or seq_len)
-    pool = _packed(texts, tokenizer, seq_len) if layout == "packed" else _padded(texts, tokenizer, seq_len)
+    if layout == "packed":
+        pool = windows(tokenizer, DOCUMENT_BREAK.join(texts.texts), seq_len, least=1)
+    else:
+        pool = _padded(texts, tokenizer, seq_len)
     if not pool:
         raise DataError(f"No text of `{texts.source}` has two tokens. Give longer texts.")
     chosen = np.random.default_rng(seed).permutation(len(pool))[:samples]
@@ -293,15 +309,6 @@ def check_one_size(sizes: Sequence[tuple[int, ...] | None], source: str) -> None
             f"The model's image processor keeps the shapes of images, and those of `{source}` differ: "
             f"{found[0][1]} x {found[0][0]} and {found[1][1]} x {found[1][0]}, for two. Give images of one shape."
         )
-
-
-def _packed(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:
-    joined = DOCUMENT_BREAK.join(texts.texts)
-    num_tokens = len(tokenise(tokenizer, joined))
-    if num_tokens < 2:
-        raise DataError(f"`{texts.source}` has {num_tokens} tokens. Give a text with at least a few sentences.")
-    # A short text still gives one window, of the length it has.
-    return windows(tokenizer, joined, min(seq_len, num_tokens + len(leading_ids(tokenizer))))
 
 
 def _padded(texts: Texts, tokenizer: Any, seq_len: int) -> list[Tensor]:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from avss.config import TaskConfig
-from avss.data.batches import pad_id_of
 from avss.data.sources import read_table, split_column
 from avss.errors import TaskError
 from avss.evaluation.base import (
@@ -18,7 +17,6 @@ from avss.evaluation.base import (
     draw,
     measure,
     need_placeholder,
-    shared_tokenizer,
     short_source,
     shots_source,
     text_column_of,
@@ -154,10 +152,9 @@ def _label_logits(
 ) -> list[torch.Tensor]:
     """The logits of every text, `[N, K]`, float64, for each model."""
     encoded = encode_texts(models, texts)
-    pad_id = models[0].model.config.pad_token_id
+    pad_id = models[0].pad_id
     if pad_id is None:
-        # Decoders find the last token of a text by its padding and refuse a batch without.
-        pad_id, batch_size = pad_id_of(shared_tokenizer(models)), 1
+        pad_id, batch_size = 0, 1
     logits = [torch.empty(len(texts), num_labels, dtype=torch.float64) for _ in models]
     steps = Steps(num_batches(len(texts), batch_size) * len(models), on_step)
     for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id):

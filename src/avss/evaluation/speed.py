@@ -93,7 +93,7 @@ def _take_turns(models: Sequence[Loaded], timer: Timer, budget: float, steps: St
 def _time_forward(model: Loaded, token_ids: Tensor) -> float:
     token_ids = token_ids.to(model.device)
     # A decoder that classifies refuses a batch without a padding token; its head is next to nothing.
-    run = run_body if model.head == "classifier" and model.model.config.pad_token_id is None else run_outputs
+    run = run_body if model.pad_id is None else run_outputs
     start = _now(model)
     run(model, token_ids)
     return _now(model) - start

@@ -20,6 +20,7 @@ from avss.healing.team import Team
 from avss.healing.text import prepare_text
 from avss.healing.weights import Choice, choose_weights, merge
 from avss.models.load import Loaded, dtype_name, in_dtype
+from avss.models.predictions import label_answers
 from avss.record import Healing, Plan
 
 LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
@@ -76,10 +77,12 @@ def heal(
     _check_read(smaller, config, has_labels=labels is not None)
     text = prepare_text(smaller, texts, config, labels=labels)
     found = {"batch_size": text.facts.batch_size, "held_out": len(text.held_out)}
+    if smaller.pad_id is None:
+        found["micro_batch_size"] = 1
     share = text.augmentation.share if text.augmentation is not None else 0.0
     config = config.model_copy(update=found | {"augment": share})
     choice: Choice = "after" if config.weights == "auto" else config.weights
-    of_task = smaller.head not in ("causal", "masked", "encoder")
+    of_task = smaller.head not in ("causal", "masked", "encoder", "seq2seq")
     rate = config.learning_rate or (TASK_LEARNING_RATES if of_task else LEARNING_RATES)[choice]
     precision = _precision(config.precision, smaller.device)
     checkpoint = None
@@ -164,7 +167,7 @@ def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> Non
     if config.weights != "lora":
         refuse("rank", f"adapters, and `--weights {config.weights}` trains none", "`--weights lora`")
     head, predicts_words = smaller.head, smaller.head in ("causal", "masked")
-    if head == "encoder" or (not predicts_words and getattr(smaller.model.config, "num_labels", 0) == 1):
+    if head == "encoder" or (head == "classifier" and label_answers(smaller.model.config) == "numbers"):
         refuse("temperature", f"predicted words or labels, and this `{head}` predicts none")
     if not predicts_words and not has_labels:
         remedy = "`--labels COLUMN`" if head == "classifier" else None

@@ -16,6 +16,7 @@ from avss.healing.pair import Pair, Sides
 from avss.healing.text import Batch
 from avss.models.load import Loaded
 from avss.models.pooling import find_pooling
+from avss.models.predictions import distance, label_answers, yes_or_no
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +123,19 @@ class WordObjective(AbstractObjective):
 class AnswerObjective(AbstractObjective):
     """KL divergence of a task head's label probabilities from the dense model's; with labels, a share on these.
 
-    A head with a single output predicts a number: the squared difference then takes the place of both.
+    A head that says yes or no to each label is compared label by label, one that predicts numbers by the squared
+    difference. An encoder-decoder is compared by the words that its decoder predicts, at every token of the text.
     """
 
     def __init__(self, model: Loaded, config: HealConfig, *, has_labels: bool) -> None:
         self._temperature = config.temperature
         self._label_weight = config.label_weight if has_labels else 0.0
-        self._is_number = getattr(model.model.config, "num_labels", 0) == 1
+        self._answers = "choice" if model.head == "seq2seq" else label_answers(model.model.config)
+        what = "next-token predictions" if model.head == "seq2seq" else "label probabilities"
         self.title = (
             "squared difference from the dense model's output"
-            if self._is_number
-            else "KL divergence of the label probabilities from the dense model's, nats"
+            if self._answers == "numbers"
+            else f"KL divergence of the {what} from the dense model's, nats"
         )
         if self._label_weight:
             self.title += f", with a share of {self._label_weight:g} on the labels"
@@ -154,8 +157,11 @@ class AnswerObjective(AbstractObjective):
         return _whole(value * scale)
 
     def _distance(self, logits: Tensor, dense: Tensor) -> Tensor:
-        if self._is_number:
-            return (logits - dense).square().sum(-1)
+        if self._answers == "numbers":
+            return distance("numbers", dense, logits)
+        if self._answers == "labels":
+            ours, theirs = (yes_or_no(side).flatten(0, -2) for side in (logits, dense))
+            return divergence(ours, theirs, self._temperature).view(logits.shape).sum(-1)
         return divergence(logits, dense, self._temperature)
 
 

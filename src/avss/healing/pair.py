@@ -5,7 +5,6 @@ Shape letters: B batch, T token, D hidden.
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from avss.healing.text import Batch
+from avss.models.forward import model_inputs, takes
 from avss.models.load import Loaded
 from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
 from avss.models.stack import BlockStack, hidden_from_output, hooked, replace_hidden
@@ -58,17 +58,16 @@ class Pair:
         recompute: bool,
         precision: torch.dtype | None,
     ) -> None:
-        self._head, self._precision, self._dense_device = model.head, precision, dense.device
-        self._model = model.model
-        self._dense = self._narrowed(dense.model, is_frozen=lambda _: True)
+        self._precision, self._model = precision, model
+        self._dense = dataclasses.replace(dense, model=self._narrowed(dense.model, is_frozen=lambda _: True))
         self._dense_stack = dataclasses.replace(
-            dense.stack, blocks=cast(nn.ModuleList, self._dense.get_submodule(dense.stack.path))
+            dense.stack, blocks=cast(nn.ModuleList, self._dense.model.get_submodule(dense.stack.path))
         )
         stack = model.stack
         self._known = [KnownBlock(block) for block in stack.blocks[:num_shared]]
         rest = [RecomputedBlock(block) if recompute else block for block in stack.blocks[num_shared:]]
         blocks: list[nn.Module] = [*self._known, *rest]
-        self._shell = with_blocks(model.model, stack, blocks)
+        self._shell = dataclasses.replace(model, model=with_blocks(model.model, stack, blocks))
         self._stack = BlockStack(path=stack.path, blocks=nn.ModuleList(blocks), count_field=stack.count_field)
         self._device = model.device
         compared = plan.kept[num_shared:] if needs_states else ()
@@ -78,12 +77,12 @@ class Pair:
     def run_dense(self, batch: Batch) -> Tensor:
         """The dense model's answer alone, without gradient."""
         with self.autocast(), torch.no_grad():
-            return self._answer(self._dense, batch, self._dense_device).to(self._device)
+            return self._answer(self._dense, batch).to(self._device)
 
     def run_beside(self, batch: Batch, dense: Tensor) -> Sides:
         """The smaller model beside an answer of the dense one that is known already; no states are compared."""
         with self.autocast():
-            return Sides(output=self._answer(self._model, batch, self._device), dense=dense, states=[])
+            return Sides(output=self._answer(self._model, batch), dense=dense, states=[])
 
     def run(self, batch: Batch) -> Sides:
         """Both models on a batch. Gradients reach the smaller one unless they are switched off around the call."""
@@ -91,9 +90,9 @@ class Pair:
         states: dict[int, Tensor] = {}
         with self.autocast():
             with torch.no_grad(), self._watching(self._dense_stack, dense_states, {old for _, old in self._compared}):
-                dense = self._answer(self._dense, batch, self._dense_device)
+                dense = self._answer(self._dense, batch)
             with self._watching(self._stack, states, {new for new, _ in self._compared}):
-                output = self._answer(self._shell, batch, self._device)
+                output = self._answer(self._shell, batch)
         for known in self._known:
             known.output = None
         pairs = [(states[new], dense_states[old].to(self._device)) for new, old in self._compared]
@@ -107,24 +106,23 @@ class Pair:
 
     def heads(self) -> tuple[HeadShell, HeadShell]:
         """What turns last hidden states into logits, in the smaller model and in the dense one."""
-        ours = self._narrowed(self._model, is_frozen=lambda value: not value.requires_grad)
-        return HeadShell(ours), HeadShell(self._dense)
+        ours = self._narrowed(self._model.model, is_frozen=lambda value: not value.requires_grad)
+        return HeadShell(ours), HeadShell(self._dense.model)
 
     def _narrowed(self, model: Any, *, is_frozen: Callable[[Tensor], bool]) -> Any:
         if self._precision is None:
             return model
         return with_narrow_maps(model, self._precision, is_frozen)
 
-    def _answer(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": batch.token_ids.to(device)}
-        if not bool(batch.keep.all()):
-            inputs["attention_mask"] = batch.keep.to(device, torch.long)
-        runs: Any = model.base_model if self._head in ("causal", "masked", "encoder") else model
+    def _answer(self, loaded: Loaded, batch: Batch) -> Tensor:
+        by_body = loaded.head in ("causal", "masked", "encoder")
+        runs: Any = loaded.model.base_model if by_body else loaded.model
+        inputs = model_inputs(loaded, batch.token_ids, batch.keep, part=runs if by_body else None)
         # A cache would be filled twice where blocks are computed again.
-        if "use_cache" in inspect.signature(runs.forward).parameters:
+        if takes(runs, "use_cache"):
             inputs["use_cache"] = False
         outputs: Any = runs(**inputs)
-        return outputs["logits"] if runs is model and "logits" in outputs else outputs[0]
+        return outputs["logits"] if not by_body and "logits" in outputs else outputs[0]
 
     @contextlib.contextmanager
     def _watching(self, stack: BlockStack, states: dict[int, Tensor], wanted: set[int]) -> Iterator[None]:

@@ -16,11 +16,8 @@ from avss.data.batches import (
     DOCUMENT_BREAK,
     Layout,
     content_hash,
-    leading_ids,
     need_tokenizer,
     pad,
-    pad_id_of,
-    tokenise,
     windows,
 )
 from avss.data.sources import Texts
@@ -164,8 +161,9 @@ def prepare_text(
         )
     seq_len = min(config.seq_len, loaded.max_len or config.seq_len)
     packed = loaded.head == "causal" and labels is None
-    sequences, kept_labels = _packed(tokenizer, texts, seq_len), None
-    if not packed:
+    if packed:
+        sequences, kept_labels = windows(tokenizer, DOCUMENT_BREAK.join(texts.texts), seq_len, least=2), None
+    else:
         sequences, kept_labels = _rows(tokenizer, texts, seq_len, labels)
     if len(sequences) < 2:
         raise DataError(
@@ -204,20 +202,12 @@ def prepare_text(
         held_out_labels=None if kept_labels is None else tuple(kept_labels[index] for index in sorted(held)),
         mask_id=tokenizer.mask_token_id if loaded.head == "masked" else None,
         special_ids=tuple(tokenizer.all_special_ids),
-        pad_id=pad_id_of(tokenizer),
+        pad_id=loaded.pad_id or 0,
         seed=config.seed,
         augmentation=rewriting,
         facts=facts(train),
         held_out_facts=facts(held_out),
     )
-
-
-def _packed(tokenizer: object, texts: Texts, seq_len: int) -> list[Tensor]:
-    joined = DOCUMENT_BREAK.join(texts.texts)
-    num_tokens = len(tokenise(tokenizer, joined))
-    lead = len(leading_ids(tokenizer))
-    # A short text still gives two windows, of half the length it has.
-    return windows(tokenizer, joined, max(2, min(seq_len, num_tokens // 2 + lead)))
 
 
 def _rows(

@@ -40,7 +40,7 @@ ids, keep = batch["ids"], batch["keep"]
 inputs = {"input_ids": ids}
 if not bool(keep.all()):
     inputs["attention_mask"] = keep
-if model.config.is_encoder_decoder:
+if model.config.is_encoder_decoder and ask["class"] != "AutoModelForSequenceClassification":
     inputs["decoder_input_ids"] = ids
 answer = {"class": type(model).__name__, "problems": {k: sorted(map(str, v)) for k, v in info.items() if v}}
 with torch.inference_mode():

@@ -137,6 +137,21 @@ class Loaded:
         return next((width for width in widths if isinstance(width, int)), 0)
 
     @property
+    def pad_id(self) -> int | None:
+        """Token id that fills up a batch; None where a batch must hold one sequence alone.
+
+        Padding is masked, so for most models any id will do. A classifier on a decoder finds the last token of a text
+        by the id in its own config: it takes any other for text, and refuses a batch where there is none.
+        """
+        own = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
+        if isinstance(own, int) and 0 <= own < self.vocabulary:
+            return own
+        if self.head == "classifier":
+            return None
+        others = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return next((other for other in others if isinstance(other, int)), 0)
+
+    @property
     def reads_text(self) -> bool:
         """Whether the stack works on text alone: token ids in, nothing else needed."""
         if self.embeddings is None or self.model.main_input_name != "input_ids":

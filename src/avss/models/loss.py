@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from avss.models.forward import model_inputs
 from avss.models.load import Loaded
+from avss.models.predictions import Answers, label_answers
 
 MASK_EVERY, MASK_FROM = 7, 3
 """A masked language model predicts every seventh real token, from the fourth on: 14 %, near the 15 % of its training.
@@ -26,7 +27,8 @@ def own_loss(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor)
       the same tokens are predicted unmasked.
     - `classifier`, `image-classifier`, and any other head with logits over text: cross entropy of the label that the
       model itself finds most likely (of each real token, where it labels tokens). The model's answer is what a cut must
-      keep. A single output, as of a regression, is taken itself.
+      keep. Where each label is there or not, binary cross entropy of what the model finds likelier; a regression's
+      numbers are taken themselves.
     - `encoder`, and any other head over images: nothing to predict; the mean over sequences of the dot product of the
       normalised mean-pooled embedding with a fixed random direction. The expected square of its gradient is that of the
       embedding's Jacobian, so it says how much the embedding moves.
@@ -43,7 +45,8 @@ def own_loss(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor)
     keep = keep.to(loaded.device)
     if isinstance(batch, Mapping):
         if loaded.head == "image-classifier":
-            return _own_answer(loaded.model(**model_inputs(loaded, batch, keep))["logits"], keep)
+            logits = loaded.model(**model_inputs(loaded, batch, keep))["logits"]
+            return _own_answer(logits, keep, label_answers(loaded.model.config))
         body = cast(PreTrainedModel, loaded.model.base_model)
         return _embedding_move(body(**model_inputs(loaded, batch, keep, part=body))["last_hidden_state"], keep)
     token_ids = batch.to(loaded.device)
@@ -59,15 +62,18 @@ def own_loss(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor)
         return loaded.model(**model_inputs(loaded, asked, keep), labels=labels).loss, chosen.sum()
     outputs = loaded.model(**model_inputs(loaded, token_ids, keep))
     if "logits" in outputs:
-        return _own_answer(outputs["logits"], keep)
+        answers = label_answers(loaded.model.config) if loaded.head != "seq2seq" else "choice"
+        return _own_answer(outputs["logits"], keep, answers)
     return _embedding_move(outputs[0], keep)
 
 
-def _own_answer(logits: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _own_answer(logits: Tensor, keep: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
     rows = logits[keep] if logits.dim() == 3 else logits
     num = torch.tensor(len(rows), device=rows.device)
-    if rows.shape[-1] == 1:
+    if answers == "numbers" or rows.shape[-1] == 1:
         return rows.float().mean(), num
+    if answers == "labels":
+        return functional.binary_cross_entropy_with_logits(rows.float(), (rows.detach() > 0).float()), num
     return functional.cross_entropy(rows.float(), rows.detach().argmax(-1)), num
 
 

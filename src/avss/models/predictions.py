@@ -1,4 +1,4 @@
-"""How good predictions are, and how far apart two models' are: softmax over the last axis, in float32, in nats.
+"""How good predictions are, and how far apart two models' are, in float32.
 
 A vocabulary times a batch of tokens is large, so a few million logits are read at a time.
 
@@ -6,9 +6,67 @@ Shape letters: R rows of logits, V words or labels, N places read.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from avss.models.load import Loaded
+from avss.record import DamageMeasure
+
+Answers = Literal["choice", "labels", "numbers", "states"]
+"""What a model answers with: a choice of one word or label, a yes or no to each label, numbers (of a regression or a
+reward), or hidden states."""
+
+_MEASURES: dict[Answers, DamageMeasure] = {"choice": "kl", "labels": "kl", "numbers": "squared", "states": "cosine"}
+
+
+def answers_of(loaded: Loaded) -> Answers:
+    """What a model answers with."""
+    if loaded.head in ("encoder", "other"):
+        return "states"
+    return label_answers(loaded.model.config) if loaded.head in ("classifier", "image-classifier") else "choice"
+
+
+def label_answers(config: PretrainedConfig) -> Answers:
+    """What a head for labels answers with, as its loss would have it."""
+    if config.problem_type == "multi_label_classification":
+        return "labels"
+    return "numbers" if config.problem_type == "regression" or config.num_labels == 1 else "choice"
+
+
+def measure_of(loaded: Loaded) -> DamageMeasure:
+    """How the answers of two models are compared."""
+    return _MEASURES[answers_of(loaded)]
+
+
+def yes_or_no(logits_RV: Tensor) -> Tensor:
+    """The logits of labels that are asked for one by one, each as a choice between yes and no, `[R, V, 2]`."""
+    return torch.stack([logits_RV, torch.zeros_like(logits_RV)], dim=-1)
+
+
+def distance(answers: Answers, dense_RV: Tensor, logits_RV: Tensor) -> Tensor:
+    r"""How far each row of answers is from the dense model's, `[R]`: zero, to the bit, for equal ones.
+
+    - `choice`: KL divergence $\sum_v p_v (\ln p_v - \ln q_v)$ of the softmax, in nats.
+    - `labels`: the same, summed over labels that are there with the probability of a sigmoid each.
+    - `numbers`: the squared difference, summed over the outputs.
+    - `states`: one minus the cosine.
+
+    Gradients flow to both.
+    """
+    dense, logits = dense_RV.float(), logits_RV.float()
+    if answers == "states":
+        return 1 - functional.cosine_similarity(dense, logits, dim=-1)
+    if answers == "numbers":
+        return (logits - dense).square().sum(-1)
+    if answers == "labels":
+        dense, logits = yes_or_no(dense), yes_or_no(logits)
+    log_p, log_q = dense.log_softmax(-1), logits.log_softmax(-1)
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).flatten(1).sum(1)
+
 
 _VALUES_AT_ONCE = 2**20
 """Logits turned into float32 probabilities at a time: 4 MB, which a processor's cache holds."""

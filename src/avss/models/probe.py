@@ -36,15 +36,15 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
     main = model.main_input_name
     inputs: Inputs = {}
     length = min(length, loaded.max_len or length)
-    if loaded.head == "classifier" and _pad_id(model.config) is None:
-        num_sequences = 1  # such heads cannot tell where a padded text ends
+    if loaded.pad_id is None:
+        num_sequences = 1
     if main in ("input_ids", "decoder_input_ids"):
         inputs["input_ids"] = _token_ids(loaded, num_sequences, length, generator)
         keep = _keep(num_sequences, length)
         if "attention_mask" in accepted:
             inputs["attention_mask"] = keep
         if loaded.head == "classifier":
-            _end(inputs["input_ids"], keep, model.config)
+            _end(inputs["input_ids"], keep, loaded)
     elif main == "pixel_values":
         inputs["pixel_values"] = _pixels(model, num_sequences, generator)
     elif main in ("input_features", "input_values"):
@@ -104,14 +104,10 @@ def _keep(num_sequences: int, length: int) -> Tensor:
     return keep
 
 
-def _pad_id(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(decoder=True), "pad_token_id", None)
-
-
-def _end(token_ids: Tensor, keep: Tensor, config: PretrainedConfig) -> None:
+def _end(token_ids: Tensor, keep: Tensor, loaded: Loaded) -> None:
     """Ends every text as a classifier expects: with the end token, then padding."""
-    text = config.get_text_config(decoder=True)
-    end, pad = getattr(text, "eos_token_id", None), _pad_id(config)
+    text = loaded.model.config.get_text_config(decoder=True)
+    end, pad = getattr(text, "eos_token_id", None), loaded.pad_id
     if isinstance(end, int):
         token_ids[torch.arange(len(keep)), keep.sum(1) - 1] = end
     if pad is not None:

@@ -8,7 +8,11 @@ import altair as alt
 from avss.record import Comparison, CurvePoint, DamageTable, SearchResult, describe_blocks
 from avss.reporting import numbers, theme
 
-UNITS = {"kl": "KL divergence from the dense model, nats", "cosine": "1 - cosine with the dense model's embedding"}
+UNITS = {
+    "kl": "KL divergence from the dense model, nats",
+    "cosine": "1 - cosine with the dense model's embedding",
+    "squared": "Squared difference from the dense model's output",
+}
 """What the axis of a damage says."""
 
 

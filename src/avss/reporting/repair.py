@@ -9,6 +9,7 @@ COMPENSATION_COLUMNS = ("cut", "method", "ridge", "error", "divergence", "kept")
 _MEASURES = {
     "kl": "KL divergence from the dense model (nats a token)",
     "cosine": "cosine distance from the dense model",
+    "squared": "squared difference from the dense model's output",
 }
 
 

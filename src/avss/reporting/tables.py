@@ -31,6 +31,9 @@ from avss.reporting.rows import ComparisonCell, ComparisonRow, CutRow, Estimate,
 
 _COST_UNITS = ("ms", "s", "tokens/s", "bytes", "GB", "MB", "samples/s")
 _COST_TASKS = ("speed", "size", "memory", "latency", "throughput")
+MEASURES = {"kl": "KL, nats", "cosine": "1 - cosine", "squared": "squared difference"}
+"""What distances from the dense model are, in a table's head."""
+
 _LIKELIHOODS = ("perplexity", "loss", "nll", "kl", "cross_entropy")
 
 
@@ -152,7 +155,7 @@ def comparison_texts(record: RunRecord) -> tuple[list[str], list[list[str]]]:
 def damage_texts(table: DamageTable) -> tuple[list[str], list[list[str]]]:
     """The damage of each block as plain text: column titles, then one row per block."""
     has_loss = table.dense_loss is not None
-    header = ["block", "rank", "KL, nats" if table.measure == "kl" else "1 - cosine"]
+    header = ["block", "rank", MEASURES[table.measure]]
     header += ["loss change, nats", "perplexity"] if has_loss else []
     body = []
     for row, one in zip(table.rows(), table.blocks, strict=True):
@@ -166,7 +169,7 @@ def damage_texts(table: DamageTable) -> tuple[list[str], list[list[str]]]:
 def verdict_texts(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Each criterion against measured damage as plain text: column titles, then one row per method, the best first."""
     count, has_loss = comparison.count, comparison.damage.dense_loss is not None
-    damage = "KL, nats" if comparison.damage.measure == "kl" else "1 - cosine"
+    damage = MEASURES[comparison.damage.measure]
     header = ["chosen by", damage, *(["perplexity"] if has_loss else [])]
     header += ["agreement", "overlap", "depth", "removes"]
     body = []
@@ -246,7 +249,7 @@ def damage_csv(table: DamageTable) -> str:
 def search_texts(search: SearchResult) -> tuple[list[str], list[list[str]]]:
     """A search's curve as plain text: column titles, then one row per size."""
     has_loss = search.dense_loss is not None
-    measure = "KL, nats" if search.measure == "kl" else "1 - cosine"
+    measure = MEASURES[search.measure]
     by_task = search.objective == "accuracy"
     header = ["size", "blocks", "wrong answers" if by_task else measure]
     header += [*(["perplexity"] if has_loss else []), "found by"]

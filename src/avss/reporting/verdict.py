@@ -188,7 +188,7 @@ def _against_promise(mean: MeanRetention) -> str:
 
 def _comparison_sentences(comparison: Comparison) -> list[str]:
     """Which choice costs least by measurement, and which criterion does no better than looking at nothing."""
-    unit = "nats" if comparison.damage.measure == "kl" else "in cosine"
+    unit = {"kl": "nats", "cosine": "in cosine", "squared": "in squared difference"}[comparison.damage.measure]
     told = [one for one in comparison.verdicts if one.kind != "baseline"]
     floor = [one.damage.distance for one in comparison.verdicts if one.kind == "baseline"]
     said = []
