@@ -365,6 +365,19 @@ def test_healing_reads_the_calibration_text_unless_told_otherwise(avss_command, 
         assert RunRecord.read(out).cuts[0].healing.data.source == ",".join(read)
 
 
+def test_what_run_wrote_is_a_model_for_every_verb(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "run"
+    task = ("--task", f"perplexity={text_file}", "--limit", 1, "--seq-len", 16)
+    assert avss_command("run", llama_folder, "--blocks", "1", "--data", text_file, *task, "--out", out, "-q").code == 0
+    assert avss_command("verify", out, "--against", llama_folder, "-q").code == 0
+    for model in (out, out / "model"):
+        answer = avss_command("evaluate", model, "--baseline", llama_folder, *task, "--json", "-q")
+        assert answer.code == 0, answer.err
+        (cut,) = RunRecord.model_validate_json(answer.out).cuts
+        assert cut.plan.removed == (1,)
+        assert cut.retention == RunRecord.read(out).cuts[0].retention
+
+
 def test_a_missing_healing_text_costs_no_search(avss_command, tmp_path):
     answer = avss_command(
         "run", tmp_path / "no-model", "--heal", "1k", "--heal-data", "missing.txt", "--out", tmp_path / "x"

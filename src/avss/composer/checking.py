@@ -12,7 +12,7 @@ from torch import Tensor
 
 from avss.composer.disk import OVERHEAD_BYTES
 from avss.composer.gguf_pruning import find_gguf
-from avss.composer.inputs import text_batch
+from avss.composer.inputs import checkpoint_folder, text_batch
 from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
 from avss.composer.records import places_of
 from avss.config import parse_bytes
@@ -154,13 +154,11 @@ def verify(
 
 
 def _folder(model: str | Path) -> Path:
-    path = Path(model).expanduser()
+    path = checkpoint_folder(model)
     if path.is_file() and path.suffix == ".gguf":
         return path.parent
     if path.is_dir() and ((path / "config.json").is_file() or list(path.glob("*.gguf"))):
         return path
-    if path.is_dir() and (path / "model" / "config.json").is_file():
-        return path / "model"  # what `avss run` wrote
     cached = try_to_load_from_cache(str(model), "config.json") if str(model).count("/") == 1 else None
     if isinstance(cached, str):
         return Path(cached).parent

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avss.composer.inputs import AnyModel, load, probe_batch
+from avss.composer.inputs import AnyModel, checkpoint_folder, load, probe_batch
 from avss.composer.pruning import Pruned, describe_cut
 from avss.composer.records import begin_record, now, places_of, versions
 from avss.config import HealConfig, build
@@ -155,16 +155,13 @@ def _smaller(
         return load(model.model, model.tokenizer, head=head, stack=model.record.stack), model.record
     if not isinstance(model, str | Path):
         return load(model, tokenizer, **loading), None
-    folder = Path(model)
-    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-        folder = folder / "model"  # the folder of a whole run
+    folder = checkpoint_folder(model)
     record = RunRecord.read(folder) if (folder / "record.json").is_file() else None
-    named = str(folder) if folder.is_dir() else str(model)
     head = loading.get("head", "auto")
     if head == "auto" and record is not None and record.cuts:
         head = record.cuts[0].model.head
     stack = {} if record is None else {"stack": record.stack}
-    return load(named, tokenizer, **{**loading, "head": head, **stack}), record
+    return load(model, tokenizer, **{**loading, "head": head, **stack}), record
 
 
 def _plan(record: RunRecord | None, smaller: Loaded) -> Plan:

@@ -28,13 +28,20 @@ AnyModel = Union[str, Path, "PreTrainedModel", Loaded]
 """A hub id, a folder, a GGUF file, a transformers model object, or what `load` returned."""
 
 
+def checkpoint_folder(source: str | Path) -> Path:
+    """A folder as it is named, or, of what `avss run` wrote, the one with the smaller model."""
+    folder = Path(source).expanduser()
+    inner = folder / "model"
+    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
+
+
 def load(
     model: AnyModel, tokenizer: "PreTrainedTokenizerBase | None" = None, *, head: str = "auto", **settings: Any
 ) -> Loaded:
     """Loads a model by name, or wraps one that is loaded already.
 
     Args:
-        model: Hub id, folder, GGUF file, or a model object.
+        model: Hub id, folder (of a checkpoint, or what `avss run` wrote), GGUF file, or a model object.
         tokenizer: For a model object: its tokenizer.
         head: `auto`, or what to use it as: causal, masked, classifier, encoder, seq2seq.
         **settings: `dtype`, `device`, `revision`, `trust_remote_code`, `stack`; see `avss.config.ModelConfig`.
@@ -46,7 +53,8 @@ def load(
         return model
     if isinstance(model, torch.nn.Module):
         return adopt(model, tokenizer, head=head, stack=settings.get("stack", AUTO))
-    config = build(ModelConfig, {"source": str(model), "head": head, **settings})
+    folder = checkpoint_folder(model)
+    config = build(ModelConfig, {"source": str(folder if folder.is_dir() else model), "head": head, **settings})
     return load_model(
         config.source,
         head=config.head,
