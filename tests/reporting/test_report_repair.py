@@ -50,6 +50,7 @@ def test_page_and_card_tell_it_and_the_raw_cut_does_not(record, repair):
     page, card = render_page(repaired), render_card(repaired, cut)
     assert 'id="repair"' in page
     assert "12-18" in page
+    assert page.count("(<code>auto</code>: 1 of 2 cuts") == 2  # in the opening words and in its section
     assert "from 1.040 to 0.6400" in page
     assert "from 1.040 to 0.6400" in card
     assert "they are not the base model's" in card
