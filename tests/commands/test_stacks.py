@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 from tools.sweep.shrink import small_model
 
+from avss.models.shards import find_stack_path
 from avss.record import RunRecord
 from tests.commands.test_bad_input import refused
 from tests.support.tokenizers import VOCABULARY, word_tokenizer
@@ -92,6 +94,64 @@ def test_a_vision_encoder_is_cut_and_its_image_processor_travels(avss_command, v
     assert "Verified" in answer.out
     assert (out / "preprocessor_config.json").read_text() == (vit_folder / "preprocessor_config.json").read_text()
     assert transformers.AutoModelForImageClassification.from_pretrained(out).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type", "stack"),
+    [
+        ("ViTForImageClassification", "vit", "auto"),
+        ("Dinov2Model", "dinov2", "auto"),
+        ("CLIPModel", "clip", "vision"),
+        ("LlavaForConditionalGeneration", "llava", "vision"),
+        ("WhisperForConditionalGeneration", "whisper", "encoder"),
+        ("WhisperForConditionalGeneration", "whisper", "decoder"),
+        ("Wav2Vec2ForCTC", "wav2vec2", "auto"),
+    ],
+)
+def test_a_cut_of_what_reads_images_or_sound_is_verified_on_these(
+    avss_command, tmp_path, class_name, model_type, stack
+):
+    """The whole proof, and that it is one: a kept block that is changed afterwards is noticed twice."""
+    folder, out = save(class_name, model_type, tmp_path / "whole"), tmp_path / "smaller"
+    answer = avss_command("prune", folder, "--stack", stack, "--blocks", "1", "--out", out, "--quiet")
+    assert answer.code == 0, answer.err
+    answer = avss_command("verify", out, "--against", folder, "--json")
+    assert answer.code == 0, answer.out + answer.err
+    checks = {check["what"]: check["passed"] for check in json.loads(answer.out)["checks"]}
+    same = (
+        "The weights it kept are those of the original, byte for byte",
+        "Its outputs are those of the original with the removed blocks bypassed",
+    )
+    assert [checks[what] for what in same] == [True, True]
+    weights = load_file(out / "model.safetensors")
+    cut = RunRecord.read(out).cuts[0]
+    path = find_stack_path(list(weights), len(cut.plan.kept), cut.model.stack)
+    name = next(name for name in weights if name.startswith(f"{path}.1.") and weights[name].dim() == 2)
+    save_file(weights | {name: 2 * weights[name] + 0.1}, out / "model.safetensors", metadata={"format": "pt"})
+    answer = avss_command("verify", out, "--against", folder, "--json")
+    assert answer.code == 1
+    checks = {check["what"]: check["passed"] for check in json.loads(answer.out)["checks"]}
+    assert [checks[what] for what in same] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type", "stack"),
+    [("T5ForConditionalGeneration", "t5", "encoder"), ("CLIPModel", "clip", "vision")],
+)
+def test_without_a_record_the_stack_that_was_cut_is_found_by_its_length(
+    avss_command, tmp_path, class_name, model_type, stack
+):
+    folder, out = save(class_name, model_type, tmp_path / "whole"), tmp_path / "smaller"
+    answer = avss_command("prune", folder, "--stack", stack, "--blocks", "1,2", "--out", out, "--quiet")
+    assert answer.code == 0, answer.err
+    (out / "record.json").unlink()
+    answer = avss_command("verify", out, "--against", folder, "--json")
+    assert answer.code == 0, answer.out + answer.err
+    found = json.loads(answer.out)
+    assert found["plan"]["removed"] == [1, 2]
+    assert {check["what"]: check["passed"] for check in found["checks"]}[
+        "Its outputs are those of the original with the removed blocks bypassed"
+    ]
 
 
 def test_planning_leaves_out_what_the_architecture_cannot_lose(avss_command, text_file, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -12,17 +13,17 @@ from torch import Tensor
 
 from avss.composer.disk import OVERHEAD_BYTES
 from avss.composer.gguf_pruning import find_gguf
-from avss.composer.inputs import checkpoint_folder, text_batch
-from avss.composer.proof import at_tokens, largest_difference, outputs_at_tokens, tolerance_of
+from avss.composer.inputs import checkpoint_folder, probe_batch
+from avss.composer.proof import tolerance_of
 from avss.composer.records import places_of
 from avss.config import parse_bytes
 from avss.errors import InvalidPlanError, ModelLoadError, UnsupportedArchitectureError
-from avss.models.forward import run_outputs
 from avss.models.fresh import FreshRunError, run_afresh
 from avss.models.gguf_file import GgufFile, check_cut
 from avss.models.load import Loaded, load_empty, load_model
 from avss.models.shards import Checkpoint, check_copy, compare_bytes, find_stack_path, read_checkpoint
-from avss.models.stack import AUTO, bypassed
+from avss.models.stack import AUTO, bypassed, find_stacks
+from avss.models.verify import Batch, at_tokens, keep_of, largest_difference, outputs_at_tokens
 from avss.progress import Stages, silent
 from avss.record import Check, CheckReport, Plan, RunRecord
 
@@ -99,21 +100,23 @@ def verify(
             return CheckReport(model=str(model), checks=(Check(what=_FILES, passed=False, found=str(error)),))
     checks.append(Check(what=_FILES, passed=True, found=_describe(saved)))
     outputs: Tensor | None = None
-    batch: tuple[Tensor, Tensor] | None = None
+    batch: Batch | None = None
+    plan = record.cuts[0].plan if record is not None and record.cuts else None
+    stack = record.stack if record is not None else AUTO
+    if plan is None and original is not None:
+        dense = _read(str(original), _folder(original))
+        plan, stack = _infer_plan(saved, dense, head=head, trust_remote_code=trust_remote_code)
     if OVERHEAD_BYTES + 4 * saved.num_values > allowed:
         notes.append("It was not run: it does not fit in the memory there is.")
     else:
         with stages("Running it in a fresh process"):
-            batch, outputs, found = _run(saved, head=head, trust_remote_code=trust_remote_code)
+            batch, outputs, found = _run(saved, head=head, trust_remote_code=trust_remote_code, stack=stack)
         checks += found
-    plan = record.cuts[0].plan if record is not None and record.cuts else None
-    if original is None:
+    if original is None or plan is None:
         notes.append(_no_original(record))
         return CheckReport(model=str(model), plan=plan, checks=tuple(checks), notes=tuple(notes))
     with stages("Comparing with the original"):
         dense = _read(str(original), _folder(original))
-        plan = plan or _infer_plan(saved, dense, head=head)
-        stack = record.stack if record is not None else AUTO
         if dense.gguf is not None:
             empty, num_blocks = None, dense.gguf.num_blocks
         else:
@@ -132,12 +135,11 @@ def verify(
                 notes.append("Its outputs were not compared: it did not run.")
             elif needed > allowed:
                 notes.append("Its outputs were not compared: the original does not fit in the memory there is.")
-            elif empty is not None and not empty.reads_text:
-                notes.append(f"Its outputs were not compared: text does not pass through `{stack}`, which was cut.")
             else:
                 if saved.gguf is not None:
                     # A stranger's weights have the digits that decoding gives; avss rounds them, for both alike.
-                    outputs = run_outputs(load_model(saved.source, head=head, dtype="float32", device="cpu"), *batch)
+                    decoded = load_model(saved.source, head=head, dtype="float32", device="cpu")
+                    outputs = outputs_at_tokens(decoded, batch)
                 whole = load_model(
                     dense.source,
                     head=head,
@@ -214,18 +216,21 @@ def _describe(saved: _Saved) -> str:
 
 
 def _run(
-    saved: _Saved, *, head: str, trust_remote_code: bool
-) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, list[Check]]:
-    """The probe batch, the outputs on it, and what was checked."""
+    saved: _Saved, *, head: str, trust_remote_code: bool, stack: str
+) -> tuple[Batch | None, Tensor | None, list[Check]]:
+    """The probe batch, the outputs at its real tokens, and what was checked."""
     gguf_file = saved.gguf.path.name if saved.gguf else None
     try:
-        empty = load_empty(saved.source, head=head, trust_remote_code=trust_remote_code, with_tokenizer=True)
-        batch = text_batch(empty)
+        empty = load_empty(
+            saved.source, head=head, trust_remote_code=trust_remote_code, with_tokenizer=True, stack=stack
+        )
+        batch, tower = _in_float32(probe_batch(empty)), empty.tower()
         fresh = run_afresh(
             saved.folder,
             batch,
             head=empty.head,
             architecture=type(empty.model).__name__,
+            part=next(name for name, part in empty.model.named_modules() if part is tower.model),
             gguf_file=gguf_file,
             trust_remote_code=trust_remote_code,
         )
@@ -236,17 +241,26 @@ def _run(
     wrong = {kind: keys for kind, keys in fresh.problems.items() if kind in kinds}
     told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
     checks = [Check(what=_LOADS, passed=not wrong, found=told or f"as {fresh.architecture}")]
-    finite = bool(at_tokens(fresh.outputs, batch[1]).isfinite().all())
-    checks.append(Check(what=_FINITE, passed=finite, found=f"outputs {tuple(fresh.outputs.shape)}"))
+    outputs = at_tokens(fresh.outputs, keep_of(batch))
+    checks.append(
+        Check(what=_FINITE, passed=bool(outputs.isfinite().all()), found=f"outputs {tuple(fresh.outputs.shape)}")
+    )
     if fresh.cached_generation is not None:
         checks.append(Check(what=_CACHE, passed=fresh.cached_generation, found="greedy tokens compared"))
-    return batch, fresh.outputs, checks
+    return batch, outputs, checks
 
 
-def _compare_outputs(outputs: Tensor, batch: tuple[Tensor, Tensor], original: Loaded, plan: Plan) -> Check:
+def _in_float32(batch: Batch) -> Batch:
+    """The batch as both models read it: they are compared in float32, whatever they are stored in."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+
+
+def _compare_outputs(outputs: Tensor, batch: Batch, original: Loaded, plan: Plan) -> Check:
     with bypassed(original.stack, plan.removed):
-        reference = outputs_at_tokens(original, batch)
-    difference, tolerance = largest_difference(at_tokens(outputs, batch[1]), reference), tolerance_of(reference)
+        reference = outputs_at_tokens(original.tower(), batch)
+    difference, tolerance = largest_difference(outputs, reference), tolerance_of(reference)
     found = f"largest difference {difference:.2g}, allowed {tolerance:.2g}; blocks {plan.describe() or 'none'}"
     return Check(what=_BYPASS, passed=difference <= tolerance, found=found)
 
@@ -306,8 +320,11 @@ def _changed_weights(record: RunRecord | None) -> str:
     return ", ".join(name for name, is_kept in kept.items() if is_kept)
 
 
-def _infer_plan(saved: _Saved, dense: _Saved, *, head: str) -> Plan:
+def _infer_plan(saved: _Saved, dense: _Saved, *, head: str, trust_remote_code: bool) -> tuple[Plan, str]:
     """The removed blocks, told by the weights: each block of the smaller model is found in the original, in order.
+
+    Returns:
+        The plan, and the path of the stack: the first whose length differs, else the one that is taken by itself.
 
     Raises:
         InvalidPlanError: A block is not found.
@@ -317,8 +334,13 @@ def _infer_plan(saved: _Saved, dense: _Saved, *, head: str) -> Plan:
             "There is no `record.json` that says which blocks are gone, and they are only told by comparing "
             "safetensors weights. Verify without `--against`, or keep the record beside the model."
         )
-    original = load_empty(dense.source, head=head)
-    smaller = load_empty(saved.source, head=head)
+    original = load_empty(dense.source, head=head, trust_remote_code=trust_remote_code)
+    smaller = load_empty(saved.source, head=head, trust_remote_code=trust_remote_code)
+    left = {stack.path: len(stack) for stack in find_stacks(smaller.model)[0]}
+    for stack in find_stacks(original.model)[0]:
+        if left.get(stack.path, len(stack)) != len(stack):
+            original, smaller = (dataclasses.replace(one, stack_name=stack.path) for one in (original, smaller))
+            break
     before, after = _block_hashes(dense, original), _block_hashes(saved, smaller)
     removed: list[int] = []
     place = 0
@@ -332,7 +354,8 @@ def _infer_plan(saved: _Saved, dense: _Saved, *, head: str) -> Plan:
             f"Block {place} of `{saved.name}` is none of the blocks of `{dense.name}` in their order, and there is no "
             "`record.json` that says what was cut. Is it the right original?"
         )
-    return Plan(num_blocks=len(before), removed=tuple(removed), method="explicit", rule="told by equal weights")
+    plan = Plan(num_blocks=len(before), removed=tuple(removed), method="explicit", rule="told by equal weights")
+    return plan, original.stack.path
 
 
 def _block_hashes(saved: _Saved, loaded: Loaded) -> list[str]:

@@ -8,10 +8,10 @@ from torch import Tensor
 from avss.composer.inputs import probe_batch, text_batch
 from avss.cut import cut
 from avss.errors import VerificationError
-from avss.models.forward import can_generate, generate, run_outputs
+from avss.models.forward import can_generate, generate
 from avss.models.load import Loaded, load_model
 from avss.models.stack import bypassed
-from avss.models.verify import verify
+from avss.models.verify import largest_difference, outputs_at_tokens, verify
 from avss.record import Plan, Verification
 
 NUM_GENERATED = 16
@@ -61,23 +61,6 @@ def prove_gguf(result: Path, original: Loaded, plan: Plan) -> Verification:
             "published. This is a bug in avss or in the architecture's facts: please report it."
         )
     return proof
-
-
-def outputs_at_tokens(loaded: Loaded, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Outputs at real tokens, in float32: what a model computes on padding is its own affair."""
-    return at_tokens(run_outputs(loaded, *batch), batch[1])
-
-
-def at_tokens(outputs: Tensor, keep: Tensor) -> Tensor:
-    """The outputs `[N, ...]` of the tokens that are real, where there is one per token; else all of them."""
-    if outputs.dim() == 3 and outputs.shape[:2] == keep.shape:
-        return outputs[keep.to(outputs.device)].float()
-    return outputs.float()
-
-
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ, nan where a value is."""
-    return float((one.cpu() - other.cpu()).abs().max()) if one.shape == other.shape else float("inf")
 
 
 def tolerance_of(expected: Tensor) -> float:

@@ -74,13 +74,17 @@ def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor 
     return body(**model_inputs(loaded, batch, keep, part=body))[0]
 
 
+OUTPUT_NAMES = ("logits", "logits_per_text", "prediction_logits", "last_hidden_state")
+"""Where a model puts its answer, the best first; one that has none of them puts it first."""
+
+
 @torch.inference_mode()
 def run_outputs(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
     """What the model answers: logits `[B, T, V]` or `[B, classes]`, or the last hidden state of a bare body."""
     outputs = loaded.model(**model_inputs(loaded, batch, keep))
     if isinstance(outputs, tuple):  # a model whose own code knows no named outputs
         return outputs[0]
-    for name in ("logits", "logits_per_text", "prediction_logits", "last_hidden_state"):
+    for name in OUTPUT_NAMES:
         if outputs.get(name) is not None:
             return outputs[name]
     return outputs[0]

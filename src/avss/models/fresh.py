@@ -5,12 +5,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from avss.models.forward import OUTPUT_NAMES
 
 NUM_GENERATED = 16
 
@@ -36,16 +40,21 @@ batch = load_file(ask["batch"])
 kind = getattr(transformers, ask["class"])
 model, info = kind.from_pretrained(ask["folder"], dtype=torch.float32, output_loading_info=True, **ask["options"])
 model.eval()
-ids, keep = batch["ids"], batch["keep"]
-inputs = {"input_ids": ids}
-if not bool(keep.all()):
-    inputs["attention_mask"] = keep
-if model.config.is_encoder_decoder and ask["class"] != "AutoModelForSequenceClassification":
-    inputs["decoder_input_ids"] = ids
+if ask["by_name"]:
+    inputs = batch
+else:
+    ids, keep = batch["ids"], batch["keep"]
+    inputs = {"input_ids": ids}
+    if not bool(keep.all()):
+        inputs["attention_mask"] = keep
+    if model.config.is_encoder_decoder and ask["class"] != "AutoModelForSequenceClassification":
+        inputs["decoder_input_ids"] = ids
 answer = {"class": type(model).__name__, "problems": {k: sorted(map(str, v)) for k, v in info.items() if v}}
 with torch.inference_mode():
-    outputs = model(**inputs)
-    found = outputs["logits"] if "logits" in outputs else outputs[0]
+    outputs = model.get_submodule(ask["part"])(**inputs)
+    by_place = isinstance(outputs, tuple)  # a model whose own code knows no named outputs
+    names = [] if by_place else [name for name in ask["outputs_named"] if outputs.get(name) is not None]
+    found = outputs[names[0]] if names else outputs[0]
     if ask["num_generated"]:
         prompt = ids[:1, : min(16, int(keep[0].sum()))]
         settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
@@ -81,10 +90,11 @@ class FreshRunError(Exception):
 
 def run_afresh(
     folder: Path,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Tensor, Tensor] | Mapping[str, Tensor],
     *,
     head: str,
     architecture: str,
+    part: str = "",
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> FreshRun:
@@ -92,9 +102,10 @@ def run_afresh(
 
     Args:
         folder: Where it is.
-        batch: Token ids `[B, T]` and keep mask `[B, T]`.
+        batch: Token ids `[B, T]` and keep mask `[B, T]`, or keyword arguments (images, sound).
         head: What it is used as.
-        architecture: Its class, for heads that have no auto class.
+        architecture: Its class, for heads that have no auto class, and for other inputs than text.
+        part: Path of the part that is run, e.g. a vision tower; the whole by default.
         gguf_file: Name of a GGUF file in the folder, for a model that is one.
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -106,13 +117,19 @@ def run_afresh(
         options["trust_remote_code"] = True
     with tempfile.TemporaryDirectory() as place:
         files = {name: str(Path(place) / f"{name}.safetensors") for name in ("batch", "outputs")}
-        save_file({"ids": batch[0].contiguous(), "keep": batch[1].long().contiguous()}, files["batch"])
+        by_name = isinstance(batch, Mapping)
+        tensors = batch if isinstance(batch, Mapping) else {"ids": batch[0], "keep": batch[1].long()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, files["batch"])
+        known = by_name and hasattr(transformers, architecture)
         question = {
             **files,
             "folder": str(folder),
-            "class": _AUTO_CLASSES.get(head, architecture),
+            "class": architecture if known else _AUTO_CLASSES.get(head, architecture),
+            "part": part,
+            "by_name": by_name,
+            "outputs_named": OUTPUT_NAMES,
             "options": options,
-            "num_generated": NUM_GENERATED if head == "causal" else 0,
+            "num_generated": NUM_GENERATED if head == "causal" and not by_name else 0,
             "num_threads": torch.get_num_threads(),
         }
         command = [sys.executable, "-P", "-W", "ignore", "-c", _SCRIPT, json.dumps(question)]

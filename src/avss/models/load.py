@@ -175,8 +175,8 @@ class Loaded:
         if self.reads_images:
             raise ConfigError(
                 f"{what} reads text, and the stack `{self.stack.path}` of `{type(self.model).__name__}` reads images. "
-                "For such a stack there are `avss score`, `avss damage`, `avss compare`, `avss stability` and `avss "
-                "prune`."
+                "For such a stack there are `avss score`, `avss damage`, `avss compare`, `avss stability`, `avss "
+                "prune` and `avss verify`."
             )
 
     @property

@@ -64,7 +64,8 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
         and (loaded.head != "classifier")
     ):
         inputs["decoder_input_ids"] = _token_ids(loaded, num_sequences, length, generator)
-    return {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
+    device = loaded.device if loaded.device.type != "meta" else "cpu"
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _must_have(accepted: Any, name: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedModel
 
 from avss.errors import AvssError, UnsupportedArchitectureError
@@ -134,7 +135,8 @@ def _module_differences(
     """
     if any("Drop" in type(module).__name__ for module in (old, new)):
         return  # only training drops anything
-    if type(old) is not type(new):
+    # A parametrised module (weight norm) has a class of its own: what it was before counts, and the children do.
+    if type_before_parametrizations(old) is not type_before_parametrizations(new):
         yield f"is a `{type(new).__name__}` instead of a `{type(old).__name__}`"
         return
     mine, theirs = _settings(old), _settings(new)

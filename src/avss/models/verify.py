@@ -61,17 +61,17 @@ def verify(
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     fresh = smaller.with_model(model.to(smaller.device).eval())
     towers = original.tower() is not original
-    expected = _outputs(smaller.tower(), batch)
+    expected = outputs_at_tokens(smaller.tower(), batch)
     with bypassed(original.stack, plan.removed):
-        reference = _outputs(original.tower(), batch)
-    actual = _outputs(fresh.tower(), batch)
-    unchanged = actual if raw is None else _outputs(raw.tower(), batch)
+        reference = outputs_at_tokens(original.tower(), batch)
+    actual = outputs_at_tokens(fresh.tower(), batch)
+    unchanged = actual if raw is None else outputs_at_tokens(raw.tower(), batch)
     tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
     generation = None if towers else _cached_equals_uncached(fresh, original, batch)
     result = Verification(
         reload_strict=not problems,
-        max_diff_memory=_max_diff(actual, expected),
-        max_diff_bypass=_max_diff(unchanged, reference),
+        max_diff_memory=largest_difference(actual, expected),
+        max_diff_bypass=largest_difference(unchanged, reference),
         of_raw_cut=raw is not None,
         tolerance=tolerance,
         cached_generation=generation,
@@ -82,19 +82,27 @@ def verify(
     return result
 
 
-def _outputs(loaded: Loaded, batch: Batch) -> Tensor:
-    """Outputs at real tokens: what a model computes on padding is its own affair."""
-    if isinstance(batch, Mapping):
-        outputs, keep = run_outputs(loaded, batch), batch.get("attention_mask")
-    else:
-        outputs, keep = run_outputs(loaded, *batch), batch[1]
+def outputs_at_tokens(loaded: Loaded, batch: Batch) -> Tensor:
+    """Outputs at real tokens, in float32: what a model computes on padding is its own affair."""
+    outputs = run_outputs(loaded, batch) if isinstance(batch, Mapping) else run_outputs(loaded, *batch)
+    return at_tokens(outputs, keep_of(batch))
+
+
+def keep_of(batch: Batch) -> Tensor | None:
+    """Which tokens of a batch are real, `[B, T]`; None where all are, or where it has none."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else batch[1]
+
+
+def at_tokens(outputs: Tensor, keep: Tensor | None) -> Tensor:
+    """The outputs `[N, ...]` of the tokens that are real, where there is one per token; else all of them."""
     if keep is not None and outputs.dim() == 3 and outputs.shape[:2] == keep.shape:
         return outputs[keep.to(outputs.device, torch.bool)].float()
     return outputs.float()
 
 
-def _max_diff(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max()) if one.shape == other.shape else float("inf")
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference; infinite where the shapes differ, nan where a value is."""
+    return float((one.cpu() - other.cpu()).abs().max()) if one.shape == other.shape else float("inf")
 
 
 def _cached_equals_uncached(fresh: Loaded, original: Loaded, batch: Batch) -> bool | None:
