@@ -8,7 +8,9 @@ One `avss.run` chooses the blocks by search on the calibration text (or as `--ch
 without training, heals on that text, and measures every stage on the evaluation data: the same items for all models.
 The table ends with what the promise is counted by: the ratio of perplexities, the mean over tasks of accuracy kept, and
 the mean of what is kept above chance, over the tasks where the dense model is ten points or more above it. Nothing is
-chosen by the evaluation data. With `--from FOLDER` a finished run is printed again.
+chosen by the evaluation data, but a quarter of the calibration text's windows is repaired and healed on as sentences
+in the prompts of these tasks, and finalists of the search are judged on them too (`--form none`: as text). With
+`--from FOLDER` a finished run is printed again.
 
 Sentiment is asked zero-shot: `Review: {text}\nSentiment:` with ` negative` or ` positive`. Accuracy of a choice is by
 the sum over its tokens.
@@ -67,6 +69,7 @@ def measure(options) -> RunRecord:
                 "samples": options.samples,
                 "seq_len": options.seq_len,
                 "augment": options.augment,
+                "forms": options.form or None,
             },
         ),
         criteria=("avss", "block-influence"),
@@ -106,6 +109,11 @@ def show(record: RunRecord) -> None:
         values = "".join(f"{cut.retention[place].value:>{width}.4g}" for cut in cuts)
         print(f"{f'{first.task}, {first.metric}':<46} {first.dense:>8.4g}{values}")
     print()
+    forms = next((cut.compensation.forms for cut in cuts if cut.compensation is not None), ())
+    print(
+        "repaired on text in the prompts " + ", ".join(repr(form) for form in forms) if forms else "no prompts",
+        end="\n\n",
+    )
     for cut in cuts:
         ratios = [one.ratio for one in cut.retention if one.metric == "perplexity"]
         kept = [one for one in cut.retention if one.metric == "accuracy"]
@@ -168,6 +176,8 @@ def main():
     parser.add_argument("--samples", type=int, default=96, help="calibration sequences")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--augment", type=float, help="share of repair's and healing's text in another writing")
+    parser.add_argument("--form", action="append", default=[], help="prompt that a quarter of that text is put into; "
+                        "by default those of the tasks, none for none")  # fmt: skip
     parser.add_argument("--heal", default="30m", help="budget, or none")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of HealConfig")
     parser.add_argument("--compare", action="append", default=[], metavar="CRITERION")

@@ -4,13 +4,14 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from avss.errors import ConfigError, unknown_name
+from avss.forms import Form
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -44,25 +45,29 @@ def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMe
     return found
 
 
-def check_augment(share: float | None, *, repairs: bool) -> None:
-    """Whether a share of the text to read in another writing can be meant.
+def check_augment(share: float | None, forms: Sequence[str] | None = None, *, repairs: bool) -> None:
+    """Whether another writing, or the form of prompts, can be meant for some of the text.
 
     Args:
-        share: As the user gave it; None for none given.
+        share: Of the sequences to read in another writing, as the user gave it; None for none given.
+        forms: Of prompts, as the user gave them; None for none given.
         repairs: Whether anything is repaired or healed, which is all that reads it.
 
     Raises:
-        ConfigError: It is no share, or nothing would read it.
+        ConfigError: It is no share, a form is none, or nothing would read it.
     """
     if share is not None and not 0 <= share <= 1:
         raise ConfigError(f"`--augment {share:g}` must be a share between 0 and 1.")
+    forms = as_forms(forms)
     if not repairs:
         refuse_unread(
-            {"augment": share}, "the text of a repair or of healing, and neither was asked for", "`--compensate auto`"
+            {"augment": share, "forms": forms or None},
+            "the text of a repair or of healing, and neither was asked for",
+            "`--compensate auto`",
         )
 
 
-_FLAGS = {"task": "--objective-task", "seconds": "--search-time", "resume": "--no-resume"}
+_FLAGS = {"task": "--objective-task", "forms": "--form", "seconds": "--search-time", "resume": "--no-resume"}
 """Settings whose flag has another name."""
 
 
@@ -81,6 +86,8 @@ def refuse_unread(settings: Mapping[str, Any], what: str, remedy: str | None = N
         if value is not None:
             flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
             number = f"{value:g}" if isinstance(value, float) else value
+            if isinstance(value, tuple | list):
+                number = repr(value[0])
             shown = "" if isinstance(value, bool | BaseModel) else f" {number}"
             add = f", or add {remedy}" if remedy else ""
             raise ConfigError(f"`{flag}{shown}` is for {what}. Leave it out{add}.")
@@ -178,6 +185,26 @@ class ModelConfig(Settings):
     """Which stack of blocks: `auto`, or its name or path (`encoder`, `decoder`, `text`, `vision`, ...)."""
 
 
+def as_forms(value: Any) -> Any:
+    """A list of forms as it is, one form as a list of it, `none` as an empty one.
+
+    Raises:
+        ConfigError: One is none.
+    """
+    if value == "none" or value == ["none"] or value == ("none",):
+        return ()
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, list | tuple):
+        for form in value:
+            if isinstance(form, str):
+                Form.parse(form)
+    return value
+
+
+Forms = Annotated[tuple[str, ...] | None, BeforeValidator(as_forms)]
+
+
 class DataConfig(Settings):
     """The calibration text, or the images for a stack that reads those."""
 
@@ -198,6 +225,11 @@ class DataConfig(Settings):
     """Share of the sequences that a repair reads in another writing, and healing too where its own settings say
     nothing (`HealConfig.augment`). Scores and searches read the text as it is; the finalists of a search are repaired
     and judged on text rewritten likewise."""
+    forms: Forms = None
+    """Prompts that a quarter of the sequences is read in by a repair, and by healing too where its own settings say
+    nothing: sentences of the text in forms such as `Review: {text}\\nSentiment: {negative|positive}`
+    (`avss.forms`). By default those of the tasks in a run, of whose data nothing gets in but the names of labels,
+    else none; `none` for none. For models that continue text. The finalists of a search are judged on them too."""
 
 
 class PlanConfig(Settings):
@@ -405,6 +437,9 @@ class HealConfig(Settings):
     augment: float | None = Field(default=None, ge=0, le=1)
     """Share of the training sequences that is read in another writing: other case, punctuation apart or missing, lines
     joined, words missing (`avss.data.augment`). By default 0.5 for models that continue text, 0 for others."""
+    forms: Forms = None
+    """Prompts that a quarter of the training sequences is read in (`DataConfig.forms`); no loss is on their own tokens.
+    By default none; in a run, those of the calibration text."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the budget in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -964,6 +964,7 @@ class Compensation(FrozenValue):
         choose_tokens: Tokens that ridges, step sizes and methods were chosen by.
         judge_tokens: Tokens that `before` and `after` were measured on.
         augment: Share of the sequences that were drawn to be read in another writing, in all three.
+        forms: Of the prompts that a quarter of the sequences was drawn for, in all three.
         cuts: One entry per run of removed blocks, in order.
         num_swept: Blocks from the first cut on that were fitted to the dense stream, one after the other.
         steps: Step size of each round towards the dense model's predictions; empty where there was none.
@@ -979,6 +980,7 @@ class Compensation(FrozenValue):
     choose_tokens: int = 0
     judge_tokens: int = 0
     augment: float = 0.0
+    forms: tuple[str, ...] = ()
     cuts: tuple[CutRepair, ...] = ()
     num_swept: int = 0
     steps: tuple[float, ...] = ()

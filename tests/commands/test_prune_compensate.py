@@ -1,10 +1,14 @@
 """`avss prune --compensate`: what is saved is repaired, proven in two halves, and told in record, card and page."""
 
+import re
+
 import pytest
 import torch
 import transformers
 
 import avss
+from avss.config import RunConfig
+from avss.errors import ConfigError
 from avss.record import RunRecord
 from avss.reporting.page import render_page
 
@@ -120,6 +124,135 @@ def test_healing_in_a_whole_run_takes_over_the_share(avss_command, llama_folder,
         cuts = RunRecord.read(tmp_path / name).cuts
         assert cuts[0].healing.settings["augment"] == share
         assert {one.compensation.augment for one in cuts if one.compensation is not None} <= {share}
+
+
+FORM = "the cat {text} a dog {sees|runs}"
+
+
+def test_a_whole_run_repairs_and_heals_in_the_prompts_of_its_tasks(avss_command, llama_folder, text_file, tmp_path):
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("text,label\n" + "the cat sees,good\na dog runs,bad\n" * 4, encoding="utf-8")
+    asked = ("Review: {text}\nSentiment: {bad|good}",)
+    for name, words, forms in (
+        ("tasks", (), asked),
+        ("none", ("--form", "none"), ()),
+        ("own", ("--form", FORM), (FORM,)),
+    ):
+        answer = avss_command("run", llama_folder, "--heal", "2k", "--count", 1, "--compensate", "refit", "--data",
+                              text_file, "--task", f"classification={reviews}", "--task", "speed", "--out",
+                              tmp_path / name, *words, *SMALL)  # fmt: skip
+        assert answer.code == 0, answer.err
+        record = RunRecord.read(tmp_path / name)
+        assert tuple(record.cuts[0].healing.settings["forms"]) == forms
+        assert {one.compensation.forms for one in record.cuts if one.compensation is not None} <= {forms}
+        assert any(one.compensation is not None for one in record.cuts)
+        for page in ("report.html", "model/README.md"):
+            text = (tmp_path / name / page).read_text(encoding="utf-8")
+            assert ("drawn for the prompt" in text) == bool(forms), page
+        (line,) = re.findall(r"- \*\*Healing\*\*: .*", text)
+        shown = [form.replace("\n", " / ") for form in forms]
+        assert all(f"drawn for the prompt `{form}`" in line for form in shown)
+        assert ("drawn for the prompt" in line) == bool(forms)
+
+
+def test_texts_a_row_have_no_room_for_prompts_and_healing_has(llama_folder, text_file, tmp_path):
+    settings = {
+        "model": {"source": str(llama_folder)},
+        "data": {"source": str(text_file), "samples": 24, "seq_len": 16, "layout": "padded"},
+        "plan": {"count": 1},
+        "compensate": "refit",
+        "heal": {"budget": "500 tokens", "seq_len": 16},
+        "tasks": [{"kind": "choice", "limit": 4}],
+        "out": str(tmp_path / "out"),
+    }
+    record = avss.run(RunConfig.model_validate(settings))
+    asked = ["Question: {text}\nAnswer: {text}"]
+    assert record.cuts[0].healing.settings["forms"] == asked
+    assert {one.compensation.forms for one in record.cuts if one.compensation is not None} == {()}
+
+
+def test_forms_that_healing_cannot_read_are_refused_before_anything_is_measured(
+    masked_folder, text_file, tmp_path, monkeypatch
+):
+    from avss.composer import whole
+
+    def measured(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(whole, "score_loaded", measured)
+    settings = {
+        "model": {"source": str(masked_folder)},
+        "data": {"source": str(text_file), "samples": 4, "seq_len": 16},
+        "plan": {"count": 1},
+        "heal": {"budget": "500 tokens", "forms": [FORM]},
+        "out": str(tmp_path / "out"),
+    }
+    with pytest.raises(ConfigError, match="`masked` head"):
+        avss.run(RunConfig.model_validate(settings))
+
+
+def test_a_prompt_that_is_left_out_is_told(llama_folder, text_file, tmp_path):
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("text,label\n" + "the cat sees,0\na dog runs,1\n" * 4, encoding="utf-8")
+    settings = {
+        "model": {"source": str(llama_folder)},
+        "data": {"source": str(text_file), "samples": 24, "seq_len": 16},
+        "plan": {"count": 1},
+        "compensate": "refit",
+        "tasks": [{"kind": "classification", "data": str(reviews), "labels": ["a|b", "c"]}],
+        "out": str(tmp_path / "out"),
+    }
+    record = avss.run(RunConfig.model_validate(settings))
+    assert any("not repaired or healed in the prompt" in text for text in record.warnings)
+
+
+def test_a_repair_reads_windows_of_the_form_asked_for(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    from avss.composer import pruning
+
+    read, real = [], pruning.compensate_cut
+
+    def spied(original, raw, plan, batches, **settings):
+        read.append(batches)
+        return real(original, raw, plan, batches, **settings)
+
+    monkeypatch.setattr(pruning, "compensate_cut", spied)
+    answer = avss_command("prune", llama_folder, "--blocks", 2, "--compensate", "refit", "--data", text_file,
+                          "--form", FORM, "--augment", 0, *SMALL, "--out", tmp_path / "out")  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert RunRecord.read(tmp_path / "out").cuts[0].compensation.forms == (FORM,)
+    loaded = avss.load(str(llama_folder), device="cpu")
+    plain = avss.composer.calibration(loaded, str(text_file), samples=24, seq_len=16)
+    start = loaded.tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    for one, two in zip(read[0].sequences, plain.sequences, strict=True):
+        assert torch.equal(one, two) or any(
+            one[place : place + len(start)].tolist() == start for place in range(len(one))
+        )
+    assert not all(torch.equal(one, two) for one, two in zip(read[0].sequences, plain.sequences, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--form", FORM), "neither was asked for"),
+        (("--form", FORM, "--on-disk"), "neither was asked for"),
+        (("--form", "Review:", "--compensate", "refit"), "has no `{text}`"),
+        (("--form", "{label} {text}", "--compensate", "refit"), "has `{label}`"),
+    ],
+)
+def test_a_form_that_nothing_reads_or_that_is_none_is_refused(
+    avss_command, llama_folder, words, message, text_file, tmp_path
+):
+    answer = avss_command("prune", llama_folder, "--blocks", 2, *words, "--data", text_file, "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert message in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_forms_are_refused_for_a_model_that_continues_no_text(avss_command, masked_folder, text_file, tmp_path):
+    answer = avss_command("prune", masked_folder, "--blocks", 2, "--compensate", "refit", "--form", FORM, "--data",
+                          text_file, "--out", tmp_path / "out")  # fmt: skip
+    assert answer.code == 2
+    assert "continue running text" in answer.err
 
 
 def test_a_changed_weight_after_the_repair_fails_the_proof(llama_folder, text_file, tmp_path, monkeypatch):

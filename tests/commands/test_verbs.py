@@ -200,6 +200,19 @@ def test_task_settings_reach_the_tasks_that_run_by_itself_and_those_of_the_file(
     assert [(one.search.seed, one.heal.seed) for one in seeds] == [(1, 2), (0, 0)]
 
 
+def test_what_the_text_is_read_as_wins_over_the_file_in_healing_too(llama_folder, tmp_path):
+    flags = {"model": {"source": str(llama_folder)}, "data": {}, "plan": {"count": 1}, "out": str(tmp_path)}
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nforms = ['a {text}']\naugment = 0.1\n[heal]\nforms = ['b {text}']\naugment = 0.2")
+    for given, expected in (
+        ({}, (("a {text}",), 0.1, ("b {text}",), 0.2)),
+        ({"forms": "none"}, ((), 0.1, None, 0.2)),
+        ({"augment": 0.3}, (("a {text}",), 0.3, ("b {text}",), None)),
+    ):
+        config = merge_flags(file, {**flags, "data": given}, tasks=[], task_settings={})
+        assert (config.data.forms, config.data.augment, config.heal.forms, config.heal.augment) == expected
+
+
 def test_run_measures_its_own_tasks_as_it_is_told(avss_command, llama_folder, text_file, tmp_path):
     small = ("--samples", 4, "--seq-len", 16, "--batch-size", 2, "--limit", 3, "--seed", 5)
     arguments = ("--count", 1, "--data", text_file, "--quiet", *small, "--heal", "1k")

@@ -72,17 +72,30 @@ def test_the_objective_of_a_language_model_is_the_mean_kl_over_all_places(patien
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
 
 
-def test_the_share_on_the_text_is_its_negative_log_likelihood(patient, text, small):
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_share_on_the_text_is_its_negative_log_likelihood(patient, text, small, share):
+    """A place without a word of the text's own, a window's last one and all in prompts, is the dense model's alone."""
     one = patient()
-    pair, objective, _, prepared = parts(one, small(label_weight=1.0), text)
-    batch = prepared.batch(prepared.drawn(0, 4))
-    with torch.no_grad():
-        loss = objective.loss(pair.run(batch), batch, 1.0)
-    q = torch.log_softmax(run(one.smaller.model, batch.token_ids).double(), -1)
-    likelihood = q[:, :-1].gather(-1, batch.token_ids[:, 1:, None]).sum()
-    assert loss.value == pytest.approx(-float(likelihood), rel=1e-5)
-    assert loss.text_nats == pytest.approx(-float(likelihood), rel=1e-5)
-    assert loss.num_words == batch.token_ids[:, 1:].numel()
+    settings = small(label_weight=share, seq_len=24, forms=("the cat {text} a dog {sees|runs}",))
+    pair, objective, _, prepared = parts(one, settings, text)
+    seen = set()
+    for start in range(0, 40, 4):
+        batch = prepared.batch(prepared.drawn(start, 4))
+        with torch.no_grad():
+            loss = objective.loss(pair.run(batch), batch, 1.0)
+        p, q = (
+            torch.log_softmax(run(model.model, batch.token_ids, batch.keep).double(), -1)
+            for model in (one.dense, one.smaller)
+        )
+        divergence = (p.exp() * (p - q)).sum(-1)
+        own = batch.words >= 0
+        likelihood = q.gather(-1, batch.words.clamp(min=0)[..., None])[..., 0][own].sum()
+        expected = (1 - share) * divergence[own].sum() + divergence[batch.keep & ~own].sum() - share * likelihood
+        assert loss.value == pytest.approx(float(expected), rel=1e-5)
+        assert loss.text_nats == pytest.approx(-float(likelihood), rel=1e-5)
+        assert loss.num_words == int(own.sum())
+        seen |= {bool(row.any()) for row in own}
+    assert seen == {False, True}
 
 
 def test_a_masked_model_is_asked_at_masked_places_only(patient, text, small):
@@ -632,6 +645,37 @@ def test_a_batch_of_rewritten_sequences_asks_about_what_is_read(patient, text, s
     assert batch.num_tokens < 8 * 16  # some are shorter now, and padded
     expected = torch.where(batch.keep[:, 1:], batch.token_ids[:, 1:], -100)
     assert torch.equal(batch.words[:, :-1], expected)
+
+
+# --- prompts ---
+
+
+def test_a_batch_with_prompts_has_no_words_of_its_own_there(patient, text, small):
+    """The answers in prompts are drawn: a share of the loss on the text's own tokens must not count them."""
+    one = patient()
+    form = "the cat {text} a dog {sees|runs}"
+    prepared = prepare_text(one.smaller, text, small(augment=0.0, forms=(form,), seq_len=24))
+    plain = prepare_text(one.smaller, text, small(augment=0.0, seq_len=24))
+    seen = set()
+    for start in range(0, 80, 8):
+        batch, other = prepared.batch(prepared.drawn(start, 8)), plain.batch(plain.drawn(start, 8))
+        assert torch.equal(batch.asked, batch.keep)
+        for row in range(8):
+            real = batch.token_ids[row][batch.keep[row]]
+            is_prompt = not torch.equal(real, other.token_ids[row][other.keep[row]])
+            assert bool((batch.words[row] == -100).all()) == is_prompt
+            seen.add(is_prompt)
+    assert seen == {False, True}
+    held_out = prepared.held_out_batch(range(len(prepared.held_out)))
+    assert torch.equal(held_out.words, plain.held_out_batch(range(len(plain.held_out))).words)
+
+
+def test_healing_on_prompts_is_in_the_record(patient, text, small):
+    one = patient()
+    form = "the cat {text} a dog {sees|runs}"
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="2k", forms=(form,), label_weight=0.3))
+    assert healing.settings["forms"] == [form]
+    assert all(np.isfinite(point.loss) for point in healing.losses)
 
 
 # --- adapters ---

@@ -18,6 +18,7 @@ SOURCE = Path(avss.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("forms",),
     ("record", "config"),
     ("criteria", "statistics", "models", "data"),
     (
@@ -51,6 +52,7 @@ TRANSFORMERS_ROOMS = frozenset({"models", "healing", "evaluation"})
 
 LIGHT_ROOMS = (
     "errors",
+    "forms",
     "record",
     "config",
     "plan",

@@ -33,6 +33,9 @@ def merge_flags(
         for part in (raw.get("search"), raw.get("heal")):
             if isinstance(part, dict):
                 part.pop("seed", None)
+    for name in ("augment", "forms"):  # of a repair and of healing
+        if name in flags["data"] and isinstance(raw.get("heal"), dict):
+            raw["heal"].pop(name, None)
     if tasks:
         raw["tasks"] = [TaskConfig.parse(task, **task_settings).model_dump() for task in tasks]
     elif isinstance(raw.get("tasks"), list):

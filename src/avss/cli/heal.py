@@ -67,6 +67,14 @@ def command(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt that a quarter of the sequences is put into, e.g. "
+            "'Review: {text}\\nSentiment: {negative|positive}'. Repeatable.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Of the adapters of lora.", show_default="32", rich_help_panel=_TRAINING)
     ] = None,
@@ -108,6 +116,7 @@ def command(
         label_weight=label_weight,
         hidden_weight=hidden_weight,
         augment=augment,
+        forms=opt.forms(form),
         rank=rank,
         precision=precision,
         recompute=recompute,

@@ -71,6 +71,15 @@ Augment = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
+Form = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prompt that a repair (and healing) puts sentences of the text into, e.g. "
+        "'Review: {text}\\nSentiment: {negative|positive}'. Repeatable; none for none.",
+        show_default="those of the tasks in avss run, else none",
+        rich_help_panel=_TEXT,
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Sequences, or images.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
 AnySamples = Annotated[
@@ -334,6 +343,11 @@ def _task(text: str | None) -> dict[str, Any] | None:
 def given(**settings: Any) -> dict[str, Any]:
     """The settings that were given: those that are not None."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def forms(typed: list[str] | None) -> list[str] | None:
+    """Forms of prompts as they are meant: a typed backslash-n breaks the line."""
+    return [form.replace("\\n", "\n") for form in typed] if typed else None
 
 
 def this_command() -> str:

@@ -77,6 +77,7 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a forward pass.", show_default="8")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
     augment: opt.Augment = None,
+    form: opt.Form = None,
     first_token: Annotated[str | None, typer.Option(help="keep or drop.", show_default="keep")] = None,
     stack: Annotated[str | None, typer.Option(help="Stack of blocks to work on.", show_default="auto")] = None,
     head: Annotated[str | None, typer.Option(help="What to load it as.", show_default="auto")] = None,
@@ -104,7 +105,13 @@ def command(
                 stack=stack,
             ),
             "data": opt.given(
-                source=data, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, augment=augment
+                source=data,
+                samples=samples,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                seed=seed,
+                augment=augment,
+                forms=opt.forms(form),
             ),
             "plan": opt.given(
                 criterion=criterion,

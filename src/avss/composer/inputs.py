@@ -14,7 +14,7 @@ from avss.data.augment import augmentation
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
 from avss.data.images import find_images, image_batches
 from avss.data.sources import read_texts, split_sources
-from avss.errors import ConfigError, DataError, UnsupportedArchitectureError
+from avss.errors import ConfigError, DataError
 from avss.models.images import count_places, image_processor
 from avss.models.load import Loaded, adopt, load_model
 from avss.models.probe import probe_inputs
@@ -74,7 +74,7 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         data: A source (`avss.data.sources`), several separated by commas, a list of texts, or a whole `DataConfig`.
             Several sources give equal shares, and their sequences take turns. For a stack that reads images: folders
             of images or image files, or a list of files (`avss.data.images`).
-        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`.
 
     Raises:
         DataError: The text cannot be read or is too short, or there is no image.
@@ -110,7 +110,7 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         seed=config.seed,
         max_len=loaded.max_len,
     )
-    rewriting = augmentation(tokenizer, loaded.head, config.augment, layout)
+    rewriting = augmentation(tokenizer, loaded.head, config.augment, layout, forms=config.forms or ())
     return dataclasses.replace(batches.padded_with(loaded.pad_id), augmentation=rewriting)
 
 
@@ -118,6 +118,8 @@ def _images(loaded: Loaded, source: str | Sequence[str], config: DataConfig) -> 
     """The batches of images that a tower is scored on."""
     reader = f"The stack `{loaded.stack.path}` of `{type(loaded.model).__name__}` reads images"
     usual = DataConfig()
+    if config.forms:
+        raise ConfigError(f"{reader}, and `--form` is for text. Leave it out.")
     for name in ("seq_len", "layout", "augment"):
         if getattr(config, name) != getattr(usual, name):
             raise ConfigError(f"{reader}, and `--{name.replace('_', '-')}` is for text. Leave it out.")
@@ -153,16 +155,7 @@ def probe_batch(loaded: Loaded) -> Batch:
 
 
 def text_batch(loaded: Loaded) -> tuple[Tensor, Tensor]:
-    """Token ids and keep mask of a few texts: real text where there is a tokenizer, drawn ids otherwise.
-
-    Raises:
-        UnsupportedArchitectureError: The stack does not read text.
-    """
-    if not loaded.reads_text:
-        raise UnsupportedArchitectureError(
-            f"`{type(loaded.model).__name__}` reads `{loaded.model.main_input_name}`, and only models that read text "
-            "can be run here. Such a model is verified when `avss prune` saves it."
-        )
+    """Token ids and keep mask of a few texts: real text where there is a tokenizer, drawn ids otherwise."""
     length = min(48, loaded.max_len or 48)
     if loaded.tokenizer is not None:
         # A folder without tokenizer files still gets a tokenizer from transformers, one that knows no words.

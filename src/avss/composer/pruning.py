@@ -118,7 +118,7 @@ def prune(
         stack: Which stack of blocks: `auto`, or its name or path.
         command: The command to note in the record.
         stages: Where progress goes.
-        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`.
+        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`.
 
     Raises:
         UserError: Anything the caller can fix, in one sentence.
@@ -144,7 +144,7 @@ def prune(
     check_search(hard, searches=config.select != "scores", repairs=compensate != "none")
     hard = seeded(hard, data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0)))
     check_compensation(compensate)
-    check_augment(settings.get("augment"), repairs=compensate != "none")
+    check_augment(settings.get("augment"), settings.get("forms"), repairs=compensate != "none")
     (wanted,) = find_criteria([criterion])
     if hard.screen != "damage":
         find_criteria([hard.screen])
@@ -238,10 +238,12 @@ def repair(
     original: Loaded, raw: Loaded, plan: Plan, batches: Batches, method: str, timed: Timed
 ) -> tuple[Loaded, Compensation]:
     """Repairs a cut without training, and tells how it went. The raw cut is left as it was."""
-    share = batches.augmentation.share if batches.augmentation is not None else 0.0
+    rewriting = batches.augmentation
     with timed("Repairing the cut") as advance:
         model, story = compensate_cut(original, raw, plan, batches.rewritten(), method=method, on_step=advance)
-    return model, story.model_copy(update={"augment": share if story.fit_tokens else 0.0})
+    if rewriting is not None and story.fit_tokens:
+        story = story.model_copy(update={"augment": rewriting.share, "forms": rewriting.forms})
+    return model, story
 
 
 def save_verified(

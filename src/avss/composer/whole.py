@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from avss.composer.choosing import choose, with_pinned
@@ -12,12 +13,14 @@ from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
-from avss.config import Budget, HealConfig, PlanConfig, RunConfig, check_augment, refuse_unread, seeded
+from avss.config import Budget, HealConfig, PlanConfig, RunConfig, TaskConfig, check_augment, refuse_unread, seeded
 from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
+from avss.data.augment import check_forms
 from avss.data.batches import Batches
 from avss.data.sources import Texts, read_texts
 from avss.errors import DegenerateStatisticError
+from avss.evaluation.forms import task_forms
 from avss.healing import heal as heal_cut
 from avss.healing.state import Checkpoint
 from avss.models.forward import can_generate
@@ -65,7 +68,8 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     """
     search = config.search
     config = _at_its_best(config)
-    check_augment(config.data.augment, repairs=config.compensate != "none" or config.heal is not None)
+    repairs = config.compensate != "none" or config.heal is not None
+    check_augment(config.data.augment, config.data.forms, repairs=repairs)
     began = time.monotonic()
     out = Path(config.out)
     check_one_target(config.plan)
@@ -84,6 +88,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         refuse_uncuttable(loaded)
         loaded.check_reads_text("The evaluation of `avss run`")
     tasks = choose_tasks(config.tasks, loaded, config.task_settings.model_dump())
+    config, said = _with_forms(config, tasks, loaded.head)
     batches = calibration(loaded, config.data)
     share = config.plan.share(len(loaded.stack))
     table, collected = score_loaded(loaded, batches, criteria, config.first_token, share, timed)
@@ -127,6 +132,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
                 "warnings": (
                     *table.warnings,
                     *chosen.warnings,
+                    *said,
                     *healing_warnings(cuts[0].healing),
                     *wreck_warnings(cuts),
                 ),
@@ -166,6 +172,25 @@ def _at_its_best(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"plan": plan, "search": search, "compensate": repair, "heal": heal})
 
 
+def _with_forms(config: RunConfig, tasks: Sequence[TaskConfig], head: str) -> tuple[RunConfig, tuple[str, ...]]:
+    """The prompts that repair and healing read: those of the tasks, where no others are named; and what is to be said.
+
+    Raises:
+        ConfigError: Forms are named, and the model does not continue text.
+    """
+    data, heal = config.data, config.heal
+    check_forms((*(data.forms or ()), *((heal.forms or ()) if heal is not None else ())), head)
+    repairs, heals = config.compensate != "none", heal is not None and heal.forms is None
+    if head != "causal" or data.forms is not None or not (repairs or heals):
+        return config, ()
+    forms, said = task_forms(tasks)
+    # Texts a row have no room for prompts; healing reads windows whatever the layout.
+    found: dict[str, object] = {"data": data.model_copy(update={"forms": () if data.layout == "padded" else forms})}
+    if heal is not None and heals:
+        found["heal"] = heal.model_copy(update={"forms": forms})
+    return config.model_copy(update=found), said
+
+
 def _versions(
     loaded: Loaded,
     raw: Loaded,
@@ -188,8 +213,9 @@ def _versions(
             versions = [_Version(raw, told)]
     if config.heal is not None and training is not None:
         heal = config.heal
-        if heal.augment is None:
-            heal = heal.model_copy(update={"augment": config.data.augment})
+        for name in ("augment", "forms"):
+            if getattr(heal, name) is None:
+                heal = heal.model_copy(update={name: getattr(config.data, name)})
         takes_the_rest = config.quality == "best" and "budget" not in heal.model_fields_set
         total = config.time or BEST_SECONDS
         if takes_the_rest:

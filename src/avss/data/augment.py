@@ -2,10 +2,12 @@
 
 A text file is in one writing: sentences, capitals, punctuation. Trained on that alone, a cut model answers as the dense
 one does there and less so on lower case, on tokenised text, on lists. Distillation may change its inputs at will, since
-the dense model says what is right for whatever comes out.
+the dense model says what is right for whatever comes out. Likewise some of it is read in the form of prompts
+(`avss.forms`).
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from avss.data.batches import Layout, leading_ids, tokenise
+from avss.errors import ConfigError
+from avss.forms import SHARE, Form, sentences_of
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
 _LINE_BREAKS = re.compile(r"\s*\n\s*")
@@ -30,30 +34,92 @@ DEFAULT_SHARE = 0.5
 """Of the sequences of a model that continues text, where none is asked for (measured, see docs/log.md)."""
 
 
+class Prompts:
+    """Windows of prompts.
+
+    Args:
+        tokenizer: Of the model.
+        forms: The prompts' forms, see `Form.parse`; one is drawn for each prompt.
+
+    Raises:
+        ConfigError: A form is none.
+    """
+
+    def __init__(self, tokenizer: Any, forms: Sequence[str]) -> None:
+        self.forms = tuple(forms)
+        self._forms = [Form.parse(form) for form in forms]
+        self._tokenizer = tokenizer
+        lead, end = leading_ids(tokenizer), tokenizer.eos_token_id
+        self._lead = torch.tensor(lead, dtype=torch.long)
+        # Each prompt is a text of its own, as texts stand side by side in pretraining.
+        self._break = torch.tensor([end, *lead], dtype=torch.long) if isinstance(end, int) else None
+
+    def window(self, sentences: Sequence[str], num_tokens: int, draw: np.random.Generator) -> Tensor | None:
+        """Prompts one after the other, `[T]`, cut off at `num_tokens`; None where the sentences fill no prompt."""
+        rest = list(sentences)
+        found: list[Tensor] = []
+        length = 0
+        while length < num_tokens:
+            fitting = [form for form in self._forms if form.num_sentences <= len(rest)]
+            if not fitting:
+                break
+            form = fitting[int(draw.integers(len(fitting)))]
+            prompt = form.filled(rest[: form.num_sentences], draw)
+            rest = rest[form.num_sentences :]
+            between = self._lead if not found else self._break
+            if between is None:
+                between = tokenise(self._tokenizer, "\n\n")
+            found += [between, tokenise(self._tokenizer, prompt)]
+            length += len(found[-1]) + len(between)
+        return torch.cat(found)[:num_tokens] if found else None
+
+
 class Augmentation:
-    """Another writing of some sequences of token ids.
+    """Another writing, or the form of prompts, for some sequences of token ids.
 
     Args:
         tokenizer: Reads and writes.
         share: Of the sequences, those drawn to be rewritten; an attribute too. By chance one in seven of them stays as
             it is, and more where the tokenizer does not tell writings apart, e.g. an uncased one.
         layout: `packed` windows of a running text, or `padded` rows with the tokenizer's special tokens.
+        forms: Forms of prompts (`avss.forms.Form`); an attribute too. Where there are any, a quarter of the
+            sequences (`avss.forms.SHARE`) is drawn for them first. For `packed` windows.
+
+    Raises:
+        ConfigError: A form is none.
     """
 
-    def __init__(self, tokenizer: Any, share: float, layout: Layout) -> None:
-        self.share = share
+    def __init__(self, tokenizer: Any, share: float, layout: Layout, forms: Sequence[str] = ()) -> None:
+        self.share, self.forms = share, tuple(forms)
         self._tokenizer, self._layout = tokenizer, layout
         self._lead = torch.tensor(leading_ids(tokenizer) if layout == "packed" else [], dtype=torch.long)
         self._special = set(tokenizer.all_special_ids)
+        self._prompts = Prompts(tokenizer, forms) if forms else None
 
     def __call__(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor:
-        """The sequence `[T]` as it is or rewritten, a function of it and the seed; never longer than it was."""
+        """The sequence `[T]` as it is, rewritten or as prompts, a function of it and the seed; never longer."""
+        prompts = self.as_prompts(token_ids, seed)
+        return self.rewritten(token_ids, seed) if prompts is None else prompts
+
+    def as_prompts(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor | None:
+        """Prompts of the sequence's sentences, some of them rewritten; None where it was not drawn, or has none."""
+        if self._prompts is None:
+            return None
+        draw = np.random.default_rng((*seed, 2))
+        if draw.random() >= SHARE:
+            return None
+        sentences = [
+            rewrite(sentence, draw) if draw.random() < self.share else sentence
+            for sentence in sentences_of(self._text(token_ids))
+        ]
+        return self._prompts.window([one for one in sentences if one.strip()], len(token_ids), draw)
+
+    def rewritten(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor:
+        """The sequence in another writing, or as it is."""
         draw = np.random.default_rng((*seed, 1))
         if draw.random() >= self.share:
             return token_ids
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # Half a character at a window's end is no character.
-        text = rewrite(text.strip("\ufffd"), draw)
+        text = rewrite(self._text(token_ids), draw)
         if self._layout == "packed":
             found = torch.cat([self._lead, tokenise(self._tokenizer, text)])[: len(token_ids)]
         else:
@@ -62,9 +128,20 @@ class Augmentation:
         has_words = any(token not in self._special for token in found.tolist())
         return found if has_words and len(found) > 1 else token_ids
 
+    def _text(self, token_ids: Tensor) -> str:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Half a character at a window's end is no character.
+        return text.strip("\ufffd")
+
 
 def augmentation(
-    tokenizer: Any, head: str, share: float | None, layout: Layout, *, labelled: bool = False
+    tokenizer: Any,
+    head: str,
+    share: float | None,
+    layout: Layout,
+    *,
+    forms: Sequence[str] = (),
+    labelled: bool = False,
 ) -> Augmentation | None:
     """What rewrites the sequences for a model; None to leave them as they are.
 
@@ -73,11 +150,34 @@ def augmentation(
         head: The model's.
         share: Of the sequences; None for `DEFAULT_SHARE` where the model continues text, else none.
         layout: Of the sequences.
+        forms: Forms of prompts.
         labelled: Whether the texts carry labels, which another writing might belie.
+
+    Raises:
+        ConfigError: There are forms, and the model does not continue text, or reads labelled rows; or one is none.
     """
+    check_forms(forms, head, layout)
     if share is None:
         share = DEFAULT_SHARE if head == "causal" and not labelled else 0.0
-    return Augmentation(tokenizer, share, layout) if share else None
+    return Augmentation(tokenizer, share, layout, forms) if share or forms else None
+
+
+def check_forms(forms: Sequence[str], head: str, layout: Layout = "packed") -> None:
+    """Whether a model can be read prompts to.
+
+    Args:
+        forms: Of the prompts; none are always in order.
+        head: The model's.
+        layout: Of its sequences.
+
+    Raises:
+        ConfigError: It does not continue running text.
+    """
+    if forms and (head != "causal" or layout != "packed"):
+        what = "texts a row" if head == "causal" else f"a `{head}` head"
+        raise ConfigError(
+            f"Forms of prompts (`--form`) are for models that continue running text, not for {what}. Leave them out."
+        )
 
 
 def rewrite(text: str, draw: np.random.Generator) -> str:

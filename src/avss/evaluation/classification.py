@@ -53,7 +53,7 @@ def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step:
     """
     if models[0].head == "classifier":
         return _by_labels(models, task, on_step)
-    data = _read(task)
+    data = read(task)
     words = label_words(data, task.labels)
     chosen = draw(len(data.texts), task.limit, task.seed)
     contexts, continuations = _prompts(models[0], task, data, words, chosen)
@@ -63,7 +63,12 @@ def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step:
     return [_result(task, labels, one.reshape(len(chosen), len(words))) for one in scores]
 
 
-def _read(task: TaskConfig) -> Labelled:
+def read(task: TaskConfig) -> Labelled:
+    """The task's texts and labels.
+
+    Raises:
+        DataError: The data are missing, or a row has no text or no label that is allowed.
+    """
     return read_labelled(
         read_table(data_source(task)),
         short_source(task),
@@ -117,7 +122,7 @@ def _prompts(
 
 def _by_labels(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
     num_labels = _num_labels(models, task)
-    data = _read(task)
+    data = read(task)
     data = match_classifier(data, num_labels, models[0].model.config.label2id or {}, task.labels)
     chosen = draw(len(data.texts), task.limit, task.seed)
     labels = np.array([data.labels[index] for index in chosen])

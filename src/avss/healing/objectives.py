@@ -112,8 +112,10 @@ class WordObjective(AbstractObjective):
             else torch.zeros(())
         )
         value = torch.zeros((), device=piece_MD.device)
-        if self._label_weight < 1:
-            value = (1 - self._label_weight) * divergence(logits_MV, dense_MV, self._temperature).sum()
+        if self._label_weight < 1 or bool((words_M < 0).any()):
+            # A place without a word of the text's own is the dense model's alone.
+            weights_M = torch.where(words_M < 0, 1.0, 1 - self._label_weight)
+            value = (weights_M * divergence(logits_MV, dense_MV, self._temperature)).sum()
         if self._label_weight > 0:
             value = value + self._label_weight * text
         return value * scale, text

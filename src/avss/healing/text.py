@@ -73,7 +73,7 @@ class HealingText:
         special_ids: Tokens that are never masked.
         pad_id: Fills up a batch.
         seed: Of order, masks and rewriting.
-        augmentation: Rewrites training sequences; None to leave them as they are.
+        augmentation: Rewrites training sequences, or makes prompts of them; None to leave them as they are.
         facts: Of the training text, for the record.
         held_out_facts: Of the held-out text.
     """
@@ -105,9 +105,21 @@ class HealingText:
         labels = None if self.train_labels is None else [self.train_labels[index] for _, index in drawn]
         seeds = [(self.seed, 1 + epoch, index) for epoch, index in drawn]
         sequences = [self.train[index] for _, index in drawn]
-        if self.augmentation is not None:
-            sequences = [self.augmentation(*pair) for pair in zip(sequences, seeds, strict=True)]
-        return self._batch(sequences, labels, seeds)
+        if self.augmentation is None:
+            return self._batch(sequences, labels, seeds)
+        read = [self._read(sequence, seed) for sequence, seed in zip(sequences, seeds, strict=True)]
+        batch = self._batch([sequence for sequence, _ in read], labels, seeds)
+        # The answers in prompts are drawn: no text's own words.
+        batch.words[[not is_text for _, is_text in read]] = -100
+        return batch
+
+    def _read(self, sequence: Tensor, seed: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """A training sequence as it is read, and whether that is text rather than prompts."""
+        assert self.augmentation is not None
+        prompts = self.augmentation.as_prompts(sequence, seed)
+        if prompts is not None:
+            return prompts, False
+        return self.augmentation.rewritten(sequence, seed), True
 
     def held_out_batch(self, indices: Sequence[int]) -> Batch:
         """Held-out sequences; masked the same way every time."""
@@ -146,12 +158,13 @@ def prepare_text(
     Args:
         loaded: The model.
         texts: Where from.
-        config: `seq_len`, `batch_size`, `held_out`, `augment` and `seed` count; what it leaves open is in the facts
-            afterwards.
+        config: `seq_len`, `batch_size`, `held_out`, `augment`, `forms` and `seed` count; what it leaves open is in the
+            facts afterwards.
         labels: One a text, for classifiers.
 
     Raises:
         DataError: No tokenizer, no mask token for a masked model, or too little text to hold some of it out.
+        ConfigError: Forms of prompts are no forms, or not for such a model.
     """
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     if loaded.head == "masked" and tokenizer.mask_token_id is None:
@@ -180,7 +193,9 @@ def prepare_text(
     train, held_out = (tuple(sequences[index] for index in chosen) for chosen in (rest, sorted(held)))
 
     layout: Layout = "packed" if packed else "padded"
-    rewriting = augmentation(tokenizer, loaded.head, config.augment, layout, labelled=labels is not None)
+    rewriting = augmentation(
+        tokenizer, loaded.head, config.augment, layout, forms=config.forms or (), labelled=labels is not None
+    )
 
     def facts(chosen: tuple[Tensor, ...]) -> DataFacts:
         return DataFacts(

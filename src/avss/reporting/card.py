@@ -82,7 +82,7 @@ def _plain(text: object) -> str:
 
 def _prose(text: object) -> str:
     """As `_plain`, but `code` in backticks stays code."""
-    parts = re.split(r"(`[^`|<>]+`)", " ".join(str(text).split()))
+    parts = re.split(r"(`[^`<>]+`)", " ".join(str(text).split()))
     return "".join(part if place % 2 else re.sub(r"([\\`*\[\]<>|])", r"\\\1", part) for place, part in enumerate(parts))
 
 

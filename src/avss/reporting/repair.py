@@ -1,5 +1,8 @@
 """What a repair did to a cut, in sentences and as a table."""
 
+from collections.abc import Sequence
+
+from avss.forms import SHARE
 from avss.record import Compensation, CutRepair
 from avss.reporting import numbers
 
@@ -26,21 +29,33 @@ def compensation_sentences(repair: Compensation) -> list[str]:
             f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} tokens: the "
             f"{_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to {numbers.number(repair.after)} "
             f"on {repair.judge_tokens:,} tokens that it had not seen"
-            f"{rewritten(repair.augment)}."
+            f"{rewritten(repair.augment, repair.forms)}."
         )
     if repair.note:
         said.append(repair.note)
     return said
 
 
-def rewritten(share: float) -> str:
-    """What is said behind texts of which a share of the sequences was drawn to be read in another writing.
+def rewritten(share: float, forms: Sequence[str] = ()) -> str:
+    """What is said behind texts of which some sequences were drawn to be read in another writing, or as prompts.
+
+    Args:
+        share: Of the sequences that are no prompts, those drawn for another writing.
+        forms: Of the prompts.
 
     Example:
         >>> rewritten(0.5), rewritten(0.0)
         (' (50% of the sequences drawn for another writing)', '')
+        >>> rewritten(0.0, ["Topic of {text}:"])
+        ' (25% of the sequences drawn for the prompt `Topic of {text}:`)'
     """
-    return f" ({share:.0%} of the sequences drawn for another writing)" if share else ""
+    parts = []
+    if forms:
+        named = ", ".join(f"`{form.replace(chr(10), ' / ')}`" for form in forms)
+        parts.append(f"{SHARE:.0%} of the sequences drawn for the prompt{'s' if len(forms) > 1 else ''} {named}")
+    if share:
+        parts.append(f"{share:.0%} of the {'rest' if forms else 'sequences'} drawn for another writing")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def compensation_rows(repair: Compensation) -> list[tuple[str, ...]]:
