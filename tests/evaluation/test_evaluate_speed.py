@@ -4,7 +4,8 @@ import copy
 
 import numpy as np
 import pytest
-from transformers import LlamaForSequenceClassification
+from tools.sweep.shrink import small_model
+from transformers import BartForSequenceClassification, LlamaForSequenceClassification
 
 from avss.config import TaskConfig
 from avss.evaluation import evaluate_task, retention, speed
@@ -47,6 +48,14 @@ def test_a_decoder_that_classifies_needs_no_padding_token(quick):
     config.pad_token_id = None
     result = evaluate_task([adopt(LlamaForSequenceClassification(config))], TaskConfig(kind="speed", batch_size=2))[0]
     assert result["throughput"].value > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_classifier_that_counts_ends_of_text_finds_as_many_in_every_sequence(quick, seed):
+    """Random tokens hold this one now and then, and Bart refuses a batch in which it stands unequally often."""
+    model = small_model(BartForSequenceClassification, "bart", eos_token_id=3, vocab_size=16, pad_token_id=1)
+    task = TaskConfig(kind="speed", batch_size=4, seed=seed)
+    assert evaluate_task([adopt(model)], task)[0]["throughput"].value > 0
 
 
 def test_figures_follow_from_the_clock(causal, quick, monkeypatch):

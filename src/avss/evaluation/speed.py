@@ -70,8 +70,15 @@ def median_error(values: np.ndarray) -> float | None:
 
 
 def _random_tokens(models: Sequence[Loaded], num_sequences: int, length: int, seed: int) -> Tensor:
+    config = models[0].model.config.get_text_config()
     vocabulary = min(model.model.config.get_text_config().vocab_size for model in models)
-    return torch.from_numpy(np.random.default_rng(seed).integers(vocabulary, size=(num_sequences, length)))
+    token_ids = torch.from_numpy(np.random.default_rng(seed).integers(vocabulary, size=(num_sequences, length)))
+    end = getattr(config, "eos_token_id", None)
+    if models[0].head == "classifier" and isinstance(end, int):
+        # Bart's classifiers read the last end of text and want as many in every sequence.
+        token_ids[token_ids == end] = (end + 1) % vocabulary
+        token_ids[:, -1] = end
+    return token_ids
 
 
 def _take_turns(models: Sequence[Loaded], timer: Timer, budget: float, steps: Steps) -> list[np.ndarray]:
