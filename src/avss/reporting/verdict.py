@@ -144,6 +144,9 @@ def _healing_sentences(cut: Cut) -> list[str]:
         return []
     tokens, time = numbers.count(healing.num_tokens), numbers.duration(healing.seconds)
     other = rewritten(healing.settings.get("augment") or 0.0, healing.settings.get("forms") or ())
+    repair = cut.compensation
+    if other and repair is not None and repair.applied and other == rewritten(repair.augment, repair.forms):
+        other = " (read in the same ways)"
     spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
     if healing.best_step == 0:
         return [f"Healing {spent} made held-out text no better; the weights are as they were before it."]
