@@ -106,6 +106,7 @@ def test_a_vision_encoder_is_cut_and_its_image_processor_travels(avss_command, v
         ("WhisperForConditionalGeneration", "whisper", "encoder"),
         ("WhisperForConditionalGeneration", "whisper", "decoder"),
         ("Wav2Vec2ForCTC", "wav2vec2", "auto"),
+        ("SpeechT5ForSpeechToText", "speecht5", "encoder"),
     ],
 )
 def test_a_cut_of_what_reads_images_or_sound_is_verified_on_these(

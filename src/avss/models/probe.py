@@ -134,7 +134,8 @@ def _pixels(model: PreTrainedModel, num_sequences: int, generator: torch.Generat
 
 def _sound(model: PreTrainedModel, name: str, num_sequences: int, generator: torch.Generator) -> Tensor:
     config = model.config
-    if name == "input_values" and not hasattr(config, "num_mel_bins"):
+    # Convolutions over the raw wave come before the blocks, whatever bins the model writes.
+    if name == "input_values" and (hasattr(config, "conv_kernel") or not hasattr(config, "num_mel_bins")):
         return torch.randn((num_sequences, 2000), generator=generator).to(model.dtype)
     bins = _size(config, "num_mel_bins", "input_feat_per_channel", "input_dim", default=80)
     if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
