@@ -69,6 +69,11 @@ class Form:
         """How many sentences it has room for."""
         return self.parts.count(())
 
+    @property
+    def answers(self) -> tuple[tuple[str, ...], ...]:
+        """The words to draw from, for each place of an answer."""
+        return tuple(part for part in self.parts if part and not isinstance(part, str))
+
     def filled(self, sentences: Sequence[str], draw: np.random.Generator) -> str:
         """The prompt with these sentences in it, `num_sentences` of them, and drawn answers."""
         rest = iter(sentences)

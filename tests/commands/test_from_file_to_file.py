@@ -511,6 +511,23 @@ def test_weights_that_a_repair_or_healing_left_alone_are_compared(llama_folder, 
     )
 
 
+def test_a_model_whose_own_code_answers_with_a_plain_tuple_is_run(smaller, tmp_path):
+    folder = copy_of(smaller, tmp_path / "tuple")
+    (folder / "modeling_tuple.py").write_text(
+        "from transformers import LlamaModel\n\n\n"
+        "class TupleModel(LlamaModel):\n"
+        "    def forward(self, input_ids=None, attention_mask=None, **more):\n"
+        "        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **more).to_tuple()\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["TupleModel"], "auto_map": {"AutoModel": "modeling_tuple.TupleModel"}})
+    )
+    report = avss.verify(folder, head="encoder", trust_remote_code=True)
+    checks = {check.what: check.passed for check in report.checks}
+    assert checks["Its outputs are finite"]
+
+
 @pytest.mark.usefixtures("one_process")
 def test_without_a_record_equal_weights_tell_the_plan(smaller, llama_folder, tmp_path):
     nameless = copy_of(smaller, tmp_path / "nameless")

@@ -103,8 +103,8 @@ def verify(
     batch: Batch | None = None
     plan = record.cuts[0].plan if record is not None and record.cuts else None
     stack = record.stack if record is not None else AUTO
-    if plan is None and original is not None:
-        dense = _read(str(original), _folder(original))
+    dense = _read(str(original), _folder(original)) if original is not None else None
+    if plan is None and dense is not None:
         plan, stack = _infer_plan(saved, dense, head=head, trust_remote_code=trust_remote_code)
     if OVERHEAD_BYTES + 4 * saved.num_values > allowed:
         notes.append("It was not run: it does not fit in the memory there is.")
@@ -112,11 +112,10 @@ def verify(
         with stages("Running it in a fresh process"):
             batch, outputs, found = _run(saved, head=head, trust_remote_code=trust_remote_code, stack=stack)
         checks += found
-    if original is None or plan is None:
+    if dense is None or plan is None:
         notes.append(_no_original(record))
         return CheckReport(model=str(model), plan=plan, checks=tuple(checks), notes=tuple(notes))
     with stages("Comparing with the original"):
-        dense = _read(str(original), _folder(original))
         if dense.gguf is not None:
             empty, num_blocks = None, dense.gguf.num_blocks
         else:

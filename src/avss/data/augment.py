@@ -46,7 +46,6 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Any, forms: Sequence[str]) -> None:
-        self.forms = tuple(forms)
         self._forms = [Form.parse(form) for form in forms]
         self._tokenizer = tokenizer
         lead, end = leading_ids(tokenizer), tokenizer.eos_token_id

@@ -31,9 +31,10 @@ def task_forms(tasks: Sequence[TaskConfig]) -> tuple[tuple[str, ...], tuple[str,
     for task in tasks:
         if task.kind not in ("classification", "choice"):
             continue
-        form, expected = _choice(task) if task.kind == "choice" else _classification(task)
+        form, num_sentences, answers = _choice(task) if task.kind == "choice" else _classification(task)
         try:
-            understood = Form.parse(form).parts == expected
+            parsed = Form.parse(form)
+            understood = parsed.num_sentences == num_sentences and parsed.answers == answers
         except ConfigError:
             understood = False
         if understood:
@@ -46,31 +47,16 @@ def task_forms(tasks: Sequence[TaskConfig]) -> tuple[tuple[str, ...], tuple[str,
     return tuple(dict.fromkeys(forms)), tuple(warnings)
 
 
-Parts = tuple[str | tuple[str, ...], ...]
-
-
-def _choice(task: TaskConfig) -> tuple[str, Parts]:
+def _choice(task: TaskConfig) -> tuple[str, int, tuple[tuple[str, ...], ...]]:
+    """The form, and how many sentences and which answers it has if it is understood."""
     template = task.template or choice.DEFAULT_TEMPLATE
-    return f"{template.replace('{question}', '{text}')} {{text}}", (*_split(template, "{question}", " "), (), "")
+    return f"{template.replace('{question}', '{text}')} {{text}}", template.count("{question}") + 1, ()
 
 
-def _classification(task: TaskConfig) -> tuple[str, Parts]:
+def _classification(task: TaskConfig) -> tuple[str, int, tuple[tuple[str, ...], ...]]:
+    """The same for a classification."""
     template = task.template or classification.DEFAULT_TEMPLATE
     words = task.labels or label_words(classification.read(task), None)
-    form = classification.EXAMPLE_BREAK.join([f"{template} {{{'|'.join(words)}}}"] * (1 + task.shots))
-    parts: list[str | tuple[str, ...]] = [""]
-    for place in range(1 + task.shots):
-        first, *rest = _split(template, "{text}", " ")
-        parts[-1] = (classification.EXAMPLE_BREAK if place else "") + str(first)
-        parts += [*rest, tuple(words), ""]
-    return form, tuple(parts)
-
-
-def _split(template: str, placeholder: str, end: str) -> list[str | tuple[str, ...]]:
-    """The literal parts of a template and the places between them, as a form has them, up to the answer."""
-    first, *others = template.split(placeholder)
-    parts: list[str | tuple[str, ...]] = [first]
-    for other in others:
-        parts += [(), other]
-    parts[-1] = f"{parts[-1]}{end}"
-    return parts
+    count = 1 + task.shots
+    form = classification.EXAMPLE_BREAK.join([f"{template} {{{'|'.join(words)}}}"] * count)
+    return form, template.count("{text}") * count, (words,) * count
