@@ -8,9 +8,9 @@ One `avss.run` chooses the blocks by search on the calibration text (or as `--ch
 without training, heals on that text, and measures every stage on the evaluation data: the same items for all models.
 The table ends with what the promise is counted by: the ratio of perplexities, the mean over tasks of accuracy kept, and
 the mean of what is kept above chance, over the tasks where the dense model is ten points or more above it. Nothing is
-chosen by the evaluation data, but a quarter of the calibration text's windows is repaired and healed on as sentences
-in the prompts of these tasks, and finalists of the search are judged on them too (`--form none`: as text). With
-`--from FOLDER` a finished run is printed again.
+chosen by the evaluation data, but a quarter of the repair's windows of calibration text, 15 % of healing's, are read as
+sentences in the prompts of these tasks, and finalists of the search are judged on them too (`--form none`: as text).
+With `--from FOLDER` a finished run is printed again.
 
 Sentiment is asked zero-shot: `Review: {text}\nSentiment:` with ` negative` or ` positive`. Accuracy of a choice is by
 the sum over its tokens.
@@ -176,7 +176,7 @@ def main():
     parser.add_argument("--samples", type=int, default=96, help="calibration sequences")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--augment", type=float, help="share of repair's and healing's text in another writing")
-    parser.add_argument("--form", action="append", default=[], help="prompt that a quarter of that text is put into; "
+    parser.add_argument("--form", action="append", default=[], help="prompt that some of that text is put into; "
                         "by default those of the tasks, none for none")  # fmt: skip
     parser.add_argument("--heal", default="30m", help="budget, or none")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of HealConfig")

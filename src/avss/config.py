@@ -226,8 +226,8 @@ class DataConfig(Settings):
     nothing (`HealConfig.augment`). Scores and searches read the text as it is; the finalists of a search are repaired
     and judged on text rewritten likewise."""
     forms: Forms = None
-    """Prompts that a quarter of the sequences is read in by a repair, and by healing too where its own settings say
-    nothing: sentences of the text in forms such as `Review: {text}\\nSentiment: {negative|positive}`
+    """Prompts that a quarter of the sequences is read in by a repair (fewer by healing, where its own settings say
+    nothing): sentences of the text in forms such as `Review: {text}\\nSentiment: {negative|positive}`
     (`avss.forms`). By default those of the tasks in a run, of whose data nothing gets in but the names of labels,
     else none; `none` for none. For models that continue text. The finalists of a search are judged on them too."""
 
@@ -438,7 +438,7 @@ class HealConfig(Settings):
     """Share of the training sequences that is read in another writing: other case, punctuation apart or missing, lines
     joined, words missing (`avss.data.augment`). By default 0.5 for models that continue text, 0 for others."""
     forms: Forms = None
-    """Prompts that a quarter of the training sequences is read in (`DataConfig.forms`); no loss is on their own tokens.
+    """Prompts that 15 % of the training sequences are read in (`DataConfig.forms`); no loss is on their own tokens.
     By default none; in a run, those of the calibration text."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the budget in which the learning rate rises."""

@@ -14,7 +14,10 @@ import numpy as np
 from avss.errors import ConfigError
 
 SHARE = 0.25
-"""Of the sequences, those drawn to be read as prompts, where there are forms (measured, see docs/log.md)."""
+"""Of a repair's sequences, those drawn to be read as prompts, where there are forms (measured, see docs/log.md)."""
+
+HEALING_SHARE = 0.15
+"""Of healing's: it takes longer, and running text pays for every one of them."""
 
 MIN_WORDS, MAX_WORDS = 3, 45
 """Words of a sentence that is put into a prompt."""

@@ -12,6 +12,7 @@ from avss.config import HealConfig
 from avss.cut import cut
 from avss.data.sources import Texts
 from avss.errors import ConfigError, DataError, InvalidPlanError, NumericalError, UnsupportedArchitectureError
+from avss.forms import HEALING_SHARE
 from avss.healing import heal, weights
 from avss.healing.objectives import find_objective
 from avss.healing.pace import Pace, learning_rate_factor
@@ -675,6 +676,10 @@ def test_healing_on_prompts_is_in_the_record(patient, text, small):
     form = "the cat {text} a dog {sees|runs}"
     _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="2k", forms=(form,), label_weight=0.3))
     assert healing.settings["forms"] == [form]
+    assert healing.settings["form_share"] == HEALING_SHARE
+    prepared = prepare_text(one.smaller, text, small(budget="2k", forms=(form,), label_weight=0.3))
+    assert prepared.augmentation is not None
+    assert prepared.augmentation.form_share == HEALING_SHARE
     assert all(np.isfinite(point.loss) for point in healing.losses)
 
 

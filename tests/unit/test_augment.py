@@ -15,6 +15,21 @@ from tests.support.tokenizers import word_tokenizer
 
 TEXT = "The cat, it said, was 3.5 years old.\n\nA dog (Rex) heard; it ran away!\nNobody knows why"
 
+APART = {
+    "every": "The cat , it said , was 3 . 5 years old . \n\nA dog ( Rex ) heard ; it ran away ! \nNobody knows why",
+    "penn": "The cat , it said , was 3.5 years old . \n\nA dog ( Rex ) heard ; it ran away ! \nNobody knows why",
+    "moses": "The cat , it said , was 3 @.@ 5 years old . \n\nA dog ( Rex ) heard ; it ran away ! \nNobody knows why",
+}
+
+WRITTEN = [
+    "It's John's; they'll say they don't, can’t and shouldn't've.",
+    "On 3.5.2020 1,234,567 well-known half-baked X-rays cost $5 (e.g. in the U.S., p. 3).",
+    "  an indented line, then\n\tanother: a-b - c -- d…\n'Tis rock 'n' roll, \"the dogs' own\"!?",
+    "日本語。テスト、「引用」です。 Über-Größe: 50%, a_b@example.org/x?y=z#1",
+    "",
+    "...",
+]
+
 
 class Draws:
     """Gives the four numbers asked for, and then keeps every second word."""
@@ -34,7 +49,9 @@ class Draws:
         ({"case": 0.0}, TEXT.lower()),
         ({"case": augment.LOWER}, TEXT.upper()),
         ({"case": augment.LOWER + augment.UPPER}, TEXT),
-        ({"marks": 0.0}, "".join(f" {char} " if char in ",.();!" else char for char in TEXT)),
+        ({"marks": 0.0}, APART["every"]),
+        ({"marks": augment.APART * 0.34}, APART["penn"]),
+        ({"marks": augment.APART * 0.99}, APART["moses"]),
         ({"marks": augment.APART}, "".join(char for char in TEXT if char not in ",.();!")),
         ({"lines": 0.0}, " ".join(TEXT.split("\n\n")).replace("\n", " ")),
         ({"words": 0.0}, " ".join(TEXT.split(" ")[1::2])),
@@ -43,6 +60,36 @@ class Draws:
 )
 def test_each_change_does_what_it_says(draws, expected):
     assert rewrite(TEXT, Draws(**draws)) == expected
+
+
+@pytest.mark.parametrize("style", augment.STYLES)
+@pytest.mark.parametrize("text", WRITTEN)
+def test_setting_punctuation_apart_moves_blanks_only(text, style):
+    """At signs aside, nothing is added and nothing lost, words stay apart, and no two blanks follow each other."""
+    found = augment.apart(text, style)
+    bare = found.replace("@", "") if style == "moses" else found
+    assert "".join(bare.split()) == "".join(text.replace("@", "" if style == "moses" else "@").split())
+    assert not re.search(r"\S  ", found)
+    lines = zip(found.split("\n"), text.split("\n"), strict=True)
+    assert all(len(line.split()) >= len(before.split()) for line, before in lines)
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "tokens"),
+    [
+        # As NLTK's NLTKWordTokenizer and sacremoses' MosesTokenizer (aggressive_dash_splits) write these texts.
+        ("penn", "It's John's; they'll say they don't.", "It 's John 's ; they 'll say they do n't ."),
+        ("penn", "1,234,567 well-known X-rays cost $5 (e.g. in the U.S., 3.5%).",
+         "1,234,567 well-known X-rays cost $ 5 ( e.g. in the U.S. , 3.5 % ) ."),
+        ("moses", "It's John's; they'll say they don't.", "It 's John 's ; they 'll say they don 't ."),
+        ("moses", "On May 3, half-baked X-rays cost $5 (e.g. in the U.S., 50%).",
+         "On May 3 , half @-@ baked X @-@ rays cost $ 5 ( e.g. in the U.S. , 50 % ) ."),
+        # As WikiText writes numbers (sacremoses leaves them whole).
+        ("moses", "1,234 men and 3.5 m", "1 @,@ 234 men and 3 @.@ 5 m"),
+    ],
+)  # fmt: skip
+def test_punctuation_is_set_apart_as_tokenised_corpora_have_it(style, text, tokens):
+    assert augment.apart(text, style).split() == tokens.split()
 
 
 def test_the_shares_are_those_named():

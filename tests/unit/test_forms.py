@@ -152,8 +152,9 @@ def test_without_an_end_of_text_a_blank_line_parts_them():
 WINDOW = torch.tensor([WORDS.bos_token_id, *ids_of(" ".join(SENTENCES * 3))])
 
 
-def test_a_quarter_of_the_sequences_is_read_as_prompts_and_the_rest_as_before():
-    plain, other = Augmentation(WORDS, 0.5, "packed"), Augmentation(WORDS, 0.5, "packed", [FORM])
+@pytest.mark.parametrize("share", [forms.SHARE, forms.HEALING_SHARE, 0.6])
+def test_a_share_of_the_sequences_is_read_as_prompts_and_the_rest_as_before(share):
+    plain, other = Augmentation(WORDS, 0.5, "packed"), Augmentation(WORDS, 0.5, "packed", [FORM], form_share=share)
     as_prompts = 0
     for seed in range(1000):
         prompts = other.as_prompts(WINDOW, (seed,))
@@ -162,7 +163,7 @@ def test_a_quarter_of_the_sequences_is_read_as_prompts_and_the_rest_as_before():
         assert torch.equal(found, other(WINDOW, (seed,)))
         assert torch.equal(found, plain(WINDOW, (seed,)) if prompts is None else prompts)
         as_prompts += prompts is not None
-    assert as_prompts / 1000 == pytest.approx(forms.SHARE, abs=0.04)
+    assert as_prompts / 1000 == pytest.approx(share, abs=0.04)
 
 
 def test_sentences_in_prompts_are_rewritten_too():

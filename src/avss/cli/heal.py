@@ -70,7 +70,7 @@ def command(
     form: Annotated[
         list[str] | None,
         typer.Option(
-            help="Prompt that a quarter of the sequences is put into, e.g. "
+            help="Prompt that 15 % of the sequences are put into, e.g. "
             "'Review: {text}\\nSentiment: {negative|positive}'. Repeatable.",
             rich_help_panel=_TRAINING,
         ),

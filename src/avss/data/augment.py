@@ -8,7 +8,7 @@ the dense model says what is right for whatever comes out. Likewise some of it i
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,12 +19,23 @@ from avss.errors import ConfigError
 from avss.forms import SHARE, Form, sentences_of
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
+_BLANKS = re.compile(r"(?<=\S) {2,}")
+_LETTER = r"[^\W\d_]"
+_ENDING = re.compile(rf"(?<={_LETTER})(?=n['’]t\b)|(?<={_LETTER})(?=['’](?!t\b){_LETTER}+\b)")
+"""Where treebanks part a short ending from its word: it|'s, do|n't."""
+_WITHIN = re.compile(
+    rf"(?P<joint>(?<=\d)[.,](?=\d)|(?<=\w)-(?=\w))|(?P<ending>['’](?={_LETTER}))|(?P<initial>(?<=\b{_LETTER})(?<!['’]{_LETTER})\.)"
+)
+"""Marks inside a number or a word, before an ending, and after a letter that stands for a word."""
 _LINE_BREAKS = re.compile(r"\s*\n\s*")
 
 LOWER, UPPER = 0.4, 0.06
 """Shares of rewritten texts in lower and in upper case."""
 APART, WITHOUT = 0.4, 0.15
 """Shares with punctuation set apart by blanks, and without punctuation."""
+Style = Literal["every", "penn", "moses"]
+STYLES: tuple[Style, ...] = get_args(Style)
+"""How punctuation is set apart, each as often; see `apart`."""
 JOINED = 0.3
 """Share with its lines joined."""
 GAPPED, GAP = 0.2, 0.1
@@ -82,14 +93,18 @@ class Augmentation:
             it is, and more where the tokenizer does not tell writings apart, e.g. an uncased one.
         layout: `packed` windows of a running text, or `padded` rows with the tokenizer's special tokens.
         forms: Forms of prompts (`avss.forms.Form`); an attribute too. Where there are any, a quarter of the
-            sequences (`avss.forms.SHARE`) is drawn for them first. For `packed` windows.
+            sequences (`form_share`) is drawn for them first. For `packed` windows.
+        form_share: That quarter, or another share; an attribute too.
 
     Raises:
         ConfigError: A form is none.
     """
 
-    def __init__(self, tokenizer: Any, share: float, layout: Layout, forms: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, share: float, layout: Layout, forms: Sequence[str] = (), *, form_share: float = SHARE
+    ) -> None:
         self.share, self.forms = share, tuple(forms)
+        self.form_share = form_share
         self._tokenizer, self._layout = tokenizer, layout
         self._lead = torch.tensor(leading_ids(tokenizer) if layout == "packed" else [], dtype=torch.long)
         self._special = set(tokenizer.all_special_ids)
@@ -105,7 +120,7 @@ class Augmentation:
         if self._prompts is None:
             return None
         draw = np.random.default_rng((*seed, 2))
-        if draw.random() >= SHARE:
+        if draw.random() >= self.form_share:
             return None
         sentences = [
             rewrite(sentence, draw) if draw.random() < self.share else sentence
@@ -140,6 +155,7 @@ def augmentation(
     layout: Layout,
     *,
     forms: Sequence[str] = (),
+    form_share: float = SHARE,
     labelled: bool = False,
 ) -> Augmentation | None:
     """What rewrites the sequences for a model; None to leave them as they are.
@@ -150,6 +166,7 @@ def augmentation(
         share: Of the sequences; None for `DEFAULT_SHARE` where the model continues text, else none.
         layout: Of the sequences.
         forms: Forms of prompts.
+        form_share: Of the sequences, those read as prompts, where there are forms.
         labelled: Whether the texts carry labels, which another writing might belie.
 
     Raises:
@@ -158,7 +175,7 @@ def augmentation(
     check_forms(forms, head, layout)
     if share is None:
         share = DEFAULT_SHARE if head == "causal" and not labelled else 0.0
-    return Augmentation(tokenizer, share, layout, forms) if share or forms else None
+    return Augmentation(tokenizer, share, layout, forms, form_share=form_share) if share or forms else None
 
 
 def check_forms(forms: Sequence[str], head: str, layout: Layout = "packed") -> None:
@@ -179,6 +196,43 @@ def check_forms(forms: Sequence[str], head: str, layout: Layout = "packed") -> N
         )
 
 
+def apart(text: str, style: Style) -> str:
+    """The text with its punctuation set apart by blanks, in one of the ways that tokenised corpora have.
+
+    Args:
+        text: Any.
+        style: `every`: each mark by itself. `penn`, as treebanks are written: marks within words and numbers stay,
+            short endings are parted from their word. `moses`, as translation corpora and WikiText are: marks within
+            words and numbers stand between at signs, an apostrophe goes with what follows.
+
+    Example:
+        >>> text = "He didn't pay $1,500 (it's well-known)."
+        >>> for style in STYLES:
+        ...     print(apart(text, style))
+        He didn ' t pay $ 1 , 500 ( it ' s well - known ) .
+        He did n't pay $ 1,500 ( it 's well-known ) .
+        He didn 't pay $ 1 @,@ 500 ( it 's well @-@ known ) .
+    """
+    if style == "every":
+        parted = _PUNCTUATION.sub(r" \g<0> ", text)
+    elif style == "penn":
+        parted = _around(_ENDING.sub(" ", text), joint="{}", ending="{}")
+    else:
+        parted = _around(text, joint=" @{}@ ", ending=" {}")
+    return _BLANKS.sub(" ", parted).strip(" ")
+
+
+def _around(text: str, **within: str) -> str:
+    """Sets marks apart, but for those within words and numbers, which are written as told, and those of initials."""
+
+    def written(found: re.Match[str]) -> str:
+        inside = _WITHIN.match(text, found.start())
+        form = " {} " if inside is None else within.get(str(inside.lastgroup), "{}")
+        return form.format(found.group())
+
+    return _PUNCTUATION.sub(written, text)
+
+
 def rewrite(text: str, draw: np.random.Generator) -> str:
     """The text in another writing, or by chance (one in seven) as it is.
 
@@ -195,7 +249,8 @@ def rewrite(text: str, draw: np.random.Generator) -> str:
     elif case < LOWER + UPPER:
         text = text.upper()
     if marks < APART:
-        text = _PUNCTUATION.sub(r" \g<0> ", text)
+        # The same draw says which of the three ways.
+        text = apart(text, STYLES[int(marks / APART * len(STYLES))])
     elif marks < APART + WITHOUT:
         text = _PUNCTUATION.sub("", text)
     if lines < JOINED:

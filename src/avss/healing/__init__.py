@@ -123,6 +123,7 @@ def heal(
         "weights": choice,
         "learning_rate": rate,
         "precision": dtype_name(precision or smaller.model.dtype),
+        "form_share": text.augmentation.form_share if text.augmentation is not None and config.forms else 0.0,
         "num_shared_blocks": trained.num_shared,
         "num_processes": Team().size,
     }

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from avss.healing.attention import ProductAttention
 from avss.healing.text import Batch
 from avss.models.forward import model_inputs, takes
 from avss.models.load import Loaded
@@ -65,7 +66,8 @@ class Pair:
         )
         stack = model.stack
         self._known = [KnownBlock(block) for block in stack.blocks[:num_shared]]
-        rest = [RecomputedBlock(block) if recompute else block for block in stack.blocks[num_shared:]]
+        # What is computed again in the backward pass must be computed as it was.
+        rest = [RecomputedBlock(block, ProductAttention) if recompute else block for block in stack.blocks[num_shared:]]
         blocks: list[nn.Module] = [*self._known, *rest]
         self._shell = dataclasses.replace(model, model=with_blocks(model.model, stack, blocks))
         self._stack = BlockStack(path=stack.path, blocks=nn.ModuleList(blocks), count_field=stack.count_field)
@@ -88,7 +90,7 @@ class Pair:
         """Both models on a batch. Gradients reach the smaller one unless they are switched off around the call."""
         dense_states: dict[int, Tensor] = {}
         states: dict[int, Tensor] = {}
-        with self.autocast():
+        with self.autocast(), ProductAttention():
             with torch.no_grad(), self._watching(self._dense_stack, dense_states, {old for _, old in self._compared}):
                 dense = self._answer(self._dense, batch)
             with self._watching(self._stack, states, {new for new, _ in self._compared}):

@@ -22,6 +22,7 @@ from avss.data.batches import (
 )
 from avss.data.sources import Texts
 from avss.errors import DataError
+from avss.forms import HEALING_SHARE
 from avss.models.load import Loaded
 from avss.record import DataFacts
 
@@ -194,7 +195,13 @@ def prepare_text(
 
     layout: Layout = "packed" if packed else "padded"
     rewriting = augmentation(
-        tokenizer, loaded.head, config.augment, layout, forms=config.forms or (), labelled=labels is not None
+        tokenizer,
+        loaded.head,
+        config.augment,
+        layout,
+        forms=config.forms or (),
+        form_share=HEALING_SHARE,
+        labelled=labels is not None,
     )
 
     def facts(chosen: tuple[Tensor, ...]) -> DataFacts:

@@ -6,6 +6,7 @@ known already, and what the later blocks make of what the earlier ones are known
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -120,8 +121,21 @@ class KnownBlock(_Stand):
 
 
 class RecomputedBlock(_Stand):
-    """A block whose inside is not kept for the backward pass but computed again there: less memory, more time."""
+    """A block whose inside is not kept for the backward pass but computed again there: less memory, more time.
+
+    Args:
+        block: The block.
+        around: A context that it runs in, the second time too.
+    """
+
+    def __init__(self, block: nn.Module, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        super().__init__(block)
+        self._around = around
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block returns."""
-        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._inside, *args, use_reentrant=False, **kwargs)
+
+    def _inside(self, *args: Any, **kwargs: Any) -> Any:
+        with self._around():
+            return self.block(*args, **kwargs)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from avss.forms import SHARE
-from avss.record import Compensation, CutRepair
+from avss.record import Compensation, CutRepair, Healing
 from avss.reporting import numbers
 
 COMPENSATION_COLUMNS = ("cut", "method", "ridge", "error", "divergence", "kept")
@@ -36,12 +36,13 @@ def compensation_sentences(repair: Compensation) -> list[str]:
     return said
 
 
-def rewritten(share: float, forms: Sequence[str] = ()) -> str:
+def rewritten(share: float, forms: Sequence[str] = (), form_share: float = SHARE) -> str:
     """What is said behind texts of which some sequences were drawn to be read in another writing, or as prompts.
 
     Args:
         share: Of the sequences that are no prompts, those drawn for another writing.
         forms: Of the prompts.
+        form_share: Of all sequences, those drawn for them.
 
     Example:
         >>> rewritten(0.5), rewritten(0.0)
@@ -52,10 +53,16 @@ def rewritten(share: float, forms: Sequence[str] = ()) -> str:
     parts = []
     if forms:
         named = ", ".join(f"`{form.replace(chr(10), ' / ')}`" for form in forms)
-        parts.append(f"{SHARE:.0%} of the sequences drawn for the prompt{'s' if len(forms) > 1 else ''} {named}")
+        parts.append(f"{form_share:.0%} of the sequences drawn for the prompt{'s' if len(forms) > 1 else ''} {named}")
     if share:
         parts.append(f"{share:.0%} of the {'rest' if forms else 'sequences'} drawn for another writing")
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def as_healed(healing: Healing) -> str:
+    """The same about the text of a healing."""
+    settings = healing.settings
+    return rewritten(settings.get("augment") or 0.0, settings.get("forms") or (), settings.get("form_share", SHARE))
 
 
 def compensation_rows(repair: Compensation) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ import math
 
 from avss.record import Comparison, Cut, Measurement, RunRecord, Verification, describe_blocks
 from avss.reporting import numbers, tables
-from avss.reporting.repair import compensation_sentences, rewritten
+from avss.reporting.repair import as_healed, compensation_sentences
 
 PROMISE = 0.9
 """Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
@@ -143,10 +143,13 @@ def _healing_sentences(cut: Cut) -> list[str]:
     if healing is None:
         return []
     tokens, time = numbers.count(healing.num_tokens), numbers.duration(healing.seconds)
-    other = rewritten(healing.settings.get("augment") or 0.0, healing.settings.get("forms") or ())
+    other = as_healed(healing)
     repair = cut.compensation
-    if other and repair is not None and repair.applied and other == rewritten(repair.augment, repair.forms):
-        other = " (read in the same ways)"
+    if other and repair is not None and repair.applied:
+        forms = tuple(healing.settings.get("forms") or ())
+        if (healing.settings.get("augment") or 0.0, forms) == (repair.augment, tuple(repair.forms)):
+            prompts = f", {healing.settings['form_share']:.0%} of the sequences as prompts" if forms else ""
+            other = f" (read in the same ways{prompts})"
     spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
     if healing.best_step == 0:
         return [f"Healing {spent} made held-out text no better; the weights are as they were before it."]
