@@ -2,9 +2,22 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+MayGoOn = Callable[[], bool]
+"""Whether there is time to begin something more; asked before each part of a stage that could be left out."""
+
+
+def always() -> bool:
+    """There is."""
+    return True
+
+
+def until(moment: float) -> MayGoOn:
+    """There is until a moment of `time.monotonic`."""
+    return lambda: time.monotonic() < moment
 
 
 class Advance(Protocol):

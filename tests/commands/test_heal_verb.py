@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
+from avss.composer.healing import healing_warnings
 from avss.models.load import adopt
-from avss.record import RunRecord
+from avss.record import Healing, HealingStep, RunRecord
 from tests.support.architectures import ARCHITECTURES, randomise, stored
 from tests.support.tokenizers import word_tokenizer
 
@@ -150,6 +152,32 @@ def test_the_api_heals_what_prune_returned(llama_folder, text_file):
     assert healed.plan == small.plan
     assert all(torch.equal(before[name], value) for name, value in small.model.state_dict().items())
     assert not all(torch.equal(before[name], value) for name, value in healed.model.state_dict().items())
+
+
+def test_what_prune_returned_is_healed_as_its_folder_would_be(llama_folder, text_file, tmp_path):
+    """In the dtype it is stored in, whatever it computes in, and with the files that belong to it."""
+    import avss
+
+    dense = transformers.AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    transformers.AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path / "dense")
+    small = avss.prune(str(tmp_path / "dense"), blocks=[2], out=tmp_path / "smaller")
+    settings = {"teacher": str(tmp_path / "dense"), "data": str(text_file), "budget": "200 tokens", "seq_len": 16}
+    avss.heal(small, out=tmp_path / "healed", **settings)
+    avss.heal(tmp_path / "smaller", out=tmp_path / "from-folder", **settings)
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("healed", "from-folder")]
+    assert {value.dtype for value in stored[0].values()} == {torch.bfloat16}
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[1][name], value) for name, value in stored[0].items())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_healing_that_brought_nothing_says_why(steps):
+    point = HealingStep(step=0, num_tokens=0, seconds=1.5, loss=2.0)
+    healing = Healing.model_construct(num_steps=steps, seconds=1.5, best_step=0, validation=(point,), losses=())
+    (said,) = healing_warnings(healing)
+    assert ("did not suffice for one step" in said) == (steps == 0)
+    assert ("no better" in said) == (steps > 0)
 
 
 @pytest.mark.parametrize(

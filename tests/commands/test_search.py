@@ -9,15 +9,17 @@ import avss
 from avss import composer
 from avss.ablation import Judge
 from avss.compensation import compensate
-from avss.composer import choosing
+from avss.composer import choosing, whole
 from avss.composer.choosing import read_search
+from avss.composer.evaluating import target_warnings
+from avss.composer.finals import judge_finalists
 from avss.composer.searching import passes_of_all, search_loaded
-from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig
+from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
 from avss.cut import cut
 from avss.models.load import load_model
 from avss.plan import make_plan
 from avss.progress import Timed, silent
-from avss.record import BlockScores, Plan, RunRecord, ScoreTable
+from avss.record import BlockScores, Cut, ModelFacts, Plan, Retention, RunRecord, ScoreTable
 from tests.commands.test_bad_input import refused
 
 SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2, "--quiet")
@@ -521,3 +523,140 @@ def test_what_trying_everything_takes_is_counted_the_long_way():
         for _ in range(free - step):
             total += num - step - 1
     assert passes_of_all(num, free, count) == total / num
+
+
+# --- what is found out before anything dear, and what is said after it ---
+
+
+def test_a_budget_below_the_first_look_goes_by_the_scores(pruned, llama_folder, text_file):
+    record = pruned("--select", "greedy", "--count", 2, "--max-passes", 0.1, "--criterion", "update-norm")
+    by_scores = pruned("--criterion", "update-norm", "--count", 2, "--protect", "0,-1")
+    assert record.cuts[0].plan.removed == by_scores.cuts[0].plan.removed
+    assert record.search.settings["screen"] == "update-norm"
+    assert any(
+        "too small to measure each block alone first: it went by `update-norm`" in one for one in record.warnings
+    )
+    assert any("were compared; the likeliest blocks were added" in one for one in record.warnings)
+    plenty = pruned("--select", "greedy", "--count", 2)
+    assert plenty.search.settings["screen"] == "damage"
+    assert not any("budget" in warning for warning in plenty.warnings)
+
+
+@pytest.mark.parametrize(
+    ("task", "parts"),
+    [
+        ((), ("--retention-task",)),
+        (("--retention-task", "speed"), ("`speed` has no retention",)),
+        (("--retention-task", "choice=missing.jsonl"), ("missing.jsonl",)),
+    ],
+)
+def test_a_retention_without_a_fit_task_costs_no_search(
+    avss_command, llama_folder, text_file, tmp_path, task, parts, monkeypatch
+):
+    monkeypatch.setattr(choosing, "search_loaded", lambda *_, **__: pytest.fail("searched"))
+    arguments = ("--select", "greedy", "--min-retention", 0.9, *task, "--data", text_file, "--out", tmp_path / "x")
+    refused(avss_command("prune", llama_folder, *arguments, *SMALL), *parts)
+
+
+def test_a_mistake_in_a_task_costs_no_run(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "score_loaded", lambda *_, **__: pytest.fail("scored"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "Which?", "choices": ["one", "two"], "answer": 7}\n')
+    arguments = ("run", llama_folder, "--count", 1, "--data", text_file, "--out", tmp_path / "x", *SMALL)
+    for task in ("choice=missing.jsonl", f"choice={bad}", f"classification={text_file}"):
+        refused(avss_command(*arguments, "--task", f"perplexity={text_file}", "--task", task))
+    assert not (tmp_path / "x").exists()
+
+
+def test_rounds_go_with_a_size(pruned):
+    dense = pruned("--count", 1)
+    block = dense.model.num_parameters - parameters(dense)
+    limit = dense.model.num_parameters - 2 * block
+    record = pruned("--score-rounds", 2, "--max-params", limit, "--criterion", "update-norm")
+    assert parameters(record) == limit
+    assert record.cuts[0].plan.removed == pruned(
+        "--score-rounds", 2, "--count", 2, "--criterion", "update-norm"
+    ).cuts[0].plan.removed  # fmt: skip
+
+
+def test_a_retention_is_kept_with_few_free_blocks(pruned, text_file):
+    record = pruned("--min-retention", 0.01, "--retention-task", f"perplexity={text_file}", "--protect", "0,1,2")
+    assert record.cuts[0].plan.removed == (3, 4)
+
+
+def test_settings_of_tasks_reach_every_task(pruned, avss_command, llama_folder, choice_file, text_file, tmp_path):
+    task = ("--objective", "accuracy", "--objective-task", f"choice={choice_file}")
+    settings = pruned("--select", "greedy", "--count", 1, *task).search.settings["task"]
+    assert (settings["batch_size"], settings["seq_len"]) == (2, 16)
+    out = tmp_path / "run"
+    answer = avss_command(
+        *("run", llama_folder, "--select", "greedy", "--count", 1, *task, "--limit", 3, "--data", text_file),
+        *("--task", f"perplexity={text_file}", "--out", out, *SMALL),
+    )
+    assert answer.code == 0, answer.err
+    assert RunRecord.read(out).search.points[0].num_sequences == 3
+
+
+def test_rounds_leave_out_the_first_token_where_scores_do(llama_folder, text_file, tmp_path, monkeypatch):
+    seen, real = [], choosing.score_loaded
+
+    def spied(loaded, batches, criteria, first_token, *rest, **settings):
+        seen.append(first_token)
+        return real(loaded, batches, criteria, first_token, *rest, **settings)
+
+    monkeypatch.setattr(choosing, "score_loaded", spied)
+    config = RunConfig(
+        model={"source": str(llama_folder)}, data=DataConfig(source=str(text_file), samples=6, seq_len=16),
+        plan=PlanConfig(count=2, score_rounds=2), first_token=False, out=str(tmp_path / "out"),
+        tasks=({"kind": "perplexity", "data": str(text_file), "seq_len": 16},),
+    )  # fmt: skip
+    avss.run(config)
+    assert seen == [False]
+
+
+def test_the_best_keeps_what_was_asked_for():
+    def best(**asked):
+        found = whole._at_its_best(RunConfig(model={"source": "m"}, out="o", quality="best", **asked))
+        return found.plan.select, found.compensate
+
+    assert best(plan=PlanConfig(count=2)) == ("greedy", "auto")
+    assert best(plan=PlanConfig(count=2, select="scores"), compensate="none") == ("scores", "none")
+    assert best(plan=PlanConfig(count=2, score_rounds=2), compensate="refit") == ("scores", "refit")
+    assert best(plan=PlanConfig(count=2, criterion="avss")) == ("greedy", "auto")
+
+
+def test_time_that_is_over_leaves_out_what_may_be_left_out(llama_folder, text_file):
+    loaded = composer.load(llama_folder)
+    batches = composer.calibration(loaded, str(text_file), samples=24, seq_len=16, batch_size=4)
+    plan = Plan(num_blocks=5, removed=(1, 3), method="explicit", rule="by hand")
+    smaller = cut(loaded, plan)
+    for allowed in range(4):
+        answers = iter([True] * allowed + [False] * 9)
+        _, story = compensate(loaded, smaller, plan, batches, method="auto", may_go_on=lambda: next(answers))  # noqa: B023
+        assert len(story.cuts) == min(allowed, 2)
+        assert len(story.steps) <= max(0, allowed - 2)
+    sets = {(1, 3): "search", (1, 2): "runner-up", (2, 3): "runner-up"}
+    answers = iter([True, False])
+    found = judge_finalists(loaded, sets, batches, 3, Timed(silent), lambda: next(answers))
+    assert len(found) == 1
+
+
+def test_a_target_that_the_finished_model_misses_is_said():
+    facts = ModelFacts.model_construct()
+    plan = Plan(num_blocks=5, removed=(1,), method="greedy", rule="")
+
+    def one(*kept):
+        return Cut.model_construct(plan=plan, model=facts, retention=kept)
+
+    lost = Retention(task="choice:questions", metric="accuracy", dense=0.8, value=0.6, ratio=0.75, kept=0.75)
+    fine = Retention(task="perplexity", metric="perplexity", dense=10.0, value=10.5, ratio=1.05, kept=0.98)
+    task = TaskConfig.parse("choice=questions.jsonl")
+    asked = PlanConfig(min_retention=0.9, retention_task=task)
+    (said,) = target_warnings(asked, one(fine, lost))
+    assert "keeps 75.0% of choice:questions, accuracy, less than the 90.0%" in said
+    assert target_warnings(asked, one(fine)) == ()
+    assert target_warnings(PlanConfig(min_retention=0.7, retention_task=task), one(lost)) == ()
+    slow = Retention(task="speed", metric="latency_ms", dense=100.0, value=90.0, ratio=0.9)
+    (said,) = target_warnings(PlanConfig(speedup=1.3), one(slow))
+    assert "1.11 times as fast, and 1.3 were asked for" in said
+    assert target_warnings(PlanConfig(speedup=1.12), one(slow)) == ()

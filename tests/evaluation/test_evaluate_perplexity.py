@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from avss.config import TaskConfig
+from avss.data.batches import masked_places
 from avss.errors import DataError, TaskError
 from avss.evaluation import evaluate_task, retention
 from avss.evaluation.base import draw
-from avss.evaluation.perplexity import masked_places
 from avss.evaluation.probes import divergence
 from avss.models import predictions
 
@@ -145,7 +145,7 @@ def test_masked_loss_matches_a_plain_loop(masked, prose, shorter):
     losses, divergences = [], []
     for index, at in enumerate(range(0, len(ids) - 13, 14)):
         whole = torch.tensor([tokenizer.cls_token_id, *ids[at : at + 14], tokenizer.sep_token_id])
-        places = masked_places(tokenizer, whole, seed=(3, index))
+        places = masked_places(whole, tokenizer.all_special_ids, (3, index))
         seen = whole.clone()
         seen[places] = tokenizer.mask_token_id
         logits = [logits_of(model, seen[None])[places] for model in (masked, small)]
@@ -161,11 +161,11 @@ def test_masks_are_seeded_and_leave_special_tokens_alone(masked):
     tokenizer = masked.tokenizer
     ids = torch.tensor([4, 9, 6, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 5])
     special = {0, 2, 22}  # [CLS], an unknown word, [SEP]
-    drawn = [masked_places(tokenizer, ids, seed=(0, window)).tolist() for window in range(200)]
+    drawn = [masked_places(ids, tokenizer.all_special_ids, (0, window)).tolist() for window in range(200)]
     assert all(places == sorted(set(places)) and len(places) == 3 for places in drawn)  # 15 % of 20
     assert not special & {place for places in drawn for place in places}
     assert {place for places in drawn for place in places} == set(range(23)) - special
-    assert drawn[7] == masked_places(tokenizer, ids, seed=(0, 7)).tolist()
+    assert drawn[7] == masked_places(ids, tokenizer.all_special_ids, (0, 7)).tolist()
 
 
 # --- corners ---

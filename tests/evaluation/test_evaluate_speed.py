@@ -4,12 +4,15 @@ import copy
 
 import numpy as np
 import pytest
-from tools.sweep.shrink import small_model
+import torch
+import transformers
+from tools.sweep.shrink import small_config, small_model
 from transformers import BartForSequenceClassification, LlamaForSequenceClassification
 
 from avss.config import TaskConfig
 from avss.evaluation import evaluate_task, retention, speed
 from avss.evaluation.base import Steps
+from avss.models.forward import generate
 from avss.models.load import adopt
 from tests.support.architectures import stored
 
@@ -40,6 +43,49 @@ def test_measures_all_models_in_their_units(causal, quick, shorter):
 @pytest.mark.parametrize("head", ["masked", "encoder", "classifier"])
 def test_only_causal_models_decode(head, quick, request):
     result = evaluate_task([request.getfixturevalue(head)], TaskConfig(kind="speed", batch_size=2))[0]
+    assert [m.metric for m in result.measurements] == ["latency_ms", "throughput"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("FalconMambaForCausalLM", "falcon_mamba"),
+        ("LlamaForCausalLM", "llama"),
+        ("Mamba2ForCausalLM", "mamba2"),
+        ("MambaForCausalLM", "mamba"),
+        ("RwkvForCausalLM", "rwkv"),
+    ],
+)
+def test_a_model_decodes_with_the_cache_it_has(name, model_type, quick, monkeypatch):
+    """Each step reads one token, and the tokens are those that are generated without any cache."""
+    model = small_model(getattr(transformers, name), model_type)
+    monkeypatch.setattr(speed, "MAX_REPEATS", 3)
+    calls: list[tuple[torch.Tensor, int]] = []
+    handle = model.register_forward_hook(
+        lambda _, __, kwargs, outputs: calls.append((kwargs["input_ids"], int(outputs.logits[0, -1].argmax()))),
+        with_kwargs=True,
+    )
+    result = evaluate_task([adopt(model)], TaskConfig(kind="speed", batch_size=2))[0]
+    handle.remove()
+    assert [m.metric for m in result.measurements] == ["latency_ms", "throughput", "decode_ms_per_token"]
+    assert result["decode_ms_per_token"].value > 0
+    repeat = calls[-(speed.DECODED_TOKENS + 1) :]
+    prompt = repeat[0][0]
+    assert prompt.shape[1] > speed.DECODED_TOKENS
+    assert all(token_ids.shape == (1, 1) for token_ids, _ in repeat[1:])
+    expected = generate(model, prompt, num_tokens=speed.DECODED_TOKENS + 1, use_cache=False)
+    assert [token for _, token in repeat] == expected.tolist()
+
+
+def test_decoding_is_left_out_for_all_where_one_model_has_no_cache(causal, quick):
+    """The first GPT reads everything again for each token, and so does an encoder with a causal head."""
+    bare = adopt(small_model(transformers.OpenAIGPTLMHeadModel, "openai-gpt"))
+    for models in ([bare], [bare, causal], [causal, bare]):
+        for result in evaluate_task(models, TaskConfig(kind="speed", batch_size=2)):
+            assert [m.metric for m in result.measurements] == ["latency_ms", "throughput"]
+            assert all(m.value > 0 for m in result.measurements)
+    both_ways = transformers.BertLMHeadModel(small_config("bert"))
+    result = evaluate_task([adopt(both_ways, head="causal")], TaskConfig(kind="speed", batch_size=2))[0]
     assert [m.metric for m in result.measurements] == ["latency_ms", "throughput"]
 
 

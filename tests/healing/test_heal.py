@@ -163,7 +163,7 @@ def test_hidden_states_are_compared_after_the_same_original_block(patient, text,
         handle.remove()
     assert len(sides.states) == len(one.plan.kept)
     for block, (ours, theirs) in zip(one.plan.kept, sides.states, strict=True):
-        assert torch.equal(theirs, outputs[block])
+        assert torch.allclose(theirs, outputs[block], rtol=1e-4, atol=1e-5)
         assert ours.requires_grad
     assert torch.equal(sides.states[0][0], sides.states[0][1])  # nothing was removed before it
     assert not torch.equal(sides.states[-1][0], sides.states[-1][1])

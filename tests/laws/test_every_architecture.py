@@ -23,9 +23,11 @@ def tiny(class_name: str, model_type: str, **settings: Any) -> Callable[[], PreT
 ROPE_5 = [1, 0, 1, 1, 0]
 
 NAMED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
+    "ast": (tiny("ASTForAudioClassification", "audio-spectrogram-transformer"), {}),
     "bamba": (tiny("BambaForCausalLM", "bamba", attn_layer_indices=[1, 3]), {"scattered": "no block with attention"}),
     "bart": (tiny("BartForConditionalGeneration", "bart", encoder_layers=4, decoder_layers=3), {}),
     "bloom": (tiny("BloomForCausalLM", "bloom", n_layer=4), {}),
+    "canine": (tiny("CanineForSequenceClassification", "canine"), {}),
     "deberta-v2": (
         tiny(
             "DebertaV2ForMaskedLM",
@@ -62,6 +64,7 @@ NAMED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
     "minicpm3": (tiny("MiniCPM3ForCausalLM", "minicpm3"), {}),
     "mixtral": (tiny("MixtralForCausalLM", "mixtral"), {}),
     "modernbert": (tiny("ModernBertForMaskedLM", "modernbert"), {"first": "Block 0.*no norm of its own"}),
+    "moonshine": (tiny("MoonshineForConditionalGeneration", "moonshine"), {}),
     "opt": (tiny("OPTForCausalLM", "opt"), {}),
     "qwen3-moe": (tiny("Qwen3MoeForCausalLM", "qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3]), {}),
     "qwen3-next": (
@@ -70,9 +73,11 @@ NAMED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, str]]] = {
         ),
         {},
     ),
+    "siglip2": (tiny("Siglip2ForImageClassification", "siglip2"), {}),
     "smollm3": (tiny("SmolLM3ForCausalLM", "smollm3", no_rope_layers=ROPE_5), {}),
     "t5": (tiny("T5ForConditionalGeneration", "t5", num_layers=5, num_decoder_layers=3), {}),
     "vit": (tiny("ViTForImageClassification", "vit"), {}),
+    "wav2vec2-bert": (tiny("Wav2Vec2BertForCTC", "wav2vec2-bert"), {}),
     "whisper": (tiny("WhisperForConditionalGeneration", "whisper", encoder_layers=3, decoder_layers=3), {}),
     "xlnet": (tiny("XLNetLMHeadModel", "xlnet"), {}),
 }

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import transformers
+from tools.sweep.shrink import small_model
 
+from avss.errors import UnsupportedArchitectureError
 from avss.models.asked import AskedLogits
+from avss.models.forward import run_body
 from avss.models.load import adopt
 from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
 from tests.support.architectures import ARCHITECTURES, VOCAB, stored, token_batch
@@ -20,6 +23,36 @@ def test_the_head_shell_answers_as_the_model(name):
     with torch.no_grad():
         hidden = loaded.model.base_model(input_ids=token_ids)[0]
         assert torch.equal(HeadShell(loaded.model)(hidden), run(stored(name), token_ids))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type"),
+    [
+        ("BartForCausalLM", "bart"),
+        ("FalconH1ForCausalLM", "falcon_h1"),
+        ("Llama4ForCausalLM", "llama4_text"),
+        ("Llama4ForConditionalGeneration", "llama4"),
+        ("MllamaForCausalLM", "mllama_text_model"),
+        ("LongformerForMaskedLM", "longformer"),
+        ("MambaForCausalLM", "mamba"),
+        ("MixtralForCausalLM", "mixtral"),
+        ("OPTForCausalLM", "opt"),
+        ("RwkvForCausalLM", "rwkv"),
+    ],
+)
+def test_the_head_shell_answers_as_models_whose_heads_ask_for_more(class_name, model_type):
+    """Heads that run a part of the body only, read a number of it, or pass on a cache or a router's logits."""
+    loaded = adopt(small_model(getattr(transformers, class_name), model_type))
+    token_ids, _ = token_batch(padded=False)
+    hidden = run_body(loaded, token_ids)
+    with torch.no_grad():
+        assert torch.equal(HeadShell(loaded.model)(hidden.clone()), loaded.model(input_ids=token_ids).logits)
+
+
+def test_a_model_whose_head_cannot_be_told_apart_is_refused_and_not_guessed():
+    model = small_model(transformers.T5ForConditionalGeneration, "t5")
+    with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration.*head cannot be run alone"):
+        HeadShell(model)
 
 
 @pytest.mark.parametrize("name", PREDICTS_WORDS)

@@ -1,11 +1,13 @@
 """The ledger counts what is spent, keeps to the budget, and makes a killed search the same as one that was not."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from avss.errors import ConfigError
 from avss.search import METHODS, Budget, Ledger, Rules, find_curve
 from avss.search.ledger import BudgetSpent, blocks_run
 from tests.support.costs import KnownCosts
@@ -78,7 +80,7 @@ def test_the_whole_model_is_counted_once_a_batch_or_each_time():
 def test_a_budget_in_passes_is_kept_and_every_size_has_a_set(method, passes):
     costs = world()
     known = ledger(costs, budget=Budget(passes=passes))
-    curve = find_curve(method, known, RULES)
+    curve = find_curve(method, known, dataclasses.replace(RULES, fallback=lambda: range(9)))
     assert known.passes <= passes
     assert {size: len(one) for size, one in curve.best.items()} == {1: 1, 2: 2, 3: 3}
     assert all(one <= set(RULES.free) for one in curve.best.values())
@@ -86,6 +88,63 @@ def test_a_budget_in_passes_is_kept_and_every_size_has_a_set(method, passes):
         assert bool(known.batches_of(one)) == (curve.how[size] != "prior")
     if passes < 1:
         assert not curve.is_complete
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["greedy", "evolution"])
+@pytest.mark.parametrize("budget", [Budget(passes=0.5), Budget(seconds=8.0)])
+def test_a_budget_below_measuring_each_block_alone_goes_by_the_fallback_or_is_refused(method, budget, monkeypatch):
+    """Never by the blocks' numbers, and never unsaid."""
+    clock = [0.0]
+    monkeypatch.setattr("avss.search.ledger.time.perf_counter", lambda: clock[0])
+
+    def slow(sets, batches):
+        clock[0] += 1.0 * sum(9 - len(one) for one in sets)
+        return costs(sets, batches)
+
+    costs = world()
+    with pytest.raises(ConfigError, match=r"measure each of 9 blocks alone.*takes 1(.25)? passes.*--screen"):
+        find_curve(method, ledger(slow, budget=budget), RULES)
+    asked = []
+
+    def fallback():
+        asked.append(True)
+        return [5.0, 9.0, 1.0, 8.0, 7.0, 0.0, 9.0, 9.0, 2.0]
+
+    known = ledger(slow, budget=budget)
+    curve = find_curve(method, known, dataclasses.replace(RULES, fallback=fallback))
+    assert asked == [True]
+    assert curve.best[3] == {5, 2, 8}
+    assert not curve.is_complete
+    assert known.passes <= budget.passes
+    # With enough, nobody asks for it.
+    find_curve(method, ledger(costs), dataclasses.replace(RULES, fallback=fallback))
+    assert asked == [True]
+
+
+def test_sets_that_share_nothing_are_kept_one_by_one(tmp_path):
+    """A search by a task that is killed loses one measurement, not all those of a step."""
+    costs, path = world(), tmp_path / "ledger.jsonl"
+
+    def mortal(sets, batches):
+        if {3} in sets:
+            raise Killed
+        return costs(sets, batches)
+
+    sets = [frozenset({block}) for block in range(5)]
+    with pytest.raises(Killed):
+        ledger(mortal, shares_prefixes=False, path=path).ask(sets, [0])
+    seen = []
+
+    def counted(sets, batches):
+        seen.extend(sets)
+        return costs(sets, batches)
+
+    ledger(counted, shares_prefixes=False, path=path).ask(sets, [0])
+    assert seen == [{3}, {4}]
 
 
 @methods
@@ -102,10 +161,6 @@ def test_a_budget_in_seconds_is_kept(method, monkeypatch):
     curve = find_curve(method, known, RULES)
     assert 0 < known.seconds <= 60
     assert set(curve.best) == {1, 2, 3}
-
-
-class Killed(Exception):
-    pass
 
 
 @methods

@@ -1,11 +1,13 @@
 """Each method finds what there is to find, with exhaustive search as the oracle."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from avss.search import METHODS, Ledger, Rules, find_curve
+from avss.errors import InvalidPlanError
+from avss.search import METHODS, Budget, Ledger, Rules, find_curve
 from tests.support.costs import KnownCosts
 
 methods = pytest.mark.parametrize("method", METHODS)
@@ -111,6 +113,15 @@ def test_protected_blocks_stay(method):
     costs = KnownCosts([0.0, *[1.0] * (NUM - 2), 0.0], num_batches=2)
     curve, _ = search(method, costs, free=tuple(range(1, NUM - 1)))
     assert not {0, NUM - 1} & frozenset.union(*curve.best.values())
+
+
+@pytest.mark.parametrize("passes", [math.inf, 0.01])
+def test_windows_that_do_not_exist_are_refused_and_not_made_up(passes):
+    costs = KnownCosts([1.0] * NUM, num_batches=2)
+    free = tuple(block for block in range(NUM) if block % 3)
+    known = Ledger(costs, num_blocks=NUM, num_batches=2, budget=Budget(passes=passes))
+    with pytest.raises(InvalidPlanError, match="No 3 neighbouring blocks are free of protected ones"):
+        find_curve("window", known, Rules(count=3, free=free))
 
 
 @methods

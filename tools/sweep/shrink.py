@@ -58,7 +58,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"state_size|mamba_d_state|ssm_state_size|conv_dimension", 8),
     (r"(mamba_n_heads|mamba_num_heads|n_mamba_heads)", 8),
     (r"mamba_n_groups|n_groups|num_hash_heads", 1),
-    (r"chunk_size|mamba_chunk_size|time_step_rank|mamba_dt_rank", 8),
+    (r"context_size|chunk_size|mamba_chunk_size|time_step_rank|mamba_dt_rank", 8),
     (r"num_labels", 3),
     (r"num_image_tokens|num_query_tokens|mm_tokens_per_image|image_seq_length|num_latents", 4),
 )
@@ -67,7 +67,7 @@ _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _RULES)
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 _ALL_HEADS = {"num_key_value_heads": 4}
 # transformers sizes the decoder's cache by the encoder: an encoder that may lose blocks must be the longer one.
-_SHORT_DECODER = {"num_decoder_layers": 3}
+_SHORT_DECODER = {"num_decoder_layers": 3, "decoder_start_token_id": 0}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"), _SHORT_DECODER),
@@ -101,13 +101,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"], "num_dense_layers": 1},
     "llama4_text": {"moe_layers": [1, 3], "no_rope_layers": [1, 1, 0, 1, 0]},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "led": {"attention_window": 4},
+    "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mllama_text_model": {"cross_attention_layers": [1, 3]},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "sam_vision_model": {"global_attn_indexes": [1, 4]},
     "rwkv": {"rescale_every": 0},
     "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0]},
+    **{name: {"vocab_size": VOCAB} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
     "zamba": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,

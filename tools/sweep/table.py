@@ -9,6 +9,8 @@ _HEADINGS = {
     "encoder-decoder": "Encoder-decoders",
     "vision": "Image classifiers",
     "speech": "Speech to text",
+    "speech-to-text": "Speech to text, without a decoder",
+    "audio": "Sound classifiers",
     "image-text": "Image and text to text",
     "classifier": "Text classifiers",
 }

@@ -294,6 +294,7 @@ def plan_settings(
     retention_task: str | None,
     score_rounds: int | None,
     from_search: Path | None,
+    task_settings: dict[str, Any],
 ) -> dict[str, Any]:
     """The flags about which blocks go as settings of `avss.config.PlanConfig`, those given only."""
     return given(
@@ -302,7 +303,7 @@ def plan_settings(
         max_bytes=max_bytes,
         speedup=speedup,
         min_retention=min_retention,
-        retention_task=_task(retention_task),
+        retention_task=_task(retention_task, task_settings),
         score_rounds=score_rounds,
         from_search=str(from_search) if from_search else None,
     )
@@ -319,11 +320,12 @@ def search_settings(
     beam: int | None,
     finalists: int | None,
     resume: bool,
+    task_settings: dict[str, Any],
 ) -> dict[str, Any]:
     """The flags about a search as settings of `avss.config.SearchConfig`, those given only."""
     return given(
         objective=objective,
-        task=_task(objective_task),
+        task=_task(objective_task, task_settings),
         seconds=search_time,
         max_passes=max_passes,
         screen=screen,
@@ -334,10 +336,10 @@ def search_settings(
     )
 
 
-def _task(text: str | None) -> dict[str, Any] | None:
+def _task(text: str | None, settings: dict[str, Any]) -> dict[str, Any] | None:
     from avss.config import TaskConfig
 
-    return None if text is None else TaskConfig.parse(text).model_dump()
+    return None if text is None else TaskConfig.parse(text, **settings).model_dump()
 
 
 def given(**settings: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def command(
     from avss.plan import check_one_target, check_plain, check_search
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
+    for_tasks = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed}
     targets = opt.plan_settings(
         select=select,
         max_params=max_params,
@@ -77,6 +78,7 @@ def command(
         retention_task=retention_task,
         score_rounds=score_rounds,
         from_search=from_search,
+        task_settings=for_tasks,
     )
     search = opt.search_settings(
         objective=objective,
@@ -88,6 +90,7 @@ def command(
         beam=beam,
         finalists=finalists,
         resume=resume,
+        task_settings=for_tasks,
     )
     # Refused before the model is loaded.
     chosen_by = {"criterion": criterion, "contiguous": contiguous, "rule": opt.mass_rule(rule), "protect": protect}

@@ -92,6 +92,7 @@ def command(
     """Score, choose, cut, repair, heal, verify, evaluate, report: MODEL -> a smaller model and its proof."""
     from avss.cli.execute import execute, merge_flags
 
+    for_tasks = opt.given(limit=limit, seq_len=seq_len, batch_size=batch_size, seed=seed)
     settings = merge_flags(
         config,
         {
@@ -131,6 +132,7 @@ def command(
                 retention_task=retention_task,
                 score_rounds=score_rounds,
                 from_search=from_search,
+                task_settings=for_tasks,
             ),
             "search": opt.search_settings(
                 objective=objective,
@@ -142,6 +144,7 @@ def command(
                 beam=beam,
                 finalists=finalists,
                 resume=resume,
+                task_settings=for_tasks,
             ),
             **opt.given(
                 criteria=criteria.split(",") if criteria else None,
@@ -157,6 +160,6 @@ def command(
             ),
         },
         tasks=task or [],
-        task_settings=opt.given(limit=limit, seq_len=seq_len, batch_size=batch_size, seed=seed),
+        task_settings=for_tasks,
     )
     execute(settings, command=opt.this_command(), as_json=json, quiet=quiet)

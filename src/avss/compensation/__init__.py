@@ -49,6 +49,7 @@ def compensate(
     method: str = "auto",
     rounds: int = ROUNDS,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[Loaded, Compensation]:
     """Repairs a cut by one of these methods.
 
@@ -68,6 +69,7 @@ def compensate(
         method: One of `METHODS`.
         rounds: Rounds of `steer`, at most.
         on_step: Called with steps done and steps in all, for progress.
+        may_go_on: Asked before each cut and each round: what is not begun is left out.
 
     Returns:
         The repaired model, or `smaller` itself where nothing helped; and what was done.
@@ -100,6 +102,8 @@ def compensate(
     repairs: list[CutRepair] = []
     if wanted in _CANDIDATES:
         for run in runs:
+            if not may_go_on():
+                break
             repairs.append(_repair_cut(work, run, wanted, fit, choose, judge, by_choice))
             advance()
     num_swept = 0
@@ -107,7 +111,9 @@ def compensate(
         num_swept = _swept(work, fit, choose, by_choice)
         advance()
     steps = (
-        [step.step for step in steer(work, fit, by_choice, rounds=num_rounds, on_step=advance)] if num_rounds else []
+        [step.step for step in steer(work, fit, by_choice, rounds=num_rounds, on_step=advance, may_go_on=may_go_on)]
+        if num_rounds
+        else []
     )
     on_step(total, total)
     story = Compensation(

@@ -12,6 +12,7 @@ from avss.models.forward import model_inputs, takes
 from avss.models.load import Loaded
 from avss.models.predictions import answers_of, distance
 from avss.models.shell import HeadShell, KnownBlock, with_blocks
+from avss.models.stack import body_of
 
 
 def divergence(
@@ -109,14 +110,14 @@ class Yardstick:
         """Last hidden states of models with a head for words, else what `divergence` compares."""
         if not self._by_head:
             return _outputs(dataclasses.replace(loaded, model=model), token_ids, keep, None)[0]
-        body: Any = model.base_model
+        body: Any = body_of(model)
         return body(**model_inputs(loaded, token_ids, keep, part=body))[0]
 
 
 def _outputs(loaded: Loaded, token_ids: Tensor, keep: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Logits or last hidden states, and the positions they stand for (None for all)."""
     if answers_of(loaded) == "states":
-        body: Any = loaded.model.base_model
+        body: Any = body_of(loaded.model)
         hidden = body(**model_inputs(loaded, token_ids, keep, part=body))[0]
         return (hidden, None) if places is None else (hidden[:, places.to(hidden.device)], places)
     inputs = model_inputs(loaded, token_ids, keep)

@@ -34,7 +34,7 @@ from avss.compensation.divergence import Yardstick, divergence
 from avss.compensation.streams import ordinary
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
-from avss.models.projections import oriented
+from avss.models.projections import by_token, oriented
 from avss.models.stack import hooked
 
 RIDGE = 1e-2
@@ -57,7 +57,13 @@ class Round:
 
 
 def steer(
-    work: Workpiece, fit: Batches, measure: Yardstick, *, rounds: int, on_step: Callable[[], None] = lambda: None
+    work: Workpiece,
+    fit: Batches,
+    measure: Yardstick,
+    *,
+    rounds: int,
+    on_step: Callable[[], None] = lambda: None,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> list[Round]:
     """Takes up to `rounds` rounds; stops at the first that no step size makes useful.
 
@@ -67,11 +73,14 @@ def steer(
         measure: What the line search goes by, on text of its own.
         rounds: At most.
         on_step: Called after each round, for progress.
+        may_go_on: Asked before each round.
     """
     keys = targets(work)
     done: list[Round] = []
     best = measure(work.smaller)
     for text in _shares(fit, rounds):
+        if not may_go_on():
+            break
         aim = _aim(work, keys, text)
         step, best = _line_search(work, aim, measure, best=best)
         done.append(Round(step=step, divergence=best))
@@ -136,7 +145,7 @@ def _aim(work: Workpiece, keys: list[Key], text: Batches) -> _Aim:
 
     def reader(key: Key) -> Callable[..., None]:
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0].detach()
+            inputs = by_token(args[0].detach(), current_keep.shape)
             inputs = inputs[current_keep.to(inputs.device)].float()
             moments[key] = moments.get(key, 0) + inputs.T @ inputs
 

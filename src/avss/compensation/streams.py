@@ -12,7 +12,7 @@ from avss.data.batches import Batches
 from avss.errors import DataError
 from avss.models.forward import run_body
 from avss.models.load import Loaded
-from avss.models.projections import Projections
+from avss.models.projections import Projections, by_token
 from avss.models.stack import hidden_from_output
 
 MASSIVE = 10.0
@@ -78,7 +78,7 @@ def read_blocks(
 
     def reader(index: int, path: str) -> Any:
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-            features[index, path] = args[0]
+            features[index, path] = by_token(args[0], token_ids.shape)
 
         return read
 

@@ -17,7 +17,7 @@ from avss.compensation.equations import NormalEquations, choose_ridge
 from avss.compensation.streams import ordinary
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
-from avss.models.projections import bias_of, matrix_of
+from avss.models.projections import bias_of, by_token, matrix_of
 from avss.models.walk import Walk
 
 
@@ -67,7 +67,7 @@ def _fit_block(work: Workpiece, block: int, walks: list[list[tuple[Walk, Walk]]]
             for dense, patched in text:
                 seen.clear()
                 state = patched.through(work.smaller, place)
-                missing, features = dense.hidden.to(state.device) - state, gain * seen[0]
+                missing, features = dense.hidden.to(state.device) - state, gain * by_token(seen[0], dense.keep.shape)
                 usual = ordinary(dense.hidden, dense.keep).to(state.device)
                 anchor = dense.keep.to(state.device) & ~usual
                 sums.add(features[usual], missing[usual])

@@ -20,7 +20,7 @@ from avss.evaluation import evaluate_task, retention
 from avss.models.load import Loaded
 from avss.models.rewrite import pinned_blocks
 from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
-from avss.progress import Timed
+from avss.progress import MayGoOn, Timed, always
 from avss.record import BlockScores, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult
 
 MOST = 0.5
@@ -52,6 +52,8 @@ def choose(
     table: ScoreTable | None = None,
     task: TaskConfig | None = None,
     repairs: bool = False,
+    first_token: bool = True,
+    may_go_on: MayGoOn = always,
     command: str = "",
 ) -> Chosen:
     """The plan that the settings ask for.
@@ -66,6 +68,8 @@ def choose(
         task: What `min_retention` speaks of, if the settings name none.
         repairs: Whether the cut will be repaired: the best sets of a search are then judged after a repair, and scores
             in rounds are made of repaired models.
+        first_token: Whether the first token of each sequence counts in scores.
+        may_go_on: Asked before each of those repairs of a search's best sets.
         command: The command to note in a search.
 
     Raises:
@@ -83,42 +87,50 @@ def choose(
     protects_ends = criterion.protects_ends or config.select != "scores"
     config = with_pinned(config, loaded, protects_ends=protects_ends)
     protected = protected_blocks(config.protect, num_blocks, protects_ends=protects_ends)
+
+    def made(wanted: AbstractCriterion) -> BlockScores:
+        return _scores(wanted, loaded, batches, table, first_token, timed)
+
     if config.rule == "mass":  # how many go is the scores' own answer
-        scores = _scores(criterion, loaded, batches, table, timed)
+        scores = made(criterion)
         return Chosen(make_plan(scores, config, protects_ends=criterion.protects_ends))
     sized = _Sized(loaded, config, protected, timed, task)
     most = sized.most()
     if config.select == "scores":
-        scores = _scores(criterion, loaded, batches, table, timed)
+        scores = made(criterion)
         if config.score_rounds > 1:
-            batches = _need(batches)
-            return Chosen(_by_rounds(loaded, config, most, criterion, batches, scores, timed, repairs=repairs))
+            how = {"repairs": repairs, "first_token": first_token}
+            return Chosen(_by_rounds(loaded, config, most, criterion, _need(batches), scores, timed, **how))
 
         def by_scores(count: int) -> Plan:
             return make_plan(scores, config.sized(count), protects_ends=criterion.protects_ends)
 
         by_scores(most)  # refuses before anything is measured
         return sized.chosen(by_scores, most=most)
-    batches, prior = _need(batches), None
-    if search.screen != "damage":
-        screen = find_criteria([search.screen])[0]
-        prior = _scores(screen, loaded, batches, table, timed).values
+    text = _need(batches)
+    if config.min_retention is not None:
+        sized.retention_task()  # refused before anything is measured
+    prior = None if search.screen == "damage" else made(find_criteria([search.screen])[0]).values
     found = search_loaded(
         loaded,
-        batches.first(search.max_tokens),
+        text.first(search.max_tokens),
         config,
         search,
         count=most,
         protected=protected,
         prior=prior,
+        fallback=(criterion.name, lambda: made(criterion).values),
         stages=timed,
         command=command,
     )
     chosen = sized.chosen(found.plan, most=most, search=found)
+    if (screen := found.settings["screen"]) != search.screen:
+        told = f"The budget of the search was too small to measure each block alone first: it went by `{screen}`."
+        chosen = dataclasses.replace(chosen, warnings=(told, *chosen.warnings))
     # A target that was measured or counted for one set says nothing of another, nor does KL of what was asked for.
     by_count = config.min_retention is None and config.max_params is None and config.max_bytes is None
     if repairs and by_count and search.objective == "kl" and search.finalists > 1:
-        return _after_repair(loaded, chosen, found, batches, table, config, search.finalists, timed)
+        return _after_repair(loaded, chosen, found, text, table, config, search.finalists, timed, may_go_on)
     return chosen
 
 
@@ -131,6 +143,7 @@ def _after_repair(
     config: PlanConfig,
     num_finalists: int,
     timed: Timed,
+    may_go_on: MayGoOn,
 ) -> Chosen:
     """Of the searched set, those that came close and those that scores choose, the one that is best repaired."""
     size = len(chosen.plan.removed)
@@ -141,7 +154,7 @@ def _after_repair(
     for other in found.others:
         if len(other.removed) == size:
             sets.setdefault(other.removed, "runner-up")
-    finalists = judge_finalists(loaded, sets, batches, num_finalists, timed)
+    finalists = judge_finalists(loaded, sets, batches, num_finalists, timed, may_go_on)
     if not finalists:
         return chosen
     plan = chosen.plan.model_copy(
@@ -206,7 +219,7 @@ class _Sized:
         elif self._most_parameters is not None:
             most = self._count_for_parameters(self._most_parameters, free)
         else:
-            most = self._named_count or count_of_fraction(MOST, num_blocks)
+            most = self._named_count or min(count_of_fraction(MOST, num_blocks), len(free), num_blocks - 1)
         if most > len(free) or most >= num_blocks:
             guarded = f", {len(self.protected)} are protected" if self.protected else " and one must stay"
             raise InvalidPlanError(
@@ -322,13 +335,24 @@ class _Sized:
             )
         return max(1, count)
 
-    def _largest_that_keeps(self, wanted: float, plan_of: Callable[[int], Plan], most: int) -> Plan:
-        """The largest size whose cut keeps what is wanted, found by halving: retention is taken to fall with size."""
+    def retention_task(self) -> TaskConfig:
+        """What the retention speaks of.
+
+        Raises:
+            ConfigError: Nothing does, or it speaks of something that has none.
+        """
         task = self.config.retention_task or self.task
         if task is None:
             raise ConfigError(
                 "`--min-retention` needs a task to speak of. Name one, e.g. `--retention-task choice=questions.jsonl`."
             )
+        if task.kind in ("speed", "similarity"):
+            raise ConfigError(f"The task `{task.kind}` has no retention. Use choice, classification or perplexity.")
+        return task
+
+    def _largest_that_keeps(self, wanted: float, plan_of: Callable[[int], Plan], most: int) -> Plan:
+        """The largest size whose cut keeps what is wanted, found by halving: retention is taken to fall with size."""
+        task = self.retention_task()
         kept: dict[int, float] = {}
         with self.timed(f"Measuring what is kept of {task.kind}") as advance:
             dense = evaluate_task([self.loaded], task)[0]
@@ -358,7 +382,12 @@ class _Sized:
 
 
 def _scores(
-    criterion: AbstractCriterion, loaded: Loaded, batches: Batches | None, table: ScoreTable | None, timed: Timed
+    criterion: AbstractCriterion,
+    loaded: Loaded,
+    batches: Batches | None,
+    table: ScoreTable | None,
+    first_token: bool,
+    timed: Timed,
 ) -> BlockScores:
     if table is not None:
         with contextlib.suppress(KeyError):
@@ -366,7 +395,7 @@ def _scores(
         problem = next((text for text in table.warnings if f"`{criterion.name}`" in text), None)
         if problem is not None:
             raise DegenerateStatisticError(problem.removeprefix("Left out: "))
-    return score_loaded(loaded, _need(batches), (criterion,), True, 0.25, timed)[0].scores[0]
+    return score_loaded(loaded, _need(batches), (criterion,), first_token, 0.25, timed)[0].scores[0]
 
 
 def _need(batches: Batches | None) -> Batches:
@@ -388,6 +417,7 @@ def _by_rounds(
     timed: Timed,
     *,
     repairs: bool,
+    first_token: bool,
 ) -> Plan:
     """Removes in rounds, and scores what is left before each; repaired by least squares first, where a repair follows.
 
@@ -405,10 +435,10 @@ def _by_rounds(
                     text = batches.first(TOKENS).rewritten()
                     smaller, story = compensate(loaded, smaller, plan, text, method="refit")
                 num_repaired += story.applied
-            scores = score_loaded(smaller, batches, (criterion,), True, 0.25, timed)[0].scores[0]
+            scores = score_loaded(smaller, batches, (criterion,), first_token, 0.25, timed)[0].scores[0]
         kept = [block for block in range(len(loaded.stack)) if block not in removed]
         guard = ",".join(str(kept.index(block)) for block in protected) or "none"
-        step = config.model_copy(update={"fraction": None, "count": more, "protect": guard})
+        step = config.sized(more).model_copy(update={"protect": guard})
         plan = make_plan(scores, step, protects_ends=False)
         removed = tuple(sorted([*removed, *(kept[place] for place in plan.removed)]))
     num = len(loaded.stack)
@@ -434,9 +464,9 @@ def _with_rule(plan: Plan, why: str) -> Plan:
 
 def _search_warnings(search: SearchResult, plan: Plan) -> tuple[str, ...]:
     point = search.points[len(plan.removed) - 1]
-    if not point.num_sequences:
+    if point.how.startswith("prior"):
         return (
-            f"The budget of the search ended before sets of {len(plan.removed)} blocks were measured; the likeliest "
+            f"The budget of the search ended before sets of {len(plan.removed)} blocks were compared; the likeliest "
             "blocks were added. Give it more time or passes: it goes on where it ended.",
         )
     if search.data is not None and search.objective != "accuracy" and point.num_sequences < search.data.num_sequences:

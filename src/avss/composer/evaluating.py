@@ -10,8 +10,9 @@ import torch
 from avss.composer.inputs import AnyModel, load
 from avss.composer.pruning import describe_cut
 from avss.composer.records import begin_record
-from avss.config import TaskConfig, build
+from avss.config import PlanConfig, TaskConfig, build
 from avss.evaluation import TaskResult, evaluate_task, retention
+from avss.evaluation.base import task_name
 from avss.models.forward import can_generate, generate
 from avss.models.load import Loaded
 from avss.models.stack import AUTO
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 COSTLY, WRECKED = 1.5, 10.0
 """Perplexity ratios from which a cut is said to need repair, and to be a wreck."""
+
+_SHORT_OF = 0.95
+"""Share of a wanted speedup below which it is said to be missed: timings scatter."""
 
 _CONTINUATION_TOKENS = 32
 
@@ -126,6 +130,27 @@ def with_measurements(cuts: tuple[Cut, ...], results: list[list[TaskResult]]) ->
         )
         for place, one in enumerate(cuts, start=1)
     )
+
+
+def target_warnings(plan: PlanConfig, cut: Cut) -> tuple[str, ...]:
+    """A sentence where the finished model misses what its size was chosen by, measured on the raw cut or estimated."""
+    told = []
+    share, speedup, named = plan.min_retention, plan.speedup, plan.retention_task
+    # A task's first figure with a share is the one that the size was chosen by.
+    meant = (one for one in cut.retention if one.kept is not None and (not named or one.task == task_name(named)))
+    first = next(meant, None)
+    if share is not None and first is not None and first.kept is not None and first.kept < share:
+        told.append(
+            f"The finished model keeps {first.kept:.1%} of {first.task}, {first.metric}, less than the {share:.1%} "
+            "that its size was chosen by."
+        )
+    latency = next((one for one in cut.retention if one.metric == "latency_ms"), None)
+    if speedup is not None and latency is not None and latency.dense < _SHORT_OF * speedup * latency.value:
+        told.append(
+            f"A forward pass is {latency.dense / latency.value:.2f} times as fast, and {speedup:g} were asked for: the "
+            "estimate by which blocks were counted was too good."
+        )
+    return tuple(told)
 
 
 def wreck_warnings(cuts: tuple[Cut, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from avss.compensation.divergence import Yardstick
 from avss.cut import cut
 from avss.data.batches import Batches
 from avss.models.load import Loaded
-from avss.progress import Timed
+from avss.progress import MayGoOn, Timed, always
 from avss.record import Finalist, Plan
 
 TOKENS = 24_576
@@ -22,7 +22,12 @@ Removed = tuple[int, ...]
 
 
 def judge_finalists(
-    loaded: Loaded, sets: Mapping[Removed, str], batches: Batches, num_finalists: int, timed: Timed
+    loaded: Loaded,
+    sets: Mapping[Removed, str],
+    batches: Batches,
+    num_finalists: int,
+    timed: Timed,
+    may_go_on: MayGoOn = always,
 ) -> tuple[Finalist, ...]:
     """The sets that are nearest to the dense model raw, repaired by least squares, the best one then first.
 
@@ -34,6 +39,7 @@ def judge_finalists(
         batches: Calibration text.
         num_finalists: How many of them are repaired.
         timed: Where progress goes.
+        may_go_on: Asked before each is repaired.
 
     Returns:
         Empty where nothing can be repaired in this model: then raw is all there is.
@@ -45,6 +51,8 @@ def judge_finalists(
         nearest = sorted(raw, key=lambda removed: raw[removed])[:num_finalists]
         found = []
         for place, removed in enumerate(nearest):
+            if not may_go_on():
+                break
             plan = _plan(loaded, removed)
             _, story = compensate(loaded, cut(loaded, plan), plan, text, method="refit")
             if math.isnan(story.before):

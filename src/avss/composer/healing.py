@@ -110,7 +110,7 @@ def heal(
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
         forget(checkpoint)
-    return Pruned(model=healed.model, tokenizer=healed.tokenizer, plan=plan, record=record)
+    return Pruned(model=healed.model, tokenizer=healed.tokenizer, plan=plan, record=record, loaded=healed)
 
 
 def _is_same(source: object, folder: Path) -> bool:
@@ -149,6 +149,8 @@ def _smaller(
     model: AnyModel | Pruned, tokenizer: "PreTrainedTokenizerBase | None", loading: dict[str, Any]
 ) -> tuple[Loaded, RunRecord | None]:
     if isinstance(model, Pruned):
+        if model.loaded is not None:
+            return model.loaded, model.record
         if model.model is None:
             raise ConfigError("The model was cut from file to file and is not in memory. Give the folder it is in.")
         head = model.record.cuts[0].model.head
@@ -282,6 +284,11 @@ def healing_warnings(healing: Healing | None) -> tuple[str, ...]:
     """A sentence where healing left the weights as they were."""
     if healing is None or healing.kept:
         return ()
+    if not healing.num_steps:
+        return (
+            f"The {healing.seconds:,.0f} s that were left for healing did not suffice for one step, so the weights are "
+            "as they were before it. Give it more time.",
+        )
     return ("Healing made the held-out text no better, so the weights are as they were before it.",)
 
 

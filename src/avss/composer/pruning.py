@@ -28,12 +28,13 @@ from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
 from avss.errors import ConfigError
+from avss.evaluation import rehearse
 from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_plain, check_search
-from avss.progress import Stages, Timed, silent
+from avss.progress import MayGoOn, Stages, Timed, always, silent
 from avss.record import Compensation, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
@@ -51,12 +52,14 @@ class Pruned:
         tokenizer: The tokenizer, if there is one.
         plan: The blocks removed.
         record: Everything known about it.
+        loaded: The same as avss holds it: with the dtype it is stored in and the files that belong to it.
     """
 
     model: "PreTrainedModel | None"
     tokenizer: "PreTrainedTokenizerBase | None"
     plan: Plan
     record: RunRecord
+    loaded: Loaded | None = dataclasses.field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
         return self.record._repr_html_()
@@ -175,6 +178,7 @@ def prune(
     table, batches = None, None
     if compensate != "none" or (config.blocks is None and scores is None and config.from_search is None):
         batches = calibration(loaded, data, **settings)
+    rehearse(loaded, [config.retention_task, hard.task])
     if scores is not None:
         table = ScoreTable(scores=(scores_of(scores, criterion).of(loaded.facts()),))
     elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
@@ -210,7 +214,7 @@ def prune(
             record = save_verified(folder, loaded, smaller, record, timed, raw=raw)
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
-    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record)
+    return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record, loaded=smaller)
 
 
 def _check_reads_text(loaded: Loaded, plan: PlanConfig, search: SearchConfig, compensate: str) -> None:
@@ -235,12 +239,20 @@ def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
 
 
 def repair(
-    original: Loaded, raw: Loaded, plan: Plan, batches: Batches, method: str, timed: Timed
+    original: Loaded,
+    raw: Loaded,
+    plan: Plan,
+    batches: Batches,
+    method: str,
+    timed: Timed,
+    may_go_on: MayGoOn = always,
 ) -> tuple[Loaded, Compensation]:
     """Repairs a cut without training, and tells how it went. The raw cut is left as it was."""
     rewriting = batches.augmentation
     with timed("Repairing the cut") as advance:
-        model, story = compensate_cut(original, raw, plan, batches.rewritten(), method=method, on_step=advance)
+        model, story = compensate_cut(
+            original, raw, plan, batches.rewritten(), method=method, on_step=advance, may_go_on=may_go_on
+        )
     if rewriting is not None and story.fit_tokens:
         story = story.model_copy(update={"augment": rewriting.share, "forms": rewriting.forms})
     return model, story

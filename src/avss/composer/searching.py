@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def search_loaded(
     count: int,
     protected: Sequence[int],
     prior: Sequence[float] | None,
+    fallback: tuple[str, Callable[[], Sequence[float]]] | None = None,
     stages: Stages,
     command: str = "",
 ) -> SearchResult:
@@ -54,13 +55,24 @@ def search_loaded(
         count: The largest number of blocks.
         protected: Blocks that stay.
         prior: Importance of each block by a criterion, to try the likeliest first; None: each block alone is measured.
+        fallback: A criterion, and what makes its scores, to take where the budget does not reach for that; the
+            result's settings then name it as the screen.
         stages: Where progress goes.
         command: The command to note in the result.
 
     Raises:
-        ConfigError: The objective does not suit the model.
+        ConfigError: The objective does not suit the model, or the budget is too small for a search.
+        InvalidPlanError: No run of that many neighbours is free, and runs were asked for.
     """
     num_blocks = len(loaded.stack)
+    screen = config.screen
+
+    def fall_back() -> Sequence[float]:
+        nonlocal screen
+        assert fallback is not None
+        screen, scores = fallback
+        return scores()
+
     judge = Judge(loaded, batches, holds_all=bytes_to_hold(loaded, batches) <= _free_bytes(loaded) * _SHARE_OF_MEMORY)
     by_task = config.objective == "accuracy"
     measure = _by_accuracy(loaded, config) if by_task else _by_judge(judge, config)
@@ -68,6 +80,7 @@ def search_loaded(
         count=count,
         free=tuple(block for block in range(num_blocks) if block not in protected),
         prior=None if prior is None else tuple(prior),
+        fallback=None if fallback is None else fall_back,
         width=config.width,
         beam=config.beam,
         num_windows=config.windows,
@@ -104,6 +117,7 @@ def search_loaded(
 
         ledger.on_call = on_call
         curve = find_curve(plan.select, ledger, rules, on_best=on_best)
+    config = config.model_copy(update={"screen": screen})
     return _result(curve, ledger, loaded, batches, plan, config, judge, protected, command)
 
 
@@ -271,7 +285,7 @@ def _key(loaded: Loaded, batches: Batches, method: str, config: SearchConfig, ru
         "data": [batches.facts.content_hash, batches.batch_size],
         "method": method,
         "objective": [config.objective, *([] if config.task is None else _task_content(config.task))],
-        "rules": dataclasses.asdict(rules),
+        "rules": {name: value for name, value in vars(rules).items() if name != "fallback"},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -6,20 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avss.composer.choosing import choose, with_pinned
-from avss.composer.evaluating import choose_tasks, continuations, evaluate_all, with_measurements, wreck_warnings
+from avss.composer.evaluating import (
+    choose_tasks,
+    continuations,
+    evaluate_all,
+    target_warnings,
+    with_measurements,
+    wreck_warnings,
+)
 from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
-from avss.config import Budget, HealConfig, PlanConfig, RunConfig, TaskConfig, check_augment, refuse_unread, seeded
+from avss.config import (
+    Budget,
+    HealConfig,
+    PlanConfig,
+    RunConfig,
+    TaskConfig,
+    as_given,
+    check_augment,
+    refuse_unread,
+    seeded,
+)
 from avss.criteria import CRITERIA, find_criteria
 from avss.cut import cut
 from avss.data.augment import check_forms
 from avss.data.batches import Batches
 from avss.data.sources import Texts, read_texts
 from avss.errors import DegenerateStatisticError
+from avss.evaluation import rehearse
 from avss.evaluation.forms import task_forms
 from avss.healing import heal as heal_cut
 from avss.healing.state import Checkpoint
@@ -27,7 +45,7 @@ from avss.models.forward import can_generate
 from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_search, make_plan
-from avss.progress import Stages, Timed, silent
+from avss.progress import MayGoOn, Stages, Timed, always, silent, until
 from avss.record import Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
@@ -41,6 +59,33 @@ _SEARCH_TOKENS = 8192
 
 _SEARCH_SHARE = 0.2
 """Share of that time that a search may take: healing brings more from the same seconds."""
+
+_FINALISTS_UNTIL, _REPAIR_UNTIL = 0.35, 0.5
+"""Shares of that time after which no further finalist, and no further part of the repair, is begun."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clock:
+    """The time for search, repair and healing: from the moment at which they begin.
+
+    Attributes:
+        began: That moment, of `time.monotonic`.
+        seconds: The time.
+        counts: Whether it bounds anything: only `quality = best` has such a time.
+    """
+
+    began: float
+    seconds: float
+    counts: bool
+
+    @property
+    def left(self) -> float:
+        """Seconds left; negative where more were taken."""
+        return self.began + self.seconds - time.monotonic()
+
+    def until(self, share: float) -> MayGoOn:
+        """Whether no more than this share of the time is over."""
+        return until(self.began + share * self.seconds) if self.counts else always
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +115,6 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     config = _at_its_best(config)
     repairs = config.compensate != "none" or config.heal is not None
     check_augment(config.data.augment, config.data.forms, repairs=repairs)
-    began = time.monotonic()
     out = Path(config.out)
     check_one_target(config.plan)
     check_search(search, searches=config.plan.select != "scores", repairs=config.compensate != "none")
@@ -90,8 +134,11 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     tasks = choose_tasks(config.tasks, loaded, config.task_settings.model_dump())
     config, said = _with_forms(config, tasks, loaded.head)
     batches = calibration(loaded, config.data)
+    with timed("Reading the tasks"):
+        rehearse(loaded, [*tasks, config.plan.retention_task, config.search.task])
     share = config.plan.share(len(loaded.stack))
     table, collected = score_loaded(loaded, batches, criteria, config.first_token, share, timed)
+    clock = _Clock(time.monotonic(), config.time or BEST_SECONDS, counts=config.quality == "best")
     chosen = choose(
         loaded,
         config.plan,
@@ -101,12 +148,14 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         table=table,
         task=next((task for task in tasks if task.kind != "speed"), None),
         repairs=config.compensate != "none",
+        first_token=config.first_token,
+        may_go_on=clock.until(_FINALISTS_UNTIL),
         command=command or "avss.run(...)",
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
     others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
     raw = cut(loaded, chosen.plan)
-    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, training, config, timed, began)
+    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, training, config, timed, clock)
     rivals = [cut(loaded, plan) for plan in others]
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
@@ -134,6 +183,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
                     *chosen.warnings,
                     *said,
                     *healing_warnings(cuts[0].healing),
+                    *target_warnings(config.plan, cuts[0]),
                     *wreck_warnings(cuts),
                 ),
                 "prompts": prompts if samples[0] else (),
@@ -160,7 +210,10 @@ def _at_its_best(config: RunConfig) -> RunConfig:
     )
     if config.quality == "plain":
         return config
-    searches = config.plan.select == "scores" and config.plan.blocks is None and config.plan.from_search is None
+    # Who names a way of choosing has chosen it.
+    searches = not {"select", "blocks", "from_search", "score_rounds", "contiguous", "rule"} & set(
+        as_given(config.plan)
+    )
     plan = config.plan.model_copy(update={"select": "greedy"}) if searches else config.plan
     search = config.search
     if search.seconds is None and search.max_passes is None:
@@ -168,7 +221,7 @@ def _at_its_best(config: RunConfig) -> RunConfig:
     if search.max_tokens is None:
         search = search.model_copy(update={"max_tokens": _SEARCH_TOKENS})
     heal = config.heal or HealConfig(seed=config.data.seed)
-    repair = "auto" if config.compensate == "none" else config.compensate
+    repair = config.compensate if "compensate" in config.model_fields_set else "auto"
     return config.model_copy(update={"plan": plan, "search": search, "compensate": repair, "heal": heal})
 
 
@@ -199,13 +252,13 @@ def _versions(
     training: Texts | None,
     config: RunConfig,
     timed: Timed,
-    began: float,
+    clock: "_Clock",
 ) -> tuple[list[_Version], Checkpoint | None]:
     """The states of the chosen cut, the last one first: it is the one that is saved; and healing's own state."""
     checkpoint = None
     versions = [_Version(raw, describe_cut(loaded, raw, plan))]
     if config.compensate != "none":
-        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed)
+        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed, clock.until(_REPAIR_UNTIL))
         told = describe_cut(loaded, repaired, plan).model_copy(update={"compensation": story})
         if story.applied:
             versions.insert(0, _Version(repaired, told))
@@ -217,10 +270,8 @@ def _versions(
             if getattr(heal, name) is None:
                 heal = heal.model_copy(update={name: getattr(config.data, name)})
         takes_the_rest = config.quality == "best" and "budget" not in heal.model_fields_set
-        total = config.time or BEST_SECONDS
         if takes_the_rest:
-            left = total - (time.monotonic() - began)
-            heal = heal.model_copy(update={"budget": Budget(seconds=max(left, 1.0))})
+            heal = heal.model_copy(update={"budget": Budget(seconds=max(clock.left, 1.0))})
         with timed("Healing") as advance:
             healed, healing, checkpoint = heal_cut(
                 loaded,
@@ -228,7 +279,7 @@ def _versions(
                 plan,
                 training,
                 heal,
-                budget_name=f"the rest of {total:g} seconds" if takes_the_rest else None,
+                budget_name=f"the rest of {clock.seconds:g} seconds" if takes_the_rest else None,
                 checkpoint_folder=checkpoints_beside(Path(config.out)),
                 report=lambda done, total, note: advance(done, total, note),
             )

@@ -28,6 +28,9 @@ Inputs = Tensor | Mapping[str, Tensor]
 
 DOCUMENT_BREAK = "\n\n"
 
+MASKED_SHARE = 0.15
+"""Share of the tokens that a masked language model is asked about, as in its pretraining."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
@@ -149,6 +152,17 @@ def pad(sequences: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
         token_ids[row, : len(sequence)] = sequence
         keep[row, : len(sequence)] = True
     return token_ids, keep
+
+
+def masked_places(token_ids: Tensor, special_ids: Sequence[int], seed: tuple[int, ...]) -> Tensor:
+    """The places of a sequence that a masked model is asked about, ascending; a function of the seed.
+
+    `MASKED_SHARE` of those without a special token, one at least; none where every token is special.
+    """
+    special = torch.isin(token_ids, torch.tensor(special_ids, dtype=torch.long))
+    places = torch.arange(len(token_ids))[~special].numpy()
+    count = min(len(places), max(1, round(MASKED_SHARE * len(places))))
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(places, size=count, replace=False)))
 
 
 def need_tokenizer(tokenizer: Any, source: str) -> Any:

@@ -1,6 +1,6 @@
 """Evaluation: what the dense and the smaller models score on the same items, and how much is kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from avss.config import TaskConfig, TaskKind
 from avss.errors import TaskError
@@ -13,7 +13,7 @@ from avss.evaluation.similarity import evaluate_similarity
 from avss.evaluation.speed import evaluate_speed
 from avss.models.load import Loaded
 
-__all__ = ["TASKS", "TaskResult", "evaluate_task", "retention"]
+__all__ = ["TASKS", "TaskResult", "evaluate_task", "rehearse", "retention"]
 
 Runner = Callable[[Sequence[Loaded], TaskConfig, OnStep], list[TaskResult]]
 
@@ -57,3 +57,19 @@ def evaluate_task(
             "are worth on images is measured by `avss damage` and `avss compare`."
         )
     return TASKS[task.kind](models, task, on_step)
+
+
+def rehearse(loaded: Loaded, tasks: Iterable[TaskConfig | None]) -> None:
+    """Runs a model on one item of each task: what is wrong with one shall not show after hours of other work.
+
+    Args:
+        loaded: The dense model.
+        tasks: Those to come; None among them is none.
+
+    Raises:
+        TaskError: As `evaluate_task` does.
+        DataError: Likewise.
+    """
+    for task in tasks:
+        if task is not None and task.kind != "speed":
+            evaluate_task([loaded], task.model_copy(update={"limit": 1}))

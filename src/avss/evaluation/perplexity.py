@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avss.config import TaskConfig
-from avss.data.batches import DOCUMENT_BREAK, pad, pad_id_of, windows
+from avss.data.batches import DOCUMENT_BREAK, masked_places, pad, pad_id_of, windows
 from avss.data.sources import read_texts
 from avss.errors import DataError, TaskError
 from avss.evaluation.base import (
@@ -29,9 +29,6 @@ from avss.evaluation.scoring import mask_id_of, special_frame
 from avss.models.asked import AskedLogits
 from avss.models.load import Loaded
 from avss.record import Measurement
-
-MASKED_SHARE = 0.15
-"""Share of a window's tokens that a masked model must guess."""
 
 _Samples = dict[str, list[float]]
 
@@ -94,7 +91,7 @@ def _probes(models: Sequence[Loaded], task: TaskConfig, tokenizer: Any) -> list[
     mask_id = mask_id_of(tokenizer, models[0].source)
     chosen = draw(len(pieces), task.limit, task.seed)
     return [
-        hidden_tokens(pieces[index], masked_places(tokenizer, pieces[index], seed=(task.seed, index)), mask_id)
+        hidden_tokens(pieces[index], _places_to_guess(tokenizer, pieces[index], seed=(task.seed, index)), mask_id)
         for index in chosen
     ]
 
@@ -113,18 +110,11 @@ def _framed_windows(tokenizer: Any, text: str, seq_len: int) -> list[Tensor]:
     return [torch.cat([before, piece, after]) for piece in pieces]
 
 
-def masked_places(tokenizer: Any, token_ids: Tensor, *, seed: tuple[int, int]) -> Tensor:
-    """The places of a window to mask, ascending: 15 % of those without a special token, at least one.
-
-    Raises:
-        DataError: Every token is a special one, e.g. unknown to the tokenizer.
-    """
-    special = torch.isin(token_ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))
-    places = torch.arange(len(token_ids))[~special].numpy()
+def _places_to_guess(tokenizer: Any, token_ids: Tensor, *, seed: tuple[int, int]) -> Tensor:
+    places = masked_places(token_ids, tokenizer.all_special_ids, seed)
     if not len(places):
         raise DataError("A window holds no token but special ones. Is the text in the model's language?")
-    count = max(1, round(MASKED_SHARE * len(places)))
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(places, size=count, replace=False)))
+    return places
 
 
 def _run(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avss.config import TaskConfig
 from avss.evaluation.base import OnStep, Steps, TaskResult, max_len, task_name
-from avss.models.forward import run_body, run_outputs
+from avss.models.forward import cache_name, run_body, run_outputs
 from avss.models.load import Loaded
 from avss.record import Measurement
 
@@ -31,7 +31,8 @@ def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) 
 
     - `latency_ms`: forward pass of one sequence of 128 tokens (fewer, if the model takes fewer), in ms.
     - `throughput`: tokens a second in the forward pass of `task.batch_size` such sequences.
-    - `decode_ms_per_token`: time of each of 16 tokens generated after 128, with cache, in ms; causal heads only.
+    - `decode_ms_per_token`: time of each of 16 tokens generated after 128, with cache, in ms; causal heads only, and
+      only where all of the models have a cache.
 
     Each is the median over 3 to 50 repeats, after one that does not count; about 5 seconds a model in all, more where 3
     repeats take longer. The standard error is that of the median of normal values with a robust spread,
@@ -43,9 +44,10 @@ def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) 
         "latency_ms": lambda model: _time_forward(model, batch[:1]),
         "throughput": lambda model: _time_forward(model, batch),
     }
-    if models[0].head == "causal":
-        decoded = min(DECODED_TOKENS, length - 1)
-        timers["decode_ms_per_token"] = lambda model: _time_decoding(model, batch[:1, : length - decoded], decoded)
+    decoded = min(DECODED_TOKENS, length - 1)
+    prompt = batch[:1, : length - decoded]
+    if models[0].head == "causal" and all(_has_cache(model, prompt) for model in models):
+        timers["decode_ms_per_token"] = lambda model: _time_decoding(model, prompt, decoded)
     steps = Steps(len(timers) * MIN_REPEATS * len(models), on_step)
     seconds = {
         metric: _take_turns(models, timer, SECONDS_PER_MODEL / len(timers), steps) for metric, timer in timers.items()
@@ -107,13 +109,25 @@ def _time_forward(model: Loaded, token_ids: Tensor) -> float:
 
 
 @torch.inference_mode()
+def _has_cache(model: Loaded, prompt: Tensor) -> bool:
+    """Whether a model that has read a prompt returns a cache of it."""
+    name = cache_name(model.model)
+    if name is None:
+        return False
+    outputs = model.model(input_ids=prompt.to(model.device), use_cache=True)
+    return getattr(outputs, name, None) is not None
+
+
+@torch.inference_mode()
 def _time_decoding(model: Loaded, prompt: Tensor, num_tokens: int) -> float:
     """Seconds for `num_tokens` steps with the model's cache; reading the prompt does not count."""
+    name = cache_name(model.model)
+    assert name is not None
     outputs = model.model(input_ids=prompt.to(model.device), use_cache=True)
     start = _now(model)
     for _ in range(num_tokens):
         step = outputs.logits[:, -1:].argmax(-1)
-        outputs = model.model(input_ids=step, past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = model.model(input_ids=step, use_cache=True, **{name: outputs[name]})
     return (_now(model) - start) / num_tokens
 
 

@@ -44,7 +44,7 @@ def attention(
     num_batch, num_heads, num_queries, width = query.shape
     num_groups, num_keys = key.shape[1:3]
     shared = num_heads // num_groups
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     step = _CHUNK if is_causal else num_queries
     outputs = []
     for start in range(0, num_queries, step):
@@ -52,7 +52,7 @@ def attention(
         stop = min(start + count, num_keys) if is_causal else num_keys
         rows_BKMD = query[:, :, start : start + count].reshape(num_batch, num_groups, shared * count, width)
         scores_BKMS = rows_BKMD @ key[:, :, :stop].transpose(-1, -2)
-        scores_BHTS = scores_BKMS.view(num_batch, num_heads, count, stop).float() * scale
+        scores_BHTS = scores_BKMS.view(num_batch, num_heads, count, stop).float() * factor
         if is_causal:
             later_TS = torch.ones(count, stop, dtype=torch.bool, device=query.device).triu(start + 1)
             scores_BHTS = scores_BHTS.masked_fill(later_TS, float("-inf"))

@@ -16,7 +16,7 @@ from avss.healing.text import Batch
 from avss.models.forward import model_inputs, takes
 from avss.models.load import Loaded
 from avss.models.shell import HeadShell, KnownBlock, RecomputedBlock, with_blocks, with_narrow_maps
-from avss.models.stack import BlockStack, hidden_from_output, hooked, replace_hidden
+from avss.models.stack import BlockStack, body_of, hidden_from_output, hooked, replace_hidden
 from avss.record import Plan
 
 
@@ -118,7 +118,7 @@ class Pair:
 
     def _answer(self, loaded: Loaded, batch: Batch) -> Tensor:
         by_body = loaded.head in ("causal", "masked", "encoder")
-        runs: Any = loaded.model.base_model if by_body else loaded.model
+        runs: Any = body_of(loaded.model) if by_body else loaded.model
         inputs = model_inputs(loaded, batch.token_ids, batch.keep, part=runs if by_body else None)
         # A cache would be filled twice where blocks are computed again.
         if takes(runs, "use_cache"):

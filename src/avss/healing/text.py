@@ -16,6 +16,7 @@ from avss.data.batches import (
     DOCUMENT_BREAK,
     Layout,
     content_hash,
+    masked_places,
     need_tokenizer,
     pad,
     windows,
@@ -25,9 +26,6 @@ from avss.errors import DataError
 from avss.forms import HEALING_SHARE
 from avss.models.load import Loaded
 from avss.record import DataFacts
-
-MASKED_SHARE = 0.15
-"""Share of the tokens that a masked language model is asked about."""
 
 STEP_TOKENS = 1024
 """Tokens in a step of the optimiser, about, where no number of sequences is asked for."""
@@ -138,14 +136,6 @@ class HealingText:
             asked[row, masked_places(sequence, self.special_ids, seed)] = True
         words[asked] = token_ids[asked]
         return Batch(token_ids.masked_fill(asked, self.mask_id), keep, asked, words, None)
-
-
-def masked_places(token_ids: Tensor, special_ids: Sequence[int], seed: tuple[int, ...]) -> Tensor:
-    """The places of a sequence to mask: 15 % of those without a special token, at least one where there is any."""
-    special = torch.isin(token_ids, torch.tensor(special_ids, dtype=torch.long))
-    places = torch.arange(len(token_ids))[~special].numpy()
-    count = min(len(places), max(1, round(MASKED_SHARE * len(places))))
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(places, size=count, replace=False)))
 
 
 def prepare_text(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avss.errors import AvssError
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded
-from avss.models.stack import hidden_from_output, replace_hidden
+from avss.models.stack import body_of, hidden_from_output, replace_hidden
 
 _TRIAL_ROWS, _TRIAL_TOKENS = 2, 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -54,7 +54,7 @@ class AskedLogits:
 
     def _try(self, token_ids: Tensor, keep: Tensor) -> bool:
         """Whether the head, run on every other place, answers there what it answers in a whole pass."""
-        if self._loaded.model.base_model is self._loaded.model:
+        if body_of(self._loaded.model) is self._loaded.model:
             return False
         asked = torch.zeros_like(keep)
         asked[:, ::2] = True
@@ -78,7 +78,7 @@ class AskedLogits:
             hidden = hidden_from_output(output)
             return replace_hidden(output, hidden[asked.to(hidden.device)][None])
 
-        handle = self._loaded.model.base_model.register_forward_hook(narrow)
+        handle = body_of(self._loaded.model).register_forward_hook(narrow)
         try:
             return run_outputs(self._loaded, token_ids, keep)
         finally:

@@ -5,13 +5,14 @@ A batch is a pair of token ids and keep mask, or a mapping of the model's own ke
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from avss.models.load import Head, Loaded
+from avss.models.stack import body_of
 
 
 def model_inputs(
@@ -61,6 +62,11 @@ def takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def cache_name(model: PreTrainedModel) -> str | None:
+    """What a model calls its cache, in the arguments of its forward and in its outputs; None where it knows none."""
+    return next((name for name in ("past_key_values", "cache_params", "state") if takes(model, name)), None)
+
+
 @torch.inference_mode()
 def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
     """The last hidden state, `[B, T, D]`, without computing the head (a sixth of the time for small models).
@@ -70,7 +76,7 @@ def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor 
         batch: Token ids `[B, T]`, or the model's own keyword arguments.
         keep: `[B, T]`, True for real tokens; None if all are.
     """
-    body = cast(PreTrainedModel, loaded.model.base_model)
+    body = body_of(loaded.model)
     return body(**model_inputs(loaded, batch, keep, part=body))[0]
 
 
@@ -111,8 +117,7 @@ def generate(
         more: Further inputs, for all steps: those of an encoder.
     """
     prompt = "decoder_input_ids" if getattr(model.config, "is_encoder_decoder", False) else "input_ids"
-    parameters = inspect.signature(model.forward).parameters
-    memory = next((name for name in ("past_key_values", "cache_params", "state") if name in parameters), None)
+    memory = cache_name(model)
     tokens, past, step = token_ids, None, token_ids
     new: list[Tensor] = []
     for _ in range(num_tokens):

@@ -1,16 +1,15 @@
 """The loss whose gradient says what a block is worth, for every kind of head."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from avss.models.forward import model_inputs
 from avss.models.load import Loaded
 from avss.models.predictions import Answers, label_answers
+from avss.models.stack import body_of
 
 MASK_EVERY, MASK_FROM = 7, 3
 """A masked language model predicts every seventh real token, from the fourth on: 14 %, near the 15 % of its training.
@@ -47,7 +46,7 @@ def own_loss(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor)
         if loaded.head == "image-classifier":
             logits = loaded.model(**model_inputs(loaded, batch, keep))["logits"]
             return _own_answer(logits, keep, label_answers(loaded.model.config))
-        body = cast(PreTrainedModel, loaded.model.base_model)
+        body = body_of(loaded.model)
         return _embedding_move(body(**model_inputs(loaded, batch, keep, part=body))["last_hidden_state"], keep)
     token_ids = batch.to(loaded.device)
     if loaded.head == "causal":

@@ -14,6 +14,9 @@ from avss.models.stack import config_tree
 Inputs = dict[str, Tensor]
 """Keyword arguments of a model's forward."""
 
+_GRID = 3
+"""Patches on a side of an image that is given as patches."""
+
 LENGTH = 12
 """Tokens of a probe: beyond the windows of tiny models, and cheap for large ones."""
 
@@ -33,7 +36,7 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
     model = loaded.model
     generator = torch.Generator().manual_seed(seed)
     accepted = inspect.signature(model.forward).parameters
-    main = model.main_input_name
+    main = _main_input(model, accepted)
     inputs: Inputs = {}
     length = min(length, loaded.max_len or length)
     if loaded.pad_id is None:
@@ -46,9 +49,11 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
         if loaded.head == "classifier":
             _end(inputs["input_ids"], keep, loaded)
     elif main == "pixel_values":
-        inputs["pixel_values"] = _pixels(model, num_sequences, generator)
+        inputs |= _image(model, accepted, num_sequences, generator)
     elif main in ("input_features", "input_values"):
         inputs[main] = _sound(model, main, num_sequences, generator)
+        if "input_features_mask" in accepted:
+            inputs["input_features_mask"] = torch.ones((num_sequences, inputs[main].shape[-1]), dtype=torch.long)
     else:
         raise UnsupportedArchitectureError(
             f"`{type(model).__name__}` reads `{main}`, which avss cannot make up, so a cut could not be proven. Text, "
@@ -68,6 +73,14 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+def _main_input(model: PreTrainedModel, accepted: Any) -> str:
+    """What the model reads, by its own word; towers often inherit that word and read something else."""
+    if model.main_input_name in accepted:
+        return model.main_input_name
+    others = ("pixel_values", "input_features", "input_values")
+    return next((name for name in others if name in accepted), model.main_input_name)
+
+
 def _must_have(accepted: Any, name: str) -> bool:
     return name in accepted and accepted[name].default is inspect.Parameter.empty
 
@@ -83,7 +96,8 @@ def _needs_pixels(model: PreTrainedModel, loaded: Loaded) -> bool:
 
 def _token_ids(loaded: Loaded, num_sequences: int, length: int, generator: torch.Generator) -> Tensor:
     special = _special_ids(loaded.model.config)
-    usual = [token for token in range(min(loaded.vocabulary, 50_000)) if token not in special]
+    # A model without a table of tokens (CANINE) reads characters.
+    usual = [token for token in range(min(loaded.vocabulary, 50_000) or 128) if token not in special]
     chosen = torch.randint(len(usual), (num_sequences, length), generator=generator)
     return torch.tensor(usual)[chosen]
 
@@ -126,6 +140,19 @@ def _size(config: PretrainedConfig, *names: str, default: int) -> int:
     return default
 
 
+def _image(model: PreTrainedModel, accepted: Any, num_sequences: int, generator: torch.Generator) -> Inputs:
+    """Images, whole or, where the model reads images of any shape, as a list of patches with their rows and columns."""
+    if "spatial_shapes" not in accepted:
+        return {"pixel_values": _pixels(model, num_sequences, generator)}
+    values = _size(model.config, "num_channels", default=3) * _size(model.config, "patch_size", default=16) ** 2
+    shape = (num_sequences, _GRID * _GRID, values)
+    return {
+        "pixel_values": torch.randn(shape, generator=generator).to(model.dtype),
+        "pixel_attention_mask": torch.ones(shape[:2], dtype=torch.long),
+        "spatial_shapes": torch.full((num_sequences, 2), _GRID),
+    }
+
+
 def _pixels(model: PreTrainedModel, num_sequences: int, generator: torch.Generator) -> Tensor:
     side = _size(model.config, "image_size", "img_size", default=32)
     channels = _size(model.config, "num_channels", "in_channels", "num_image_channels", default=3)
@@ -137,8 +164,11 @@ def _sound(model: PreTrainedModel, name: str, num_sequences: int, generator: tor
     # Convolutions over the raw wave come before the blocks, whatever bins the model writes.
     if name == "input_values" and (hasattr(config, "conv_kernel") or not hasattr(config, "num_mel_bins")):
         return torch.randn((num_sequences, 2000), generator=generator).to(model.dtype)
-    bins = _size(config, "num_mel_bins", "input_feat_per_channel", "input_dim", default=80)
+    names = ("num_mel_bins", "input_feat_per_channel", "input_dim", "feature_projection_input_dim")
+    bins = _size(config, *names, default=80)
     if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         # Whisper reads windows of one fixed length, two frames a position, bins first.
         return torch.randn((num_sequences, bins, 2 * config.max_source_positions), generator=generator).to(model.dtype)
-    return torch.randn((num_sequences, 64, bins), generator=generator).to(model.dtype)
+    # Spectrogram transformers cut a picture of one fixed length into patches.
+    frames = config.max_length if hasattr(config, "time_stride") else 64
+    return torch.randn((num_sequences, frames, bins), generator=generator).to(model.dtype)

@@ -6,7 +6,8 @@ blocks normalise what they write is left alone by the methods that need an exact
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -91,8 +92,9 @@ def find_projections(loaded: Loaded) -> Projections | None:
 def find_by_trial(loaded: Loaded) -> Projections | None:
     """Looks for the one linear map whose output a block adds to the residual stream last.
 
-    Adds a constant to the output of each candidate in a middle block: a plain summand moves what the block returns by a
-    multiple of just that constant, at every token. Post-norm blocks and normalised outputs do not pass.
+    Pushes the output of each candidate in a middle block, every token another way: a plain summand moves what the block
+    returns by the same multiple of each push. Post-norm blocks and normalised outputs do not pass, and nor does a map
+    whose outputs are not one row a token.
     """
     blocks = loaded.stack.blocks
     block = blocks[len(blocks) // 2]
@@ -100,30 +102,53 @@ def find_by_trial(loaded: Loaded) -> Projections | None:
     token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=generator)
     with block_output(block) as outputs:
         run_body(loaded, token_ids)
-        width = outputs[-1].shape[-1]
+        plain = outputs[-1]
+        width, tokens = plain.shape[-1], plain.shape[:-1]
+        if tokens != token_ids.shape:
+            return None
+        rounding = max(torch.finfo(dtype).eps for dtype in (plain.dtype, loaded.model.dtype))
         for path, module in reversed(list(block.named_modules())):
             is_candidate = isinstance(module, nn.Linear | Conv1D) and matrix_of(module).shape[0] == width
             if not is_candidate or not _is_linear(loaded, path):
                 continue
-            push = torch.randn(width, generator=generator).to(outputs[0]) * outputs[0].std()
-            handle = module.register_forward_hook(lambda _, __, output, push=push: output + push)
+            push = _PUSH * torch.randn(plain.shape, generator=generator).to(plain) * plain.std()
+
+            def pushed(_: nn.Module, __: Any, output: Tensor, push: Tensor = push) -> Tensor:
+                fits = by_token(output, tokens).shape == push.shape
+                return output + push.reshape(output.shape) if fits else output
+
+            handle = module.register_forward_hook(pushed)
             try:
                 run_body(loaded, token_ids)
             finally:
                 handle.remove()
-            moved = (outputs[-1] - outputs[0]).double()
-            gain = float((moved @ push.double()).mean() / push.double().square().sum())
-            off = float((moved - gain * push.double()).square().mean() / push.double().square().mean())
-            if gain > _LEAST_GAIN and off < _LARGEST_MISS * gain**2:
-                return Projections(attention=None, mlp=path, measured_gain=_rounded(gain))
+            moved, pushes = (outputs[-1] - plain).double(), push.double()
+            gain = float((moved * pushes).sum() / pushes.square().sum())
+            off = float((moved - gain * pushes).square().mean() / pushes.square().mean())
+            if gain > _LEAST_GAIN and off < max(_LARGEST_MISS, (2 * rounding) ** 2) * gain**2:
+                return Projections(attention=None, mlp=path, measured_gain=_rounded(gain, rounding))
     return None
 
 
 _LEAST_GAIN, _LARGEST_MISS = 1e-3, 1e-6
+_PUSH = 4.0
+"""Size of a push, in standard deviations of what the block returns: well above what the sum is rounded by."""
 
 
-def _rounded(gain: float) -> float:
-    return 1.0 if abs(gain - 1) < 1e-4 else gain
+def _rounded(gain: float, rounding: float) -> float:
+    return 1.0 if abs(gain - 1) < max(1e-4, rounding / 4) else gain
+
+
+def by_token(rows: Tensor, tokens: Sequence[int]) -> Tensor:
+    """What a map within a block reads or writes, as `[B, T, F]`: some blocks (OPT's) pass it on as `[B * T, F]`.
+
+    Args:
+        rows: As the map saw it.
+        tokens: `(B, T)`, the shape of the batch.
+    """
+    if rows.dim() == 2 and len(rows) == math.prod(tokens):
+        return rows.unflatten(0, tuple(tokens))
+    return rows
 
 
 @contextlib.contextmanager

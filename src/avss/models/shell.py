@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput
 
-from avss.models.stack import BlockStack
+from avss.errors import UnsupportedArchitectureError
+from avss.models.stack import BlockStack, body_of, body_path
 
 
 def with_part(module: nn.Module, path: str, part: nn.Module) -> nn.Module:
@@ -66,11 +67,20 @@ class HeadShell:
     """What a model's own head makes of last hidden states, for any architecture: scales, soft caps and all.
 
     The head is not singled out by name. The model's own `forward` runs, over a body that returns what it is given.
+
+    Raises:
+        UnsupportedArchitectureError: Body and head cannot be told apart.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._body = _GivenBody()
-        self._shell = with_part(model, model.base_model_prefix, self._body)
+        path = body_path(model)
+        if not path:
+            raise UnsupportedArchitectureError(
+                f"`{type(model).__name__}` does not say which part of it is without the head, so its head cannot be "
+                "run alone, which repair and healing need."
+            )
+        self._body = _GivenBody(body_of(model))
+        self._shell = with_part(model, path, self._body)
 
     def __call__(self, hidden_BTD: Tensor) -> Tensor:
         """Logits `[B, T, V]` of last hidden states `[B, T, D]`; gradients reach the states and the head."""
@@ -80,15 +90,6 @@ class HeadShell:
             return self._shell(input_ids=placeholder)["logits"]
         finally:
             self._body.hidden = None
-
-
-class _GivenBody(nn.Module):
-    """A body that returns what it was given beforehand."""
-
-    hidden: Tensor | None = None
-
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, self.hidden))
 
 
 class _Stand(nn.Module):
@@ -104,6 +105,27 @@ class _Stand(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, "block"), name)
+
+
+class _GivenBody(_Stand):
+    """A body that returns what it was given beforehand, and so does the part of it that a head may run (OPT's)."""
+
+    hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return self if isinstance(found, PreTrainedModel) else found
+
+    def forward(self, *_: Any, **__: Any) -> "_GivenOutput":
+        return _GivenOutput(last_hidden_state=cast(Any, self.hidden))
+
+
+class _GivenOutput(BaseModelOutput):
+    """The last hidden state; whatever else a head passes on (a cache, a router's logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class KnownBlock(_Stand):

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -112,6 +112,33 @@ def config_tree(config: PretrainedConfig) -> dict[tuple[str, ...], PretrainedCon
         if isinstance(value, PretrainedConfig):
             tree |= {(name, *path): inner for path, inner in config_tree(value).items()}
     return tree
+
+
+def body_path(model: PreTrainedModel) -> str:
+    """Where a model keeps the part without its head, as a dotted path; empty for a model that has no such part.
+
+    By the model's own word, `base_model_prefix`; a few classes (those of Llama 4, Mllama's text model) inherit one that
+    names nothing in them. There it is the one model inside that reads the same words and predicts none.
+    """
+    if isinstance(getattr(model, model.base_model_prefix, None), nn.Module):
+        return model.base_model_prefix
+    if model.get_output_embeddings() is None:
+        return ""
+    words = model.get_input_embeddings()
+    found = [
+        path
+        for path, part in model.named_modules()
+        if isinstance(part, PreTrainedModel)
+        and part.get_output_embeddings() is None
+        and any(module is words for module in part.modules())
+    ]
+    outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    return outermost[0] if len(outermost) == 1 else ""
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part without the head; the model itself where it has no such part."""
+    return cast(PreTrainedModel, model.get_submodule(body_path(model)))
 
 
 def find_stacks(model: PreTrainedModel) -> tuple[tuple[BlockStack, ...], tuple[RejectedList, ...]]:

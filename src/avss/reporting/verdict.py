@@ -151,6 +151,8 @@ def _healing_sentences(cut: Cut) -> list[str]:
             prompts = f", {healing.settings['form_share']:.0%} of the sequences as prompts" if forms else ""
             other = f" (read in the same ways{prompts})"
     spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
+    if healing.num_steps == 0:
+        return ["There was no time for a single step of healing; the weights are as they were before it."]
     if healing.best_step == 0:
         return [f"Healing {spent} made held-out text no better; the weights are as they were before it."]
     before, after = healing.before, healing.after

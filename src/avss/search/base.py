@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from avss.errors import ConfigError
 from avss.search.ledger import BudgetSpent, Ledger, Removed
 from avss.search.race import race
 
@@ -20,6 +21,8 @@ class Rules:
         free: Blocks that may go.
         prior: A guess of each block's importance, lower goes first, `[num_blocks]`; None: the measured cost of leaving
             out each block alone, on the first batch.
+        fallback: Makes such a guess where the budget does not reach for measuring each block alone; None: such a budget
+            is refused.
         width: Blocks tried in each step before it is asked whether that was enough.
         beam: Sets of each size that the next size is built from.
         num_windows: Runs of neighbours of each size that compete with what was built; 0 for none.
@@ -33,6 +36,7 @@ class Rules:
     count: int
     free: tuple[int, ...]
     prior: tuple[float, ...] | None = None
+    fallback: Callable[[], Sequence[float]] | None = dataclasses.field(default=None, compare=False)
     width: int = 6
     beam: int = 1
     num_windows: int = 2
@@ -117,18 +121,37 @@ class Order:
     Args:
         ledger: Knows the costs.
         rules: Which blocks are free, and the prior.
+
+    Raises:
+        ConfigError: The budget does not reach for measuring each block alone, and there is nothing to fall back on.
     """
 
     def __init__(self, ledger: Ledger, rules: Rules) -> None:
         self._free = rules.free
         self._added: dict[int, float] = {}
-        if rules.prior is None:
-            alone = [frozenset({block}) for block in rules.free]
-            self._rank = {block: float(place) for place, block in enumerate(rules.free)}
-            ledger.ask(alone, [0])
-            self._added = {block: ledger.mean(frozenset({block})) for block in rules.free}
-        else:
-            self._rank = {block: float(rules.prior[block]) for block in rules.free}
+        prior: Sequence[float] | None = rules.prior
+        if prior is None and not self._screen(ledger):
+            if rules.fallback is None:
+                raise ConfigError(
+                    f"The budget of the search is too small to measure each of {len(rules.free)} blocks alone, which "
+                    f"comes first and takes {ledger.price([frozenset({one}) for one in rules.free], 0)}. Give it more, "
+                    "or try blocks in the order of a score, e.g. `--screen block-influence`."
+                )
+            prior = rules.fallback()
+        self._rank = {block: float(place if prior is None else prior[block]) for place, block in enumerate(rules.free)}
+
+    def _screen(self, ledger: Ledger) -> bool:
+        """Measures each block alone on the first batch, if the budget reaches for all of them; whether it did."""
+        alone = [frozenset({block}) for block in self._free]
+        if not ledger.has_room(alone, 0):
+            return False
+        # The first shows how long the others will take.
+        for some in (alone[:1], alone[1:]):
+            if not ledger.has_room(some, 0):
+                return False
+            ledger.ask(some, [0])
+        self._added = {block: ledger.mean(frozenset({block})) for block in self._free}
+        return True
 
     def learn(self, ledger: Ledger, base: Removed, tried: Iterable[int]) -> None:
         """Notes what each tried block added to a base."""

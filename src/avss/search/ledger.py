@@ -128,8 +128,8 @@ class Ledger:
     def num_blocks_left(self) -> float:
         """Blocks that the budget still allows, at the pace so far if it is in seconds; inf without a limit."""
         by_passes = self._budget.passes * self.num_blocks * self.num_batches - self.num_blocks_run
-        pace = self.seconds / self.num_blocks_run if self.num_blocks_run else 0.0
-        return max(0.0, min(by_passes, (self._budget.seconds - self.seconds) / pace if pace else math.inf))
+        by_time = (self._budget.seconds - self.seconds) / self._pace if self._pace else math.inf
+        return max(0.0, min(by_passes, by_time))
 
     @property
     def num_sets(self) -> int:
@@ -174,15 +174,33 @@ class Ledger:
         wanted = list(dict.fromkeys(sets))
         for batch in batches:
             lacking = [one for one in wanted if batch not in self._rows.get(one, {})]
-            if lacking:
-                self._call(lacking, batch)
+            # What shares nothing is measured, and kept, one by one.
+            calls = [lacking] if self._shares_prefixes else [[one] for one in lacking]
+            for call in calls:
+                if call:
+                    self._call(call, batch)
+
+    def has_room(self, sets: Iterable[Removed], batch: int) -> bool:
+        """Whether the budget reaches for measuring these sets on a batch, at the pace so far if it is in seconds."""
+        cost = self._cost([one for one in sets if batch not in self._rows.get(one, {})], batch)
+        passes = (self.num_blocks_run + cost) / (self.num_blocks * self.num_batches)
+        return passes <= self._budget.passes and self.seconds + self._pace * cost <= self._budget.seconds
+
+    def price(self, sets: Iterable[Removed], batch: int) -> str:
+        """What measuring these sets on a batch takes, in words: passes, and seconds where a pace is known."""
+        cost = self._cost(list(sets), batch)
+        passes = f"{cost / (self.num_blocks * self.num_batches):.3g} passes"
+        return f"{passes}, about {self._pace * cost:.3g} s" if self._pace else passes
+
+    @property
+    def _pace(self) -> float:
+        """Seconds a block on a batch has taken so far; 0 before the first measurement."""
+        return self.seconds / self.num_blocks_run if self.num_blocks_run else 0.0
 
     def _call(self, sets: list[Removed], batch: int) -> None:
-        cost = self._cost(sets, batch)
-        passes = (self.num_blocks_run + cost) / (self.num_blocks * self.num_batches)
-        pace = self.seconds / self.num_blocks_run if self.num_blocks_run else 0.0
-        if passes > self._budget.passes or self.seconds + pace * cost > self._budget.seconds:
+        if not self.has_room(sets, batch):
             raise BudgetSpent
+        cost = self._cost(sets, batch)
         names = tuple(tuple(sorted(one)) for one in sets)
         call = self._recorded.get((names, batch))
         if call is None:

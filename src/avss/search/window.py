@@ -4,13 +4,23 @@ The candidates are those of Gromov et al. (2024, https://arxiv.org/abs/2403.1788
 angle; here all runs race on measured cost.
 """
 
+from avss.errors import InvalidPlanError
 from avss.search.base import BestSoFar, Curve, Rules, free_windows
 from avss.search.ledger import BudgetSpent, Ledger
 
 
 def search_windows(ledger: Ledger, rules: Rules, on_best: BestSoFar) -> Curve:
-    """See the top of this file. The largest size comes first: it is the one that was asked for."""
+    """See the top of this file. The largest size comes first: it is the one that was asked for.
+
+    Raises:
+        InvalidPlanError: No run of that size is free of protected blocks.
+    """
     curve = Curve(ledger, on_best)
+    if not free_windows(rules, rules.count):
+        raise InvalidPlanError(
+            f"No {rules.count} neighbouring blocks are free of protected ones. Remove fewer, protect fewer, or search "
+            "without that condition (`--select greedy`)."
+        )
     try:
         for size in range(rules.count, 0, -1):
             windows = [frozenset(range(start, start + size)) for start in free_windows(rules, size)]
