@@ -51,7 +51,7 @@ def test_the_head_shell_answers_as_models_whose_heads_ask_for_more(class_name, m
 
 def test_a_model_whose_head_cannot_be_told_apart_is_refused_and_not_guessed():
     model = small_model(transformers.T5ForConditionalGeneration, "t5")
-    with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration.*head cannot be run alone"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"T5ForConditionalGeneration.*head cannot be run alone"):
         HeadShell(model)
 
 

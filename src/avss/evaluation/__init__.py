@@ -27,6 +27,10 @@ TASKS: dict[TaskKind, Runner] = {
 """What runs each kind of task."""
 
 
+_REHEARSED = 3
+"""Items of a rehearsal: the fewest that every task is defined for."""
+
+
 def evaluate_task(
     models: Sequence[Loaded], task: TaskConfig, *, on_step: OnStep = lambda done, total: None
 ) -> list[TaskResult]:
@@ -60,7 +64,7 @@ def evaluate_task(
 
 
 def rehearse(loaded: Loaded, tasks: Iterable[TaskConfig | None]) -> None:
-    """Runs a model on one item of each task: what is wrong with one shall not show after hours of other work.
+    """Runs a model on a few items of each task: what is wrong with one shall not show after hours of other work.
 
     Args:
         loaded: The dense model.
@@ -72,4 +76,4 @@ def rehearse(loaded: Loaded, tasks: Iterable[TaskConfig | None]) -> None:
     """
     for task in tasks:
         if task is not None and task.kind != "speed":
-            evaluate_task([loaded], task.model_copy(update={"limit": 1}))
+            evaluate_task([loaded], task.model_copy(update={"limit": min(task.limit or _REHEARSED, _REHEARSED)}))
