@@ -53,6 +53,9 @@ def test_a_model_whose_head_cannot_be_told_apart_is_refused_and_not_guessed():
     model = small_model(transformers.T5ForConditionalGeneration, "t5")
     with pytest.raises(UnsupportedArchitectureError, match=r"T5ForConditionalGeneration.*head cannot be run alone"):
         HeadShell(model)
+    shell = HeadShell(small_model(transformers.ProphetNetForCausalLM, "prophetnet"))
+    with pytest.raises(UnsupportedArchitectureError, match=r"`prophetnet` model asks its body for more"):
+        shell(torch.zeros(1, 3, 32))
 
 
 @pytest.mark.parametrize("name", PREDICTS_WORDS)

@@ -79,6 +79,7 @@ class HeadShell:
                 f"`{type(model).__name__}` does not say which part of it is without the head, so its head cannot be "
                 "run alone, which repair and healing need."
             )
+        self._kind = model.config.model_type
         self._body = _GivenBody(body_of(model))
         self._shell = with_part(model, path, self._body)
 
@@ -88,6 +89,11 @@ class HeadShell:
         try:
             placeholder = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
             return self._shell(input_ids=placeholder)["logits"]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise UnsupportedArchitectureError(
+                f"The head of this `{self._kind}` model asks its body for more than last hidden states, so it cannot "
+                f"be run alone, which repair and healing need ({type(error).__name__}: {error})."
+            ) from error
         finally:
             self._body.hidden = None
 
