@@ -69,7 +69,7 @@ def compensate(
         method: One of `METHODS`.
         rounds: Rounds of `steer`, at most.
         on_step: Called with steps done and steps in all, for progress.
-        may_go_on: Asked before each cut and each round: what is not begun is left out.
+        may_go_on: Asked before each round: what is not begun is left out.
 
     Returns:
         The repaired model, or `smaller` itself where nothing helped; and what was done.
@@ -102,8 +102,6 @@ def compensate(
     repairs: list[CutRepair] = []
     if wanted in _CANDIDATES:
         for run in runs:
-            if not may_go_on():
-                break
             repairs.append(_repair_cut(work, run, wanted, fit, choose, judge, by_choice))
             advance()
     num_swept = 0

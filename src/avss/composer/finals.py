@@ -39,19 +39,24 @@ def judge_finalists(
         batches: Calibration text.
         num_finalists: How many of them are repaired.
         timed: Where progress goes.
-        may_go_on: Asked before each is repaired.
+        may_go_on: Asked before each set but the first is measured, and before each but the nearest is repaired.
 
     Returns:
-        Empty where nothing can be repaired in this model: then raw is all there is.
+        Empty where nothing can be repaired in this model, or there was time for one set only: then raw is all there is.
     """
     text = batches.first(TOKENS).rewritten()
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
-        raw = {removed: measure(cut(loaded, _plan(loaded, removed))) for removed in sets}
+        raw: dict[Removed, float] = {}
+        for removed in sets:
+            if not raw or may_go_on():
+                raw[removed] = measure(cut(loaded, _plan(loaded, removed)))
+        if len(raw) < 2:
+            return ()  # nothing to choose from
         nearest = sorted(raw, key=lambda removed: raw[removed])[:num_finalists]
         found = []
         for place, removed in enumerate(nearest):
-            if not may_go_on():
+            if found and not may_go_on():
                 break
             plan = _plan(loaded, removed)
             _, story = compensate(loaded, cut(loaded, plan), plan, text, method="refit")

@@ -61,7 +61,8 @@ _SEARCH_SHARE = 0.2
 """Share of that time that a search may take: healing brings more from the same seconds."""
 
 _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.35, 0.5
-"""Shares of that time after which no further finalist, and no further part of the repair, is begun."""
+"""Shares of that time after which no further finalist is looked at, and no further round of the repair begun. What the
+repair solves for at each cut comes always: healing would need longer for the same."""
 
 
 @dataclasses.dataclass(frozen=True)
