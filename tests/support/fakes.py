@@ -36,6 +36,7 @@ class AddingModel(nn.Module):
     """Embeds every token id as a row of a table, then passes it through `AddingBlock`s."""
 
     main_input_name = "input_ids"
+    base_model_prefix = "model"
 
     def __init__(
         self, table: Tensor, vectors: Sequence[Tensor], answer: str = "tensor", call: str = "position"
@@ -46,9 +47,8 @@ class AddingModel(nn.Module):
         self.call = call
         self.config = PretrainedConfig(num_hidden_layers=len(vectors), hidden_size=table.shape[1])
 
-    @property
-    def base_model(self) -> "AddingModel":
-        return self
+    def get_output_embeddings(self) -> None:
+        """It is all body."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
