@@ -625,6 +625,15 @@ def test_the_best_keeps_what_was_asked_for():
     assert best(plan=PlanConfig(count=2, criterion="avss")) == ("greedy", "auto")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "given", "expected"), [(None, {}, 3), (2400, {}, 3), (600, {}, 1), (600, {"finalists": 2}, 2)]
+)
+def test_finalists_are_for_those_who_have_time(seconds, given, expected):
+    config = RunConfig(model={"source": "m"}, out="o", quality="best", time=seconds, plan=PlanConfig(count=2),
+                       search=SearchConfig(**given))  # fmt: skip
+    assert whole._at_its_best(config).search.finalists == expected
+
+
 def test_time_that_is_over_leaves_out_what_may_be_left_out(llama_folder, text_file):
     loaded = composer.load(llama_folder)
     batches = composer.calibration(loaded, str(text_file), samples=24, seq_len=16, batch_size=4)

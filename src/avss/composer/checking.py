@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from avss.composer.disk import OVERHEAD_BYTES
@@ -160,9 +161,8 @@ def _folder(model: str | Path) -> Path:
         return path.parent
     if path.is_dir() and ((path / "config.json").is_file() or list(path.glob("*.gguf"))):
         return path
-    cached = try_to_load_from_cache(str(model), "config.json") if str(model).count("/") == 1 else None
-    if isinstance(cached, str):
-        return Path(cached).parent
+    if (cached := _cached(str(model))) is not None:
+        return cached
     kind = "is not a model" if path.exists() else "is not there"
     raise ModelLoadError(
         f"`{model}` {kind}. Give a folder with a `config.json`, or a GGUF file; a hub id only once it is downloaded."
@@ -191,8 +191,18 @@ def _find_original(against: str | Path | None, record: RunRecord | None, folder:
         with contextlib.suppress(ModelLoadError):
             _folder(place)
             return place
-    name = record.model.source
-    return name if name.count("/") == 1 and isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    return _cached(record.model.source, record.model.revision)
+
+
+def _cached(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub model that was downloaded before; None where the name is none, or it was not."""
+    if name.count("/") != 1:
+        return None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _no_original(record: RunRecord | None) -> str:

@@ -60,6 +60,9 @@ _SEARCH_TOKENS = 8192
 _SEARCH_SHARE = 0.2
 """Share of that time that a search may take: healing brings more from the same seconds."""
 
+_FINALISTS_FROM = 1200.0
+"""Seconds in all below which no finalists are repaired: each costs what a minute or two of healing brings more with."""
+
 _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.35, 0.5
 """Shares of that time after which no further finalist is looked at, and no further round of the repair begun. What the
 repair solves for at each cut comes always: healing would need longer for the same."""
@@ -219,6 +222,8 @@ def _at_its_best(config: RunConfig) -> RunConfig:
     search = config.search
     if search.seconds is None and search.max_passes is None:
         search = search.model_copy(update={"seconds": _SEARCH_SHARE * (config.time or BEST_SECONDS)})
+    if (config.time or BEST_SECONDS) < _FINALISTS_FROM and "finalists" not in as_given(search):
+        search = search.model_copy(update={"finalists": 1})
     if search.max_tokens is None:
         search = search.model_copy(update={"max_tokens": _SEARCH_TOKENS})
     heal = config.heal or HealConfig(seed=config.data.seed)

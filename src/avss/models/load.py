@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -348,7 +349,11 @@ def load_empty(
         model_class, found = _model_class(config, head, trust_remote_code=trust_remote_code)
         with accelerate.init_empty_weights(include_buffers=True):
             # An auto class builds from a config by a method of its own.
-            model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+            model = (
+                model_class.from_config(config, trust_remote_code=trust_remote_code)
+                if hasattr(model_class, "from_config")
+                else model_class(config)
+            )
         tokenizer = _read_tokenizer(location, options) if with_tokenizer else None
     return Loaded(
         model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision, stack_name=stack
@@ -737,7 +742,8 @@ def _copy_companions(source: Path, folder: Path) -> None:
         names += _SENTENCE_FILES
         names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
     for name in names:
-        inside = (source / name).resolve().is_relative_to(source.resolve())
+        # By its name: in the hub's cache every file is a link to elsewhere.
+        inside = Path(os.path.normpath(source / name)).is_relative_to(os.path.normpath(source))
         if inside and (source / name).is_file() and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((source / name).read_bytes())

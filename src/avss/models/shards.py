@@ -469,7 +469,9 @@ def copy_companions(source: Path, folder: Path) -> None:
     """
     files = [path for pattern in _COPIED for path in source.glob(pattern)]
     for module in _module_folders(source):
-        files += [path for path in module.rglob("*") if path.resolve().is_relative_to(source.resolve())]
+        # By its name: in the hub's cache every file is a link to elsewhere.
+        if Path(os.path.normpath(module)).is_relative_to(os.path.normpath(source)):
+            files += list(module.rglob("*"))
     for path in sorted(files):
         target = folder / path.relative_to(source)
         if not path.is_file() or target.exists() or (path.parent == source and _NOT_COPIED.fullmatch(path.name)):
