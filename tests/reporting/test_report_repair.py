@@ -2,10 +2,10 @@
 
 import pytest
 
-from avss.record import Compensation, CutRepair
+from avss.record import Compensation, CutRepair, Healing
 from avss.reporting.card import render_card
 from avss.reporting.page import render_page
-from avss.reporting.repair import COMPENSATION_COLUMNS, compensation_rows, compensation_sentences
+from avss.reporting.repair import COMPENSATION_COLUMNS, as_healed, compensation_rows, compensation_sentences
 
 HELPED = CutRepair(
     start=12, stop=19, method="refit", ridge=0.01, error_before=0.61, error_after=0.31, divergence_before=1.04,
@@ -55,3 +55,9 @@ def test_page_and_card_tell_it_and_the_raw_cut_does_not(record, repair):
     assert "from 1.040 to 0.6400" in card
     assert "they are not the base model's" in card
     assert "No weight was trained" not in card
+
+
+@pytest.mark.parametrize(("settings", "share"), [({}, "25%"), ({"form_share": 0.15}, "15%")])
+def test_a_record_from_before_the_share_was_kept_is_told_too(settings, share):
+    healing = Healing.model_construct(settings={"augment": 0.5, "forms": ["Topic of {text}:"], **settings})
+    assert as_healed(healing).startswith(f" ({share} of the sequences drawn for the prompt `Topic of {{text}}:`")

@@ -62,7 +62,12 @@ def rewritten(share: float, forms: Sequence[str] = (), form_share: float = SHARE
 def as_healed(healing: Healing) -> str:
     """The same about the text of a healing."""
     settings = healing.settings
-    return rewritten(settings.get("augment") or 0.0, settings.get("forms") or (), settings.get("form_share", SHARE))
+    return rewritten(settings.get("augment") or 0.0, settings.get("forms") or (), form_share_of(healing))
+
+
+def form_share_of(healing: Healing) -> float:
+    """Share of a healing's sequences drawn for prompts; records before it was kept had a repair's."""
+    return healing.settings.get("form_share", SHARE)
 
 
 def compensation_rows(repair: Compensation) -> list[tuple[str, ...]]:

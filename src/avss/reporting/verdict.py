@@ -5,7 +5,7 @@ import math
 
 from avss.record import Comparison, Cut, Measurement, RunRecord, Verification, describe_blocks
 from avss.reporting import numbers, tables
-from avss.reporting.repair import as_healed, compensation_sentences
+from avss.reporting.repair import as_healed, compensation_sentences, form_share_of
 
 PROMISE = 0.9
 """Share of the dense model's result that the AVSS paper promises at about a quarter of the blocks removed."""
@@ -148,7 +148,7 @@ def _healing_sentences(cut: Cut) -> list[str]:
     if other and repair is not None and repair.applied:
         forms = tuple(healing.settings.get("forms") or ())
         if (healing.settings.get("augment") or 0.0, forms) == (repair.augment, tuple(repair.forms)):
-            prompts = f", {healing.settings['form_share']:.0%} of the sequences as prompts" if forms else ""
+            prompts = f", {form_share_of(healing):.0%} of the sequences as prompts" if forms else ""
             other = f" (read in the same ways{prompts})"
     spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
     if healing.num_steps == 0:
