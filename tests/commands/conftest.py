@@ -1,7 +1,10 @@
 """A tiny model folder with a tokenizer, small data files, and the command line called in this process."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,3 +110,20 @@ def review_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"{' '.join(draw.choice(WORDS[9:], size=5))},{number % 2}" for number in range(16)]
     path.write_text("\n".join(["sentence,label", *lines]) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the stranger's script in this process: starting one takes seconds. One test does without."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        answers = io.StringIO()
+        monkeypatch.setattr(sys, "argv", ["-c", command[-1]])
+        try:
+            with contextlib.redirect_stdout(answers):
+                exec(command[-2].replace('== "avss"', '== "nobody"'), {})
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, answers.getvalue(), "")
+
+    monkeypatch.setattr("avss.models.fresh.subprocess.run", run)

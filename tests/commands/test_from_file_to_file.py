@@ -1,7 +1,5 @@
 """`avss prune --on-disk`, `--format gguf`, `--scores`, and `avss verify`, as a person types them."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -407,23 +405,6 @@ def test_only_gguf_files_become_gguf_files(avss_command, llama_folder, tmp_path)
 
 
 # --- verify ---
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the stranger's script in this process: starting one takes seconds. One test does without."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        answers = io.StringIO()
-        monkeypatch.setattr(sys, "argv", ["-c", command[-1]])
-        try:
-            with contextlib.redirect_stdout(answers):
-                exec(command[-2].replace('== "avss"', '== "nobody"'), {})
-        except Exception as error:
-            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
-        return subprocess.CompletedProcess(command, 0, answers.getvalue(), "")
-
-    monkeypatch.setattr("avss.models.fresh.subprocess.run", run)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ CODE = "import sys; sys.argv[0] = 'avss'; from avss.cli.main import main; main()
 
 
 def cached(root: Path, kind: str, owner: str, name: str, files: dict[str, bytes]) -> None:
-    """Lays out a repository as `huggingface_hub` caches it."""
-    repository = root / f"{kind}--{owner}--{name}"
+    """Lays out a repository as `huggingface_hub` caches it; the oldest models have no owner."""
+    repository = root / "--".join(filter(None, (kind, owner, name)))
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
     for file, content in files.items():
@@ -45,6 +45,36 @@ def test_a_hub_id_can_be_pruned_and_its_card_names_it(tmp_path: Path, llama_fold
     done = offline(tmp_path, "prune", "acme/tiny", "--blocks", "1", "--out", str(tmp_path / "out"), "--quiet")
     assert done.returncode == 0, done.stderr
     assert 'base_model: "acme/tiny"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_id_without_an_owner_is_cut_on_disk_and_verified(tmp_path: Path, llama_folder: Path):
+    cached(tmp_path, "models", "", "tiny", {path.name: path.read_bytes() for path in llama_folder.iterdir()})
+    out = str(tmp_path / "out")
+    done = offline(tmp_path, "prune", "tiny", "--blocks", "1", "--max-memory", "100MB", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "it is cut on disk" in done.stderr
+    for against in ((), ("--against", "tiny")):
+        done = offline(tmp_path, "verify", out, "--json", "--quiet", *against)
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert len(json.loads(done.stdout)["checks"]) == 6
+
+
+def test_the_modules_of_a_hub_model_come_along_in_memory(tmp_path: Path, encoder_folder: Path):
+    """A sentence-transformers model: pooling by the first token, then a dense layer with weights of its own."""
+    modules = [{"idx": idx, "name": str(idx), "path": path} for idx, path in enumerate(("", "1_Pooling", "2_Dense"))]
+    files = {path.name: path.read_bytes() for path in encoder_folder.iterdir() if path.is_file()}
+    files |= {
+        "modules.json": json.dumps(modules).encode(),
+        "1_Pooling/config.json": b'{"word_embedding_dimension": 16, "pooling_mode_cls_token": true}',
+        "2_Dense/config.json": b'{"in_features": 16}',
+        "2_Dense/model.safetensors": b"weights",
+    }
+    cached(tmp_path, "models", "acme", "sentences", files)
+    out = tmp_path / "out"
+    done = offline(tmp_path, "prune", "acme/sentences", "--blocks", "1", "--out", str(out), "--quiet")
+    assert done.returncode == 0, done.stderr
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert (out / name).read_bytes() == files[name]
 
 
 def test_a_hub_id_that_is_not_cached_is_one_sentence(tmp_path: Path):

@@ -167,6 +167,15 @@ def test_a_number_of_blocks_that_tells_more_is_refused(tmp_path):
     assert metadata_changes(GgufFile(source), plan(48, 0, 1, 2, 3))
 
 
+def test_tensors_that_are_read_from_a_number_of_blocks_on(tmp_path):
+    source = write_gguf(tmp_path / "a.gguf", architecture="command-r", num_blocks=66, quantised="F32")
+    assert metadata_changes(GgufFile(source), plan(66, 0, 1))
+    with pytest.raises(UnsupportedArchitectureError, match="64 blocks or more, so 63 of 66"):
+        metadata_changes(GgufFile(source), plan(66, 0, 1, 2))
+    small = write_gguf(tmp_path / "b.gguf", architecture="command-r", num_blocks=40, quantised="F32")
+    assert metadata_changes(GgufFile(small), plan(40, 0, 1, 2))
+
+
 # --- files that are not what they should be ---
 
 

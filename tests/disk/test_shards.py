@@ -346,6 +346,7 @@ def test_companions_travel_and_leftovers_stay(tmp_path):
     target.mkdir()
     travel = ["tokenizer.json", "generation_config.json", "chat_template.jinja", "vocab.txt", "spiece.model", "LICENSE"]
     stay = ["config.json", "record.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin", "notes.pdf"]
+    stay += ["all_results.json", "trainer_state.json"]
     for name in (*travel, *stay):
         (source / name).write_text(name)
     (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "../outside"}]))

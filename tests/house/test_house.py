@@ -37,7 +37,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "search",
     ),
     ("composer",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 """From the ground up. A room may import from lower levels only; rooms of one level do not know each other."""
 

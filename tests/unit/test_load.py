@@ -124,6 +124,21 @@ def test_a_config_without_architectures_loads_by_its_type(tmp_path):
         assert type(load_model(folder, device="cpu").model).__name__ == expected
 
 
+def test_a_stock_class_stays_itself_where_own_code_may_run(tmp_path):
+    """`--trust-remote-code` is for models that bring code: a class without an auto head is not one of them."""
+    folder = saved(ARCHITECTURES["bert-tokens"](), tmp_path / "m")
+    loaded = load_model(folder, device="cpu", trust_remote_code=True)
+    assert (type(loaded.model).__name__, loaded.head) == ("BertForTokenClassification", "other")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_model_over_all_devices_has_the_dtype_that_was_asked_for(tmp_path, dtype, expected):
+    folder = saved(ARCHITECTURES["llama"]().to(torch.bfloat16), tmp_path / "m")
+    loaded = load_model(folder, device="map", dtype=dtype)
+    assert (loaded.model.dtype, loaded.stored_dtype) == (expected, torch.bfloat16)
+    assert run_outputs(loaded, *token_batch()).isfinite().all()
+
+
 def test_another_head_may_be_asked_for(llama):
     loaded = load_model(llama, head="encoder", device="cpu")
     assert (type(loaded.model).__name__, loaded.head, loaded.stack.path) == ("LlamaModel", "encoder", "layers")

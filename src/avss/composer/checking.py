@@ -9,20 +9,20 @@ from pathlib import Path
 
 import psutil
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from avss.composer.disk import OVERHEAD_BYTES
+from avss.composer.disk import OVERHEAD_BYTES, is_hub_id
 from avss.composer.gguf_pruning import find_gguf
 from avss.composer.inputs import checkpoint_folder, probe_batch
 from avss.composer.proof import tolerance_of
 from avss.composer.records import places_of
 from avss.config import parse_bytes
 from avss.errors import InvalidPlanError, ModelLoadError, UnsupportedArchitectureError
+from avss.models.families import facts_of
 from avss.models.fresh import FreshRunError, run_afresh
 from avss.models.gguf_file import GgufFile, check_cut
 from avss.models.load import Loaded, load_empty, load_model
-from avss.models.shards import Checkpoint, check_copy, compare_bytes, find_stack_path, read_checkpoint
+from avss.models.shards import Checkpoint, compare_bytes, find_stack_path, indexed, later_name, read_checkpoint
 from avss.models.stack import AUTO, bypassed, find_stacks
 from avss.models.verify import Batch, at_tokens, keep_of, largest_difference, outputs_at_tokens
 from avss.progress import Stages, silent
@@ -127,7 +127,8 @@ def verify(
         if changed:
             notes.append(f"Its weights were changed after the cut ({changed}), so it need not equal the original.")
         else:
-            checks += _compare_bytes(saved, dense, plan, notes, empty)
+            copied = record is not None and record.model.device == "disk"
+            checks += _compare_bytes(saved, dense, plan, notes, empty, copied=copied)
             needed = OVERHEAD_BYTES + 2 * 4 * dense.num_values
             if saved.gguf is not None and dense.gguf is None:
                 notes.append("Its outputs were not compared: it is quantised, and the original is not.")
@@ -140,14 +141,15 @@ def verify(
                     # A stranger's weights have the digits that decoding gives; avss rounds them, for both alike.
                     decoded = load_model(saved.source, head=head, dtype="float32", device="cpu")
                     outputs = outputs_at_tokens(decoded, batch)
-                whole = load_model(
-                    dense.source,
-                    head=head,
-                    dtype="float32",
-                    device="cpu",
-                    trust_remote_code=trust_remote_code,
-                    stack=stack,
-                )
+                with contextlib.nullcontext() if dense.checkpoint is None else indexed(dense.checkpoint) as folder:
+                    whole = load_model(
+                        folder or dense.source,
+                        head=head,
+                        dtype="float32",
+                        device="cpu",
+                        trust_remote_code=trust_remote_code,
+                        stack=stack,
+                    )
                 checks.append(_compare_outputs(outputs, batch, whole, plan))
     return CheckReport(model=str(model), against=str(original), plan=plan, checks=tuple(checks), notes=tuple(notes))
 
@@ -196,12 +198,9 @@ def _find_original(against: str | Path | None, record: RunRecord | None, folder:
 
 def _cached(name: str, revision: str | None = None) -> Path | None:
     """The folder of a hub model that was downloaded before; None where the name is none, or it was not."""
-    if name.count("/") != 1:
+    if not is_hub_id(name):
         return None
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -277,28 +276,69 @@ def _compare_outputs(outputs: Tensor, batch: Batch, original: Loaded, plan: Plan
 # --- comparing files ---
 
 
-def _compare_bytes(saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], empty: Loaded | None) -> list[Check]:
+def _compare_bytes(
+    saved: _Saved, dense: _Saved, plan: Plan, notes: list[str], empty: Loaded | None, *, copied: bool
+) -> list[Check]:
+    """Whether what is stored here is what is stored there; `copied` says that it went from file to file."""
     if saved.gguf is not None and dense.gguf is not None:
         wrong = check_cut(dense.gguf, plan, saved.gguf)
+        found = f"{len(plan.kept)} blocks and the rest"
     elif saved.checkpoint is not None and dense.checkpoint is not None and empty is not None:
         if saved.checkpoint.dtype != dense.checkpoint.dtype:
             notes.append(f"Its bytes were not compared: {saved.checkpoint.dtype} here, {dense.checkpoint.dtype} there.")
             return []
-        path = find_stack_path(list(dense.checkpoint.tensors), plan.num_blocks, empty.stack.path)
-        kept = {plan.rename(name, path) for name in dense.checkpoint.tensors}
-        # What a load from memory drops (buffers, other heads) is no loss; what is there must be the original's.
-        shared = kept & saved.checkpoint.tensors.keys()
-
-        def rename(name: str) -> str | None:
-            new = plan.rename(name, path)
-            return new if new in shared else None
-
-        wrong = check_copy(dense.checkpoint, rename, saved.checkpoint)
-        wrong = wrong or compare_bytes(dense.checkpoint, rename, saved.checkpoint)
+        pairs = _pairs(saved.checkpoint, dense.checkpoint, plan, empty, any_dtype=copied)
+        path = _later(empty, find_stack_path(list(saved.checkpoint.tensors), len(plan.kept), empty.stack.path))
+        compared = {_inside(_later(empty, name), path)[0] for name in pairs.values()}
+        if not compared >= set(range(len(plan.kept))):
+            notes.append("Its bytes were not compared: its weights are stored under other names than the original's.")
+            return []
+        others = sorted(saved.checkpoint.tensors.keys() - pairs.values())
+        wrong = [f"`{name}` is left over" for name in others] if copied else []
+        if others and not copied:
+            notes.append(
+                f"{len(others)} of its weights (`{others[0]}`, ...) are not stored in the original under that name, in "
+                "that type and as a whole: their bytes were not compared."
+            )
+        wrong += compare_bytes(dense.checkpoint, pairs.get, saved.checkpoint)
+        found = f"{len(plan.kept)} blocks and the rest: {len(pairs)} tensors"
     else:
         notes.append("Its bytes were not compared: one of both is a GGUF file.")
         return []
-    return [Check(what=_BYTES, passed=not wrong, found="; ".join(wrong[:3]) or f"{len(plan.kept)} blocks and the rest")]
+    return [Check(what=_BYTES, passed=not wrong, found="; ".join(wrong[:3]) or found)]
+
+
+def _pairs(saved: Checkpoint, dense: Checkpoint, plan: Plan, empty: Loaded, *, any_dtype: bool) -> dict[str, str]:
+    """The names of what must be equal, there -> here.
+
+    What a load from memory drops (buffers, other heads) is no loss, what it renames is found by either name, what it
+    converts is left out unless `any_dtype`; so is what holds a slice for each block.
+    """
+    family = facts_of(empty.stack.owner(empty.model.config).model_type)
+    path = _later(empty, find_stack_path(list(dense.tensors), plan.num_blocks, empty.stack.path))
+    here = {_later(empty, name): name for name in saved.tensors}
+    pairs: dict[str, str] = {}
+    for name, tensor in dense.tensors.items():
+        if family.packed_axis(name) is not None:
+            continue
+        later = _later(empty, name)
+        block, inner = _inside(later, path)
+        # What the first block holds for all moves to the new first one.
+        new = f"{path}.0.{inner}" if block == 0 and family.leads(inner) else plan.rename(later, path)
+        if new in here and (any_dtype or saved.tensors[here[new]].dtype == tensor.dtype):
+            pairs[name] = here[new]
+    return pairs
+
+
+def _later(loaded: Loaded, name: str) -> str:
+    return later_name(name, loaded.model.base_model_prefix)
+
+
+def _inside(name: str, path: str) -> tuple[int | None, str]:
+    """Block and name inside it; (None, the name) for a weight of no block."""
+    index, _, inner = name.removeprefix(f"{path}.").partition(".")
+    inside = name.startswith(f"{path}.") and index.isdecimal()
+    return (int(index), inner) if inside else (None, name)
 
 
 def _num_blocks(empty: Loaded) -> int:
@@ -350,11 +390,11 @@ def _infer_plan(saved: _Saved, dense: _Saved, *, head: str, trust_remote_code: b
         if left.get(stack.path, len(stack)) != len(stack):
             original, smaller = (dataclasses.replace(one, stack_name=stack.path) for one in (original, smaller))
             break
-    before, after = _block_hashes(dense, original), _block_hashes(saved, smaller)
+    before, after = _block_digests(dense, original), _block_digests(saved, smaller)
     removed: list[int] = []
     place = 0
     for block in range(len(before)):
-        if place < len(after) and before[block] == after[place]:
+        if place < len(after) and _same(before[block], after[place]):
             place += 1
         else:
             removed.append(block)
@@ -367,16 +407,25 @@ def _infer_plan(saved: _Saved, dense: _Saved, *, head: str, trust_remote_code: b
     return plan, original.stack.path
 
 
-def _block_hashes(saved: _Saved, loaded: Loaded) -> list[str]:
+def _block_digests(saved: _Saved, loaded: Loaded) -> list[dict[str, str]]:
+    """Of each block, name inside it -> a digest of type, shape and beginning, whatever files hold it."""
     checkpoint = saved.checkpoint
     assert checkpoint is not None
-    path = find_stack_path(list(checkpoint.tensors), len(loaded.stack), loaded.stack.path)
-    digests = [hashlib.sha256() for _ in loaded.stack.blocks]
+    path = _later(loaded, find_stack_path(list(checkpoint.tensors), len(loaded.stack), loaded.stack.path))
+    digests: list[dict[str, str]] = [{} for _ in loaded.stack.blocks]
     for shard in checkpoint.shards:
         with shard.path.open("rb", buffering=0) as file:
-            for tensor in sorted(shard.tensors, key=lambda tensor: tensor.name):
-                index, _, rest = tensor.name.removeprefix(f"{path}.").partition(".")
-                if tensor.name.startswith(f"{path}.") and index.isdecimal() and int(index) < len(digests):
-                    digests[int(index)].update(f"{rest}{tensor.dtype}{tensor.shape}".encode())
-                    digests[int(index)].update(os.pread(file.fileno(), min(tensor.num_bytes, 65536), tensor.start))
-    return [digest.hexdigest() for digest in digests]
+            for tensor in shard.tensors:
+                block, inner = _inside(_later(loaded, tensor.name), path)
+                if block is not None and block < len(digests):
+                    begins = os.pread(file.fileno(), min(tensor.num_bytes, 65536), tensor.start)
+                    digests[block][inner] = hashlib.sha256(
+                        f"{tensor.dtype}{tensor.shape}".encode() + begins
+                    ).hexdigest()
+    return digests
+
+
+def _same(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether blocks agree in what both store: old checkpoints store buffers too, which are no longer saved."""
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[name] == other[name] for name in shared)

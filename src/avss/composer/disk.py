@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from avss.composer.provenance import now, versions
 from avss.config import PlanConfig
@@ -39,6 +40,7 @@ from avss.models.shards import (
     fill,
     find_stack_path,
     fingerprint,
+    indexed,
     lay_out,
     read_checkpoint,
 )
@@ -52,6 +54,7 @@ OVERHEAD_BYTES = 600_000_000
 
 _HUB_ERRORS = (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError)
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.bpe", "*.py", "LICENSE*"]
+_WANTED += ["[0-9]*_*/*"]  # modules of sentence-transformers, some of which have weights in other formats
 
 
 def memory_needed(num_values: int, *, dtype: str = "auto") -> int:
@@ -82,7 +85,7 @@ def _num_values(source: str, revision: str | None) -> int | None:
     """The values in a model's weights, by their headers alone; None where these cannot be read."""
     folder = Path(source).expanduser()
     try:
-        if not _is_hub_id(source):
+        if not is_hub_id(source):
             return read_checkpoint(folder).num_values if (folder / "config.json").is_file() else None
         with contextlib.suppress(ModelLoadError, LocalEntryNotFoundError):  # a whole snapshot needs no network
             cached = snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True)
@@ -92,9 +95,15 @@ def _num_values(source: str, revision: str | None) -> int | None:
         return None
 
 
-def _is_hub_id(source: str) -> bool:
-    path = Path(source).expanduser()
-    return not path.exists() and not source.startswith((".", "~", "/")) and source.count("/") == 1
+def is_hub_id(source: str) -> bool:
+    """Whether a name is one of the hub, `owner/name` or, for its oldest models, `name`; not one of a file here."""
+    if Path(source).expanduser().exists() or source.startswith((".", "~", "/")) or source.endswith(".gguf"):
+        return False
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _size(num_bytes: int) -> str:
@@ -115,7 +124,7 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         if not (path / "config.json").is_file():
             raise ModelLoadError(f"`{source}` holds no `config.json`: it is not a model folder. Name one that does.")
         return path
-    if not _is_hub_id(source):
+    if not is_hub_id(source):
         raise ModelLoadError(f"There is no folder `{source}`. A cut on disk takes a folder or a hub id.")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
@@ -156,7 +165,7 @@ class EarlierScores:
             )
         if self.model is None:
             return self.scores
-        for what, scored, here in _differences(self.model, model, self.versions):
+        for what, (scored, here) in differences(self.model, model, self.versions).items():
             raise InvalidPlanError(
                 f"The scores are of `{self.model.source}`, whose {what} is `{scored}`; that of this model is `{here}`. "
                 "Give the scores of this model."
@@ -164,11 +173,23 @@ class EarlierScores:
         return self.scores
 
 
-def _differences(
+def differences(
     scored: ModelFacts, model: ModelFacts, made_with: Mapping[str, str]
-) -> Iterator[tuple[str, object, object]]:
-    """What shows that two models are not one: its name, and what it is in either."""
-    facts: list[tuple[str, object, object]] = [("width", scored.hidden_size, model.hidden_size)]
+) -> dict[str, tuple[object, object]]:
+    """What shows that two models are not one.
+
+    Args:
+        scored: The model that something was measured on.
+        model: The model at hand.
+        made_with: Versions of the packages that measured.
+
+    Returns:
+        The name of a fact -> what it is of either, where that differs.
+    """
+    facts: list[tuple[str, object, object]] = [
+        ("number of blocks", scored.num_blocks, model.num_blocks),
+        ("width", scored.hidden_size, model.hidden_size),
+    ]
     if "gguf" not in (_kind(scored), _kind(model)):  # a GGUF file has names of its own
         facts.append(("type", scored.model_type, model.model_type))
         if scored.head == model.head:  # another head wraps the same stack under another path
@@ -177,7 +198,7 @@ def _differences(
     loaded_alike = (scored.head, scored.compute_dtype, _kind(scored)) == (model.head, model.compute_dtype, _kind(model))
     if loaded_alike and (same_library or _kind(model) != "memory"):
         facts.append(("fingerprint", scored.fingerprint, model.fingerprint))
-    return (fact for fact in facts if fact[1] != fact[2])
+    return {name: (there, here) for name, there, here in facts if there != here}
 
 
 def _kind(model: ModelFacts) -> str:
@@ -207,7 +228,13 @@ def scores_of(folder: str | Path, criterion: str) -> EarlierScores:
 
 
 def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> BlockScores:
-    """The scores of a criterion that looks at nothing but the number of blocks."""
+    """The scores of a criterion that looks at nothing but the number of blocks.
+
+    Raises:
+        ConfigError: The seed is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"The seed `{seed}` must be at least 0 (`--seed`).")
     scored = criterion.score(Evidence(num_blocks=num_blocks, summaries={}, seed=seed))
     return BlockScores(criterion=criterion.name, title=criterion.title, values=tuple(map(float, scored.values)))
 
@@ -299,7 +326,7 @@ def prune_on_disk(
     timed = Timed(stages)
     folder = find_folder(source, revision)
     checkpoint = read_checkpoint(folder)
-    with fresh_folder(out, force=force) as target:
+    with fresh_folder(out, force=force) as target, indexed(checkpoint) as readable:
         with (
             timed("Reading the architecture"),
             empty_model(str(folder), head=head, trust_remote_code=trust_remote_code) as ask,
@@ -320,7 +347,7 @@ def prune_on_disk(
             written = lay_out(checkpoint, rename, target)
             problems = ask("problems", folder=str(target))
             if problems:
-                _check_load(problems, ask("problems", folder=str(folder)), rename)
+                _check_load(problems, ask("problems", folder=str(readable)), rename)
         with timed("Copying the weights") as advance:
             fill(checkpoint, rename, written, on_bytes=advance)
             copy_companions(folder, target)
@@ -333,7 +360,7 @@ def prune_on_disk(
                 )
             fits = memory_needed(checkpoint.num_values) <= (max_memory or psutil.virtual_memory().available)
             proof = (
-                _prove(folder, target, plan, head=head, trust_remote_code=trust_remote_code)
+                _prove(readable, target, plan, head=head, trust_remote_code=trust_remote_code)
                 if fits
                 else Verification(reload_strict=True, bytes_equal=True, outputs_compared=False)
             )

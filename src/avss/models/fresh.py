@@ -13,18 +13,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.auto import modeling_auto
 
 from avss.models.forward import OUTPUT_NAMES
+from avss.models.load import AUTO_CLASSES
 
 NUM_GENERATED = 16
 
-_AUTO_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "classifier": "AutoModelForSequenceClassification",
-    "encoder": "AutoModel",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image-classifier": "AutoModelForImageClassification",
+_MAPPINGS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "encoder": "MODEL_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image-classifier": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
 
 _SCRIPT = """
@@ -47,7 +49,7 @@ else:
     inputs = {"input_ids": ids}
     if not bool(keep.all()):
         inputs["attention_mask"] = keep
-    if model.config.is_encoder_decoder and ask["class"] != "AutoModelForSequenceClassification":
+    if model.config.is_encoder_decoder and not ask["is_classifier"]:
         inputs["decoder_input_ids"] = ids
 answer = {"class": type(model).__name__, "problems": {k: sorted(map(str, v)) for k, v in info.items() if v}}
 with torch.inference_mode():
@@ -88,6 +90,21 @@ class FreshRunError(Exception):
     """The other process failed; the message is the last thing it said."""
 
 
+def _class_name(head: str, architecture: str, *, by_name: bool) -> str:
+    """The auto class of a head, as a stranger would write; the class itself where no auto class stands for it."""
+    auto = AUTO_CLASSES.get(head)
+    stands = auto is not None and architecture in _class_names(_MAPPINGS[head])
+    if hasattr(transformers, architecture) and (by_name or not stands):
+        return architecture
+    return auto or architecture
+
+
+def _class_names(mapping: str) -> set[str]:
+    """The classes that an auto class may become."""
+    named = getattr(modeling_auto, mapping).values()
+    return {name for entry in named for name in ([entry] if isinstance(entry, str) else entry)}
+
+
 def run_afresh(
     folder: Path,
     batch: tuple[Tensor, Tensor] | Mapping[str, Tensor],
@@ -120,11 +137,11 @@ def run_afresh(
         by_name = isinstance(batch, Mapping)
         tensors = batch if isinstance(batch, Mapping) else {"ids": batch[0], "keep": batch[1].long()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, files["batch"])
-        known = by_name and hasattr(transformers, architecture)
         question = {
             **files,
             "folder": str(folder),
-            "class": architecture if known else _AUTO_CLASSES.get(head, architecture),
+            "class": _class_name(head, architecture, by_name=by_name),
+            "is_classifier": head == "classifier",
             "part": part,
             "by_name": by_name,
             "outputs_named": OUTPUT_NAMES,

@@ -30,11 +30,13 @@ class GgufFamily:
             counted from the front; 0 where all are alike. A per-block list in the file takes its place.
         only_with_window: Whether the period counts only where the file sets a sliding window.
         telling_counts: Numbers of blocks from which llama.cpp concludes more than a name.
+        reads_more_from: Number of blocks from which on llama.cpp reads tensors that it does not read below; 0 for none.
     """
 
     period: int = 0
     only_with_window: bool = False
     telling_counts: tuple[int, ...] = ()
+    reads_more_from: int = 0
 
 
 _PLAIN = GgufFamily()
@@ -42,7 +44,8 @@ FAMILIES: dict[str, GgufFamily] = {
     "arcee": _PLAIN,
     "bert": _PLAIN,
     "bloom": _PLAIN,
-    "command-r": _PLAIN,
+    # The norms of queries and keys (Command R+) are read from 64 blocks on only.
+    "command-r": GgufFamily(reads_more_from=64),
     "cohere2": GgufFamily(period=4),
     "exaone": _PLAIN,
     "falcon": _PLAIN,
@@ -241,6 +244,12 @@ def _refuse_telling_counts(file: GgufFile, family: GgufFamily, plan: Plan) -> No
                 "in another way, so this cut would change what the blocks compute. "
                 + ("It cannot be cut as a GGUF file." if count == plan.num_blocks else "Remove one block more or less.")
             )
+    if len(plan.kept) < family.reads_more_from <= plan.num_blocks:
+        raise UnsupportedArchitectureError(
+            f"llama.cpp reads some tensors of a `{file.architecture}` file only where it has {family.reads_more_from} "
+            f"blocks or more, so {len(plan.kept)} of {plan.num_blocks} would compute something else. Keep at least "
+            f"{family.reads_more_from}, or cut the Hugging Face checkpoint."
+        )
 
 
 def _refuse_broken_period(file: GgufFile, family: GgufFamily, own: dict[str, Any], plan: Plan) -> None:

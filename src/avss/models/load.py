@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Literal, cast
 import accelerate
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -24,12 +25,13 @@ from transformers.utils.hub import cached_file
 from avss.errors import ConfigError, ModelLoadError, unknown_name
 from avss.models.families import facts_of
 from avss.models.gguf import shared_reader
+from avss.models.shards import copy_companions, module_names
 from avss.models.stack import AUTO, BlockStack, find_stack
 from avss.record import ModelFacts
 
 Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "image-classifier", "other"]
 
-_AUTO_CLASSES: dict[str, str] = {
+AUTO_CLASSES: dict[str, str] = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "classifier": "AutoModelForSequenceClassification",
@@ -37,7 +39,8 @@ _AUTO_CLASSES: dict[str, str] = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "image-classifier": "AutoModelForImageClassification",
 }
-HEADS = tuple(_AUTO_CLASSES)
+"""What a model is used as -> the class of transformers that loads it so."""
+HEADS = tuple(AUTO_CLASSES)
 
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = ("auto", *_DTYPES)
@@ -288,20 +291,22 @@ def load_model(
     _check_choices(head, dtype)
     target = _find_device(device)
     location = _locate(str(source), revision)
+    # A GGUF file is decoded in one place.
+    spread = _DTYPES.get(dtype, "auto") if device == "map" and not location.gguf_file else None
     with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
         config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
         model_class, found_head = _model_class(config, head, trust_remote_code=trust_remote_code)
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         if revision and not location.is_local:
             options["revision"] = revision
-        model = _read_weights(location, model_class, config, device=device, options=options)
+        model = _read_weights(location, model_class, config, spread=spread, options=options)
         tokenizer = _read_tokenizer(location, options)
     if location.gguf_file:
         model, stored = _unquantise(model, file_bytes=_file_bytes(location, options))
     else:
-        stored = model.dtype
-    compute = _compute_dtype(dtype, stored, target)
-    if device != "map":
+        stored = model.dtype if spread is None else _stored_dtype(config, model)
+    compute = _compute_dtype(dtype, stored, target) if spread is None else model.dtype
+    if spread is None:
         model = cast(Any, in_dtype(model, compute)).to(target)
     return Loaded(
         model=model.eval(),
@@ -513,7 +518,8 @@ def _model_class(config: PretrainedConfig, head: str, *, trust_remote_code: bool
     if head == "auto" and architecture is not None:
         found = _head_of_class(architecture, config)
         exact = getattr(transformers, architecture, None)
-        if exact is not None and not trust_remote_code:
+        has_own_code = trust_remote_code and getattr(config, "auto_map", None)
+        if exact is not None and not has_own_code:
             return exact, found
         if found == "other":
             raise ModelLoadError(
@@ -521,7 +527,7 @@ def _model_class(config: PretrainedConfig, head: str, *, trust_remote_code: bool
                 "If its code comes with the model, add `--trust-remote-code`; or name a head with `--head`."
             )
         head = found
-    return getattr(transformers, _AUTO_CLASSES[head]), cast(Head, head)
+    return getattr(transformers, AUTO_CLASSES[head]), cast(Head, head)
 
 
 def _head_by_type(config: PretrainedConfig) -> str:
@@ -538,13 +544,19 @@ def _head_by_type(config: PretrainedConfig) -> str:
 
 
 def _read_weights(
-    location: _Location, model_class: Any, config: PretrainedConfig, *, device: str, options: dict[str, Any]
+    location: _Location,
+    model_class: Any,
+    config: PretrainedConfig,
+    *,
+    spread: torch.dtype | str | None,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
+    """The model as it is stored; with `spread`, a dtype, over all devices and in that dtype from the start."""
     arguments = {**location.arguments, **options, "dtype": torch.float32 if location.gguf_file else "auto"}
     if not location.gguf_file:
         arguments |= {"config": config, "use_safetensors": True}
-    if device == "map":
-        arguments["device_map"] = "auto"
+    if spread is not None:
+        arguments |= {"device_map": "auto", "dtype": spread}
     try:
         model, info = model_class.from_pretrained(**arguments, output_loading_info=True)
     except Exception as error:
@@ -554,6 +566,12 @@ def _read_weights(
         ) from error
     _refuse_missing(model, info, location.name)
     return model
+
+
+def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dtype:
+    """What the config says of a model that was widened or narrowed while it was read."""
+    named = getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) else model.dtype
 
 
 def _refuse_missing(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> None:
@@ -672,7 +690,7 @@ def save_model(loaded: Loaded, folder: Path) -> None:
             _restore_limits(loaded.tokenizer, loaded.limits)
             loaded.tokenizer.save_pretrained(folder)
     if loaded.companions is not None:
-        _copy_companions(loaded.companions, folder)
+        copy_companions(loaded.companions, folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -708,42 +726,41 @@ def _companions(location: _Location, options: Mapping[str, Any]) -> Path | None:
         return None
     if location.is_local:
         return Path(location.name)
+    revision = options.get("revision")
     found = [
         cached_file(
             location.name,
             name,
-            revision=options.get("revision"),
+            revision=revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-        for name in _PROCESSOR_FILES
+        for name in _COMPANIONS
     ]
-    return next((Path(path).parent for path in found if path), None)
+    folder = next((Path(path).parent for path in found if path), None)
+    modules = [] if folder is None else module_names(folder)
+    if folder is not None and modules:
+        try:
+            wanted = [f"{module}/*" for module in modules]
+            snapshot_download(location.name, revision=revision, allow_patterns=wanted)
+        except (OSError, HfHubHTTPError) as error:
+            raise ModelLoadError(
+                f"The modules of `{location.name}` ({', '.join(modules)}) cannot be had: {first_line(error)}. They are "
+                "part of a sentence-transformers model; check the network and your access."
+            ) from error
+    return folder
 
 
-# Processors, image processors and feature extractors say how images and sound become numbers. Their files are copied:
-# to load the classes would need libraries for images that cutting does not.
-_PROCESSOR_FILES = (
+# Processors, image processors and feature extractors say how images and sound become numbers, the others how a sentence
+# becomes a vector. The files are copied: to load the classes would need libraries that cutting does not.
+_COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 )
-_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """What else makes a folder whole: processors, and what a sentence-transformers folder has beside its model."""
-    names: list[str] = list(_PROCESSOR_FILES)
-    listing = source / "modules.json"
-    if listing.is_file():
-        names += _SENTENCE_FILES
-        names += [f"{module['path']}/config.json" for module in json.loads(listing.read_text()) if module["path"]]
-    for name in names:
-        # By its name: in the hub's cache every file is a link to elsewhere.
-        inside = Path(os.path.normpath(source / name)).is_relative_to(os.path.normpath(source))
-        if inside and (source / name).is_file() and not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((source / name).read_bytes())

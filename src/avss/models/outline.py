@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.families import facts_of
 from avss.models.load import Loaded, empty_model, load_empty, quiet_transformers
@@ -90,6 +92,10 @@ class EmptyModel:
         smaller.architectures = [type(self._loaded.model).__name__]
         with quiet_transformers():
             smaller.save_pretrained(folder)
+            source = Path(self._loaded.source)
+            # Old configs hold the settings of generation, which a config is written without today.
+            if self._loaded.model.can_generate() and not (source / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(source, config_file_name="config.json").save_pretrained(folder)
         return changes
 
     def _refuse_moved_weights(self, plan: Plan) -> None:

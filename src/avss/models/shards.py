@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.bpe", "*.py", "LICENSE*", "NOTICE*")
 _NOT_COPIED = re.compile(
-    r"config\.json|.*\.index\.json|record\.json|README\.md|training_args\..*|trainer_state\.json|optimizer.*|adapter_.*"
+    r"config\.json|.*\.index\.json|record\.json|README\.md|training_args\..*|trainer_state\.json|.*_results\.json|optimizer.*|adapter_.*"
 )
 
 
@@ -223,6 +224,32 @@ def _parse(name: str, entry: dict[str, Any], *, offset: int) -> Tensor:
 
 # --- where the blocks are ---
 
+_LATER_NAMES = (
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    (".weight_g", ".parametrizations.weight.original0"),
+    (".weight_v", ".parametrizations.weight.original1"),
+)
+
+
+def later_name(name: str, prefix: str = "") -> str:
+    """One name for a weight, whether an old checkpoint stores it or transformers saved it anew.
+
+    Args:
+        name: As it is stored.
+        prefix: `base_model_prefix` of the model's class: a body saved alone stores its weights without it.
+
+    Example:
+        >>> later_name("h.0.ln_1.weight", "transformer") == later_name("transformer.h.0.ln_1.weight", "transformer")
+        True
+        >>> later_name("bert.encoder.layer.0.output.LayerNorm.gamma", "bert")
+        'encoder.layer.0.output.LayerNorm.weight'
+    """
+    for old, new in _LATER_NAMES:
+        if name.endswith(old):
+            name = name.removesuffix(old) + new
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
 
 def stack_paths(names: list[str], num_blocks: int) -> list[str]:
     """Paths of the outermost lists among the names that hold an entry for each of `num_blocks` blocks.
@@ -305,10 +332,32 @@ def lay_out(source: Checkpoint, rename: Callable[[str], str | None], folder: Pat
             file.truncate(len(header) + sum(tensor.num_bytes for tensor, _ in kept))
         weight_map |= dict.fromkeys((new for _, new in kept), name)
     if len(plans) > 1:
-        total = sum(tensor.num_bytes for _, kept in plans for tensor, _ in kept)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_index(weight_map, sum(tensor.num_bytes for _, kept in plans for tensor, _ in kept), folder)
     return read_checkpoint(folder)
+
+
+def _write_index(weight_map: dict[str, str], num_bytes: int, folder: Path) -> None:
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def indexed(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The folder of a checkpoint as transformers reads it.
+
+    Shards that came without an index are read here by their names; transformers cannot, and is given a folder of links
+    with an index for as long as it takes.
+    """
+    folder = checkpoint.folder
+    if len(checkpoint.shards) == 1 or (folder / INDEX).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for path in folder.iterdir():
+            (Path(place) / path.name).symlink_to(path.resolve())
+        weight_map = {tensor.name: shard.path.name for shard in checkpoint.shards for tensor in shard.tensors}
+        _write_index(weight_map, checkpoint.num_bytes, Path(place))
+        yield Path(place)
 
 
 def fill(
@@ -468,10 +517,8 @@ def copy_companions(source: Path, folder: Path) -> None:
     left alone; weights in other formats, and what a trainer or an earlier run left, are not copied.
     """
     files = [path for pattern in _COPIED for path in source.glob(pattern)]
-    for module in _module_folders(source):
-        # By its name: in the hub's cache every file is a link to elsewhere.
-        if Path(os.path.normpath(module)).is_relative_to(os.path.normpath(source)):
-            files += list(module.rglob("*"))
+    for module in module_names(source):
+        files += list((source / module).rglob("*"))
     for path in sorted(files):
         target = folder / path.relative_to(source)
         if not path.is_file() or target.exists() or (path.parent == source and _NOT_COPIED.fullmatch(path.name)):
@@ -480,9 +527,15 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _module_folders(source: Path) -> list[Path]:
+def module_names(source: Path) -> list[str]:
     """The folders of a sentence-transformers model beside the transformer itself: pooling, dense layers."""
     if not (source / "modules.json").is_file():
         return []
-    modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-    return [source / module["path"] for module in modules if module.get("path")]
+    try:
+        names = [str(module.get("path") or "") for module in json.loads((source / "modules.json").read_text("utf-8"))]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"`{source / 'modules.json'}` is not a list of sentence-transformers modules. Fetch it again, or remove it."
+        ) from error
+    # By its name, not by where it leads: in the hub's cache every file is a link to elsewhere.
+    return [name for name in map(os.path.normpath, names) if name != "." and not name.startswith(("..", os.sep))]
