@@ -118,7 +118,7 @@ def _forward(
             for statistic in by_block:
                 seen[statistic, index] = statistic.observe(observation)
         for passage in passages.values():
-            passage.record(index, before, after)
+            passage.record(index, before, after, fitting)
 
     num_batches = 0
     with contextlib.ExitStack() as hooks:
@@ -129,7 +129,7 @@ def _forward(
             current_keep, previous, num_batches = keep, None, num_batches + 1
             seen = {}
             ran.clear()
-            passages = {one.token: Passage(keep, len(stack), one.token) for one in by_stack}
+            passages = {one.token: Passage(len(stack), one.token) for one in by_stack}
             if statistics:
                 run_body(loaded, inputs, keep)
                 if len(ran) != len(stack):

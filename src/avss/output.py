@@ -5,6 +5,7 @@ either the old folder or the new one, never half of one. Leftovers of killed pro
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -29,13 +30,21 @@ def check_free(path: Path, *, force: bool, sources: Iterable[object] = ()) -> No
     Raises:
         OutputExistsError: The path exists and may not be replaced, or cannot be written.
     """
-    for source in sources:
-        if isinstance(source, str | Path) and path.exists() and Path(source).exists():
-            read = Path(source).resolve()
-            if path.resolve() in (read, *read.parents):
-                raise OutputExistsError(f"`{path}` is or holds `{source}`, which is read here. Choose another `--out`.")
-    if path.parent.is_dir():
-        _sweep(path)
+    for source in itertools.chain.from_iterable(map(_files_of, sources if path.exists() else ())):
+        read = Path(source).resolve()
+        if path.resolve() in (read, *read.parents):
+            raise OutputExistsError(f"`{path}` is or holds `{source}`, which is read here. Choose another `--out`.")
+    if path.is_symlink() and not path.exists():
+        raise OutputExistsError(f"`{path}` is a link to something that is not there. Choose another `--out`.")
+    real = path.resolve()  # a link to a folder stays one: what it leads to is replaced
+    if path.exists() and (os.path.ismount(real) or real == Path.cwd()):
+        what = "the working directory" if real == Path.cwd() else "a mounted file system"
+        raise OutputExistsError(
+            f"`{path}` is {what}, which cannot be put in place as a whole. Name a folder in it, e.g. "
+            f"`--out {path / 'result'}`."
+        )
+    if real.parent.is_dir():
+        _sweep(real)
     if path.is_file():
         raise OutputExistsError(f"`{path}` is a file; the output is a folder. Choose another `--out`.")
     if path.exists() and not force and any(path.iterdir()):
@@ -52,6 +61,16 @@ def check_free(path: Path, *, force: bool, sources: Iterable[object] = ()) -> No
         raise OutputExistsError(f"`{parent}` cannot be written to. Choose another `--out`.")
 
 
+def _files_of(source: object) -> Iterator[str]:
+    """The files and folders that a source names: itself, or its parts between commas, without `#column`."""
+    if not isinstance(source, str | Path):
+        return
+    for name in dict.fromkeys((str(source), *(part.strip().partition("#")[0] for part in str(source).split(",")))):
+        with contextlib.suppress(OSError, ValueError):  # a text, or too long for a name
+            if name and Path(name).exists():
+                yield name
+
+
 def _is_ours(path: Path) -> bool:
     """Whether a folder may be deleted: empty, or with the record (or the table) that every output of avss holds."""
     return not any(path.iterdir()) or any((path / name).is_file() for name in ("record.json", "avss.json"))
@@ -66,14 +85,24 @@ def fresh_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         force: Whether a folder of that name, written by avss, may be replaced.
 
     Raises:
-        OutputExistsError: See `check_free`.
+        OutputExistsError: See `check_free`; or it came into being meanwhile, and the message names the folder beside it
+            that holds the result.
     """
     check_free(path, force=force)
+    named, path = path, path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{os.getpid()}-", dir=path.parent))
     try:
         yield partial
         _open_up(partial)
+        try:
+            check_free(path, force=force)
+        except OutputExistsError as error:  # it came while the work was done, which shall not be lost
+            kept = next(other for number in itertools.count(2) if not (other := Path(f"{path}-{number}")).exists())
+            partial.rename(kept)
+            raise OutputExistsError(
+                f"`{named}` was filled by something else in the meantime. The result is whole, in `{kept}`."
+            ) from error
         _swap(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -29,6 +29,11 @@ def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
             )
         start = int(match[1])
         stop = int(match[2]) if match[2] else start
+        if match[2] and start < 0:
+            raise InvalidPlanError(
+                f"The range `{part}` begins before the first block. Count both of its ends from the front, as in "
+                "`3-5`; negative numbers name single blocks."
+            )
         if stop < start:
             raise InvalidPlanError(f"The range `{part}` runs backwards. Write the smaller block first.")
         for block in (start, stop):
@@ -38,6 +43,16 @@ def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
                 )
         found.update(block % num_blocks for block in range(start, stop + 1))
     return tuple(sorted(found))
+
+
+def rounded_half_up(value: float) -> int:
+    """To the nearest whole number, halves up, whatever the last bit of a product says: 0.29 * 50 is 14.5.
+
+    Example:
+        >>> rounded_half_up(0.29 * 50), rounded_half_up(0.7 * 45), rounded_half_up(7.4)
+        (15, 32, 7)
+    """
+    return math.floor(round(value, 9) + 0.5)
 
 
 def count_of_fraction(fraction: float, num_blocks: int) -> int:
@@ -52,7 +67,7 @@ def count_of_fraction(fraction: float, num_blocks: int) -> int:
     """
     if not 0 < fraction < 1:  # nan fails both comparisons
         raise InvalidPlanError(f"The fraction `{fraction}` must lie between 0 and 1, both excluded; 0.25 is a quarter.")
-    count = math.floor(fraction * num_blocks + 0.5)
+    count = rounded_half_up(fraction * num_blocks)
     if count == 0:
         raise InvalidPlanError(
             f"The fraction `{fraction}` of {num_blocks} blocks rounds to none. Use at least {0.5 / num_blocks:.2g}, or "
@@ -159,6 +174,12 @@ def check_one_target(config: PlanConfig) -> None:
             "`--max-bytes`, `--speedup`, or by `--min-retention` alone or with a `--fraction` or `--count` as its "
             f"limit; got {named}."
         )
+    if config.blocks is not None:
+        guarded = None if config.protect in ("auto", "none") else config.protect
+        refuse_unread(
+            {"contiguous": config.contiguous or None, "protect": guarded},
+            "a choice of blocks, and `--blocks` names them",
+        )
     if config.select != "scores" or config.from_search is not None:
         searching = f"`--select {config.select}`" if config.from_search is None else "`--from-search`"
         at_odds = {"--blocks": config.blocks is not None, "--contiguous": config.contiguous}
@@ -192,12 +213,16 @@ def check_one_target(config: PlanConfig) -> None:
         refuse_unread(unread, "`--min-retention`, which was not given", "`--min-retention 0.95`")
 
 
-def check_search(search: SearchConfig, *, searches: bool, repairs: bool) -> None:
+_READ_BY = {"width": ("greedy",), "beam": ("greedy",), "screen": ("greedy", "evolution")}
+"""Settings that not every way of searching reads."""
+
+
+def check_search(search: SearchConfig, plan: PlanConfig, *, repairs: bool) -> None:
     """What a search is told must fit together, and be read by one.
 
     Args:
         search: As given.
-        searches: Whether there will be a search.
+        plan: Whether there will be a search, and for what.
         repairs: Whether its cut will be repaired without training.
 
     Raises:
@@ -214,8 +239,17 @@ def check_search(search: SearchConfig, *, searches: bool, repairs: bool) -> None
         )
     given = as_given(search)
     given.pop("seed", None)  # of every draw, in whatever run
-    if not searches:
+    if plan.select == "scores":
         refuse_unread(given, "a search by measured damage, and none was asked for", "`--select greedy`")
+    for name, methods in _READ_BY.items():
+        if plan.select not in methods:
+            what = " or ".join(f"`--select {method}`" for method in methods)
+            refuse_unread({name: given.get(name)}, f"{what}, not for `--select {plan.select}`")
+    aims = ("max_params", "max_bytes", "min_retention")
+    aim = next((f"--{name.replace('_', '-')}" for name in aims if getattr(plan, name) is not None), None)
+    if aim is not None:
+        finalists = {"finalists": given.get("finalists")}
+        refuse_unread(finalists, f"a number of blocks, and `{aim}` is reached by one set and not by another")
     if not repairs or search.objective != "kl":
         finalists = {"finalists": given.get("finalists")}
         refuse_unread(finalists, "a search by `kl` whose cut is repaired, and this is none", "`--compensate auto`")

@@ -52,6 +52,57 @@ def test_files_get_the_modes_of_the_umask(tmp_path: Path):
     assert (tmp_path / "out" / "private").stat().st_mode & 0o777 == 0o644
 
 
+def fill_while_somebody_else_does(out: Path) -> None:
+    with fresh_folder(out) as folder:
+        (folder / "record.json").write_text("mine")
+        out.mkdir()
+        (out / "notes.txt").write_text("yours")
+
+
+def test_what_came_meanwhile_is_left_alone_and_the_result_lies_beside_it(tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(OutputExistsError, match=r"in the meantime.*out-2`"):
+        fill_while_somebody_else_does(out)
+    assert (out / "notes.txt").read_text() == "yours"
+    assert (tmp_path / "out-2" / "record.json").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+def test_places_that_cannot_be_renamed_are_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (Path(), Path("../") / tmp_path.name):
+        with pytest.raises(OutputExistsError, match=r"is the working directory.*result"):
+            check_free(place, force=False)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError, match="a link to something that is not there"):
+        check_free(tmp_path / "gone", force=False)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(OutputExistsError, match="is a mounted file system"):
+        check_free(tmp_path / "disk", force=False)
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large")
+    with fresh_folder(tmp_path / "out") as folder:
+        (folder / "record.json").write_text("{}")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "large" / "record.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "out"]
+
+
+@pytest.mark.parametrize("source", ["out/text.csv", "other.txt,out/text.csv", "out/text.csv#body", "out"])
+def test_whatever_way_it_is_named_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch, source: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in ("record.json", "text.csv"):
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(OutputExistsError, match="which is read here"):
+        check_free(Path("out"), force=True, sources=[None, "x" * 5000, source])
+    check_free(Path("out"), force=True, sources=["other.txt", "x" * 5000])
+
+
 def test_an_unwritable_parent_is_refused_early(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputExistsError, match="cannot be written"), fresh_folder(tmp_path / "file" / "out"):

@@ -5,9 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avss.config import PlanConfig
+from avss.config import PlanConfig, SearchConfig
 from avss.errors import ConfigError, InvalidPlanError
-from avss.plan import count_of_fraction, lowest_by_mass, make_plan, parse_blocks, protected_blocks, published_by_mass
+from avss.plan import (
+    check_one_target,
+    check_search,
+    count_of_fraction,
+    lowest_by_mass,
+    make_plan,
+    parse_blocks,
+    protected_blocks,
+    published_by_mass,
+)
 from avss.record import BlockScores
 
 scores_lists = st.lists(st.integers(-5, 5).map(float), min_size=3, max_size=24)
@@ -70,6 +79,45 @@ def test_blocks_are_parsed_with_both_ends():
     assert parse_blocks("3,12-15,-1", 30) == (3, 12, 13, 14, 15, 29)
     with pytest.raises(InvalidPlanError, match="`30`"):
         parse_blocks("30", 30)
+
+
+@pytest.mark.parametrize(("fraction", "blocks", "count"), [(0.29, 50, 15), (0.7, 45, 32), (0.35, 90, 32), (0.25, 6, 2)])
+def test_halves_are_rounded_up_whatever_the_last_bit_says(fraction, blocks, count):
+    assert count_of_fraction(fraction, blocks) == count
+
+
+def test_a_range_has_both_ends_counted_from_the_front():
+    with pytest.raises(InvalidPlanError, match="begins before the first block"):
+        parse_blocks("-3-5", 30)
+    assert parse_blocks("-3,5", 30) == (5, 27)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"), [({"protect": "3,7"}, "--protect 3,7"), ({"contiguous": True}, "--contiguous")]
+)
+def test_named_blocks_leave_nothing_to_protect(settings, flag):
+    with pytest.raises(ConfigError, match=f"`{flag}` is for a choice of blocks"):
+        check_one_target(PlanConfig(blocks="3,7", **settings))
+    check_one_target(PlanConfig(blocks="3,7", protect="none"))
+
+
+@pytest.mark.parametrize(
+    ("select", "setting", "aim"),
+    [
+        ("window", {"beam": 4}, {}),
+        ("window", {"width": 9}, {}),
+        ("window", {"screen": "avss"}, {}),
+        ("evolution", {"width": 9}, {}),
+        ("greedy", {"finalists": 2}, {"max_params": 1000}),
+        ("scores", {"width": 9}, {}),
+    ],
+)
+def test_a_setting_that_the_search_does_not_read_is_refused(select, setting, aim):
+    plan = PlanConfig(select=select, **(aim or {"count": 2}))
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"`--{name} .* is for "):
+        check_search(SearchConfig(**setting), plan, repairs=True)
+    check_search(SearchConfig(), plan, repairs=True)
 
 
 def test_one_target_is_needed():

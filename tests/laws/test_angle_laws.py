@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from tools.sweep.shrink import small_model
 
 from avss.collect import collect
 from avss.config import PlanConfig
@@ -102,20 +104,39 @@ def test_a_contiguous_plan_takes_the_run_with_the_smallest_distance():
         assert plan.removed == tuple(range(best, best + length))
 
 
-@pytest.mark.parametrize("most_bytes", [1, 2000, 10**9])
-def test_memory_is_bounded_by_taking_every_kth_token(monkeypatch, most_bytes):
-    monkeypatch.setattr(Passage, "MOST_BYTES", most_bytes)
+@pytest.mark.parametrize("length", [10, 100])
+@pytest.mark.parametrize("stride", [1, 3, 4, 7, 40])
+def test_memory_is_bounded_by_taking_every_kth_token(monkeypatch, stride, length):
+    """And only real ones count, whatever the stride: the second sequence is padded with nan on the left."""
+    wanted = 2 * length * 4 * 4 * 3
+    monkeypatch.setattr(Passage, "MOST_BYTES", -(-wanted // stride))
     generator = torch.Generator().manual_seed(0)
-    keep = torch.ones(2, 10, dtype=torch.bool)
-    states = [torch.randn((2, 10, 4), generator=generator) for _ in range(3)]
-    passage = Passage(keep, 2, "all")
+    keep = torch.ones(2, length, dtype=torch.bool)
+    keep[1, : length // 3] = False
+    states = [torch.randn((2, length, 4), generator=generator) for _ in range(3)]
+    for state in states:
+        state[1, : length // 3] = torch.nan
+    passage = Passage(2, "all")
     for index in range(2):
-        passage.record(index, states[index], states[index + 1])
-    stride = max(1, -(-2 * 10 * 4 * 4 * 3 // most_bytes))
-    expected = [angle(states[0][r, p].numpy(), states[2][r, p].numpy()) for r in range(2) for p in range(0, 10, stride)]
+        passage.record(index, states[index], states[index + 1], keep)
+    taken = -(-wanted // -(-wanted // stride))
+    places = [(row, place) for row in range(2) for place in range(0, length, taken) if keep[row, place]]
+    expected = [angle(states[0][place].numpy(), states[2][place].numpy()) for place in places]
     seen = passage.windows_from(0)
     assert seen.tokens.sum().item() == len(expected)
     assert seen.angles[:, :, 1].sum().item() == pytest.approx(sum(expected))
+
+
+@pytest.mark.parametrize(("class_name", "model_type"), [("LongformerModel", "longformer"), ("LEDModel", "led")])
+def test_models_that_lengthen_a_batch_have_angles_of_their_real_tokens(class_name, model_type):
+    loaded = adopt(small_model(getattr(transformers, class_name), model_type))
+    text = torch.randint(8, 50, (3, 10), generator=torch.Generator().manual_seed(1))
+    alone = collect(loaded, [(text, torch.ones_like(text, dtype=torch.bool))], [WindowAngles("all")])
+    padded = torch.nn.functional.pad(text, (0, 3), value=loaded.pad_id)
+    keep = torch.nn.functional.pad(torch.ones_like(text, dtype=torch.bool), (0, 3))
+    longer = collect(loaded, [(padded, keep)], [WindowAngles("all")])
+    for name, values in alone.summarise(WindowAngles("all")).items():
+        assert longer.summarise(WindowAngles("all"))[name] == pytest.approx(values, abs=1e-4, nan_ok=True)
 
 
 def test_chunks_of_tokens_change_nothing(monkeypatch):

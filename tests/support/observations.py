@@ -80,8 +80,8 @@ def observe(statistic: AbstractStatistic, batches: Sequence[Batch]) -> Rows:
 def shown(statistic: AbstractStatistic, batch: Batch) -> Any:
     """What the statistic is given of a batch at a stack of one block."""
     if isinstance(statistic, WindowAngles):
-        passage = Passage(batch.keep, 1, statistic.token)
-        passage.record(0, batch.before, batch.after)
+        passage = Passage(1, statistic.token)
+        passage.record(0, batch.before, batch.after, batch.keep)
         return passage.windows_from(0)
     return Observation(Hidden(batch.before), Hidden(batch.after), batch.keep)
 

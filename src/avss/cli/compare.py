@@ -47,7 +47,7 @@ def command(
     if fraction is not None and count is not None:
         raise ConfigError("Say how many blocks go by one of `--fraction` and `--count`; got both.")
     if out is not None:
-        check_free(out, force=force, sources=(model, data))
+        check_free(out, force=force, sources=(model, data, damage_data))
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
             loaded = composer.load(

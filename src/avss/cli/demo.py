@@ -46,18 +46,18 @@ def command(
 ) -> None:
     """Cut a quarter of a real 30-block language model, by the published score and by a better one, and compare."""
     from avss.cli.execute import execute
-    from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig
+    from avss.config import DataConfig, ModelConfig, PlanConfig, RunConfig, TaskConfig, build
 
     config = RunConfig(
         model=ModelConfig(source=str(find_demo_model())),
-        data=DataConfig(source="builtin", samples=samples, batch_size=4),
+        data=build(DataConfig, {"source": "builtin", "samples": samples, "batch_size": 4}),
         criteria=("avss", "avss-paper", "avss-product", "block-influence", "update-norm"),
         plan=PlanConfig(criterion="block-influence", fraction=0.25),
         compare=("avss-paper",),
         tasks=(
             TaskConfig(kind="perplexity", batch_size=4),
-            TaskConfig(kind="choice", limit=limit),
-            TaskConfig(kind="classification", limit=limit),
+            build(TaskConfig, {"kind": "choice", "limit": limit}),
+            build(TaskConfig, {"kind": "classification", "limit": limit}),
             TaskConfig(kind="speed", batch_size=4),
         ),
         out=str(out),

@@ -25,7 +25,10 @@ def command(
         str | None, typer.Option(help="Prompt with {text} or {question}; \\n is a new line.", rich_help_panel=_PROMPT)
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Words for labels 0, 1, ...: negative,positive.", rich_help_panel=_PROMPT)
+        str | None,
+        typer.Option(
+            help="Words for labels 0, 1, ...: negative,positive; or neg=terrible,pos=great.", rich_help_panel=_PROMPT
+        ),
     ] = None,
     shots: Annotated[int, typer.Option(help="Solved examples before each item.", rich_help_panel=_PROMPT)] = 0,
     shots_data: Annotated[
@@ -72,7 +75,8 @@ def command(
     )
     tasks = [TaskConfig.parse(kind, **settings) for kind in kinds]
     if out is not None:
-        check_free(out, force=force, sources=(model, baseline, data))
+        read = (source for one in tasks for source in (one.data, one.shots_data))
+        check_free(out, force=force, sources=(model, baseline, *read))
     loading = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     loading["stack"] = stack
     with opt.shown_stages(quiet=quiet) as stages:

@@ -20,6 +20,9 @@ def merge_flags(
         ConfigError: No model or no output folder, or a setting that is not allowed.
     """
     raw: dict[str, Any] = read_toml(config) if config else {}
+    for key, value in [*flags.items(), ("task_settings", task_settings)]:
+        if isinstance(value, dict) and not isinstance(raw.get(key, {}), dict):
+            raise ConfigError(f"`{key}` in `{config}` must be a table: write `[{key}]`, and its settings below it.")
     for key, value in flags.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     plan = raw["plan"]
@@ -27,6 +30,8 @@ def merge_flags(
     if ways & flags["plan"].keys():  # the flag replaces the file's way of saying how many
         for other in ways - flags["plan"].keys():
             plan.pop(other, None)
+        if "min_retention" not in flags["plan"] and "retention_task" not in flags["plan"]:
+            plan.pop("retention_task", None)
     if not ways & plan.keys():
         plan["fraction"] = 0.25
     if "seed" in flags["data"]:  # of every draw: the flag replaces the file's seeds

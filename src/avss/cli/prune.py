@@ -96,7 +96,7 @@ def command(
     chosen_by = {"criterion": criterion, "contiguous": contiguous, "rule": opt.mass_rule(rule), "protect": protect}
     plan = build(PlanConfig, chosen_by | choice | targets)
     check_one_target(plan)
-    check_search(build(SearchConfig, search), searches=plan.select != "scores", repairs=compensate != "none")
+    check_search(build(SearchConfig, search), plan, repairs=compensate != "none")
     find_criteria([criterion])
     check_compensation(compensate)
     check_augment(augment, opt.forms(form), repairs=compensate != "none")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avss.plan import rounded_half_up
 from avss.record import (
     CheckReport,
     Compensation,
@@ -54,7 +55,7 @@ def show_scores(table: ScoreTable, *, plans: tuple[Plan, ...] = ()) -> None:
         grid.add_column(scores.criterion.replace("-", "-\n"), justify="right", no_wrap=True)
     for plan in plans:
         grid.add_column("cut by\n" + plan.method.replace("-", "-\n"), justify="center", no_wrap=True)
-    lowest = max(1, round(table.num_blocks / 4))
+    lowest = max(1, rounded_half_up(table.num_blocks / 4))
     ranks = [scores.ranks() for scores in table.scores]
     for block in range(min(table.num_blocks, _MAX_BLOCKS_ON_SCREEN)):
         cells = []

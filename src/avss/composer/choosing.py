@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avss.compensation import compensate
+from avss.composer.disk import differences
 from avss.composer.finals import TOKENS, judge_finalists
 from avss.composer.scores import score_loaded
 from avss.composer.searching import search_loaded
@@ -21,7 +22,7 @@ from avss.models.load import Loaded
 from avss.models.rewrite import pinned_blocks
 from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
 from avss.progress import MayGoOn, Timed, always
-from avss.record import BlockScores, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult
+from avss.record import BlockScores, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult, runs_of
 
 MOST = 0.5
 """Share of the blocks up to which a retention is kept, where no other is named."""
@@ -150,7 +151,8 @@ def _after_repair(
     sets = {chosen.plan.removed: "search"}
     for scores in table.scores if table is not None else ():
         with contextlib.suppress(InvalidPlanError):
-            sets.setdefault(make_plan(scores, config.sized(size)).removed, scores.criterion)
+            sized = config.sized(size).model_copy(update={"contiguous": config.select == "window"})
+            sets.setdefault(make_plan(scores, sized.model_copy(update={"select": "scores"})).removed, scores.criterion)
     for other in found.others:
         if len(other.removed) == size:
             sets.setdefault(other.removed, "runner-up")
@@ -179,19 +181,21 @@ def read_search(path: Path, loaded: Loaded) -> SearchResult:
         DataError: There is none.
         InvalidPlanError: It was of another model, or of another stack of this one.
     """
-    found = RunRecord.read(path).search
+    record = RunRecord.read(path)
+    found = record.search
     if found is None:
         raise DataError(f"`{path}` holds no search. Give the output of a run with `--select greedy` or another search.")
     facts = loaded.facts()
-    if found.model is not None and found.model.fingerprint != facts.fingerprint:
+    differing = {} if found.model is None else differences(found.model, facts, record.versions)
+    if "stack" in differing:
         raise InvalidPlanError(
-            f"The search in `{path}` was of another model (`{found.model.source}`, fingerprint "
-            f"`{found.model.fingerprint}`), so its blocks mean nothing here. Search this model."
+            f"The search in `{path}` was of the stack `{differing['stack'][0]}`, and this cut is of `{facts.stack}`. "
+            "Name that stack with `--stack`, or search this one."
         )
-    if found.model is not None and found.model.stack != facts.stack:
+    for what, (searched, here) in differing.items():
         raise InvalidPlanError(
-            f"The search in `{path}` was of the stack `{found.model.stack}`, and this cut is of `{facts.stack}`. Name "
-            "that stack with `--stack`, or search this one."
+            f"The search in `{path}` was of another model, whose {what} is `{searched}`; that of this one is `{here}`. "
+            "Its blocks mean nothing here. Search this model."
         )
     return found
 
@@ -219,7 +223,10 @@ class _Sized:
         elif self._most_parameters is not None:
             most = self._count_for_parameters(self._most_parameters, free)
         else:
-            most = self._named_count or min(count_of_fraction(MOST, num_blocks), len(free), num_blocks - 1)
+            at_most = min(count_of_fraction(MOST, num_blocks), len(free), num_blocks - 1)
+            if config.contiguous:
+                at_most = min(at_most, max((stop - start for start, stop in runs_of(free)), default=0))
+            most = self._named_count or max(at_most, 1)
         if most > len(free) or most >= num_blocks:
             guarded = f", {len(self.protected)} are protected" if self.protected else " and one must stay"
             raise InvalidPlanError(
@@ -236,6 +243,8 @@ class _Sized:
         """
         known = len(search.points)
         if self.config.speedup is None:
+            if self._most_parameters is not None:
+                self._refuse_fitting(self._most_parameters)
             return known
         wanted = self.most()
         if wanted > known:
@@ -297,11 +306,8 @@ class _Sized:
         return self._most_parameters is not None and left <= self._most_parameters
 
     def _count_for_parameters(self, limit: int, free: list[int]) -> int:
+        self._refuse_fitting(limit)
         total, sizes = self._facts.num_parameters, self._block_parameters()
-        if total <= limit:
-            raise InvalidPlanError(
-                f"The model has {total:,} parameters and so fits into {limit:,} already. Ask for fewer."
-            )
         # The smallest blocks first: then as many of any others are enough too.
         for count, block in enumerate(sorted(free, key=lambda block: sizes[block]), start=1):
             total -= sizes[block]
@@ -311,6 +317,13 @@ class _Sized:
             f"Without all {len(free)} blocks that may go, {total:,} parameters are left, more than {limit:,}. Allow "
             "more, or protect fewer blocks (`--protect none`)."
         )
+
+    def _refuse_fitting(self, limit: int) -> None:
+        total = self._facts.num_parameters
+        if total <= limit:
+            raise InvalidPlanError(
+                f"The model has {total:,} parameters and so fits into {limit:,} already. Ask for fewer."
+            )
 
     def _count_for_speedup(self, wanted: float, free: list[int]) -> int:
         half = Plan(

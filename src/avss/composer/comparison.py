@@ -244,13 +244,14 @@ def _floor(title: str, draws: Sequence[Damage]) -> CriterionVerdict:
 
 def _warnings(comparison: Comparison) -> tuple[str, ...]:
     """What the comparison shows about criteria that do no better than looking at nothing."""
-    floor = [verdict.damage.distance for verdict in comparison.verdicts if verdict.kind == "baseline"]
-    if not floor:
+    baselines = [verdict for verdict in comparison.verdicts if verdict.kind == "baseline"]
+    if not baselines:
         return ()
+    best = min(baselines, key=lambda verdict: verdict.damage.distance)
     return tuple(
         f"`{verdict.method}` chooses no better than a baseline here: its {comparison.count} blocks "
-        f"({describe_blocks(verdict.damage.removed)}) cost {verdict.damage.distance:.3g}, the best of first, last "
-        f"and random {min(floor):.3g}."
+        f"({describe_blocks(verdict.damage.removed)}) cost {verdict.damage.distance:.3g}, those of `{best.method}` "
+        f"{best.damage.distance:.3g}."
         for verdict in comparison.verdicts
-        if verdict.kind == "criterion" and verdict.damage.distance >= min(floor)
+        if verdict.kind == "criterion" and verdict.damage.distance >= best.damage.distance
     )

@@ -144,7 +144,7 @@ def prune(
     )
     hard = search if isinstance(search, SearchConfig) else build(SearchConfig, dict(search or {}))
     check_one_target(config)
-    check_search(hard, searches=config.select != "scores", repairs=compensate != "none")
+    check_search(hard, config, repairs=compensate != "none")
     hard = seeded(hard, data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0)))
     check_compensation(compensate)
     check_augment(settings.get("augment"), settings.get("forms"), repairs=compensate != "none")

@@ -6,7 +6,7 @@ from pathlib import Path
 from avss.composer.provenance import now, versions
 from avss.errors import OutputExistsError
 from avss.models.load import Loaded
-from avss.output import fresh_folder
+from avss.output import check_free, fresh_folder
 from avss.progress import Timed
 from avss.record import RunRecord, ScoreTable
 from avss.reporting.charts import save_figures
@@ -71,6 +71,7 @@ def report(record: RunRecord | str | Path, out: str | Path | None = None, *, for
     """
     value = record if isinstance(record, RunRecord) else RunRecord.read(Path(record))
     if out is not None:
+        check_free(Path(out), force=force, sources=(record,))
         with fresh_folder(Path(out), force=force) as folder:
             write_record(value, folder)
         return Path(out) / "report.html"

@@ -1,6 +1,5 @@
 """`avss.score`: every criterion on one model, from one pass."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from avss.data.batches import Batches
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.models.load import Loaded
 from avss.output import fresh_folder
-from avss.plan import protected_blocks
+from avss.plan import protected_blocks, rounded_half_up
 from avss.progress import Stages, silent
 from avss.record import BlockScores, RunRecord, ScoreTable, SiteFigures
 from avss.scoring import score_blocks, score_warnings, with_certainty
@@ -64,8 +63,10 @@ def score(
         UserError: Anything the caller can fix, in one sentence.
     """
     wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
-    loaded = load(model, tokenizer, stack=stack)
     looked_at = find_sites(sites)
+    if not 0 < fraction < 1:  # nan fails both comparisons
+        raise ConfigError(f"The fraction `{fraction}` must lie between 0 and 1, both excluded; 0.25 is a quarter.")
+    loaded = load(model, tokenizer, stack=stack)
     batches = calibration(loaded, data, **settings)
     return score_loaded(loaded, batches, wanted, first_token, fraction, stages, sites=looked_at)[0]
 
@@ -96,7 +97,7 @@ def score_loaded(
         advance(0, total)
         collected = collect(loaded, batches, needs, on_batch=on_batch)
     scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
-    count = max(1, math.floor(fraction * len(loaded.stack) + 0.5))  # as plans round
+    count = max(1, rounded_half_up(fraction * len(loaded.stack)))  # as plans round
     with stages("Resampling the data"):
         sure = [
             with_certainty(

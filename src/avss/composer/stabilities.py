@@ -1,5 +1,7 @@
 """`avss.stability`: does the choice depend on the seed, the amount or the kind of text?"""
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.records import now, versions, write_record
 from avss.composer.scores import DEFAULT_CRITERIA, guarded
 from avss.criteria import AbstractCriterion, find_criteria
-from avss.errors import ConfigError
+from avss.errors import ConfigError, DegenerateStatisticError
 from avss.output import fresh_folder
 from avss.plan import count_of_fraction
 from avss.progress import Stages, silent
@@ -23,6 +25,8 @@ from avss.statistics.resampling import lowest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 def stability(
@@ -57,13 +61,16 @@ def stability(
         **settings: `seq_len`, `batch_size`, `layout`.
 
     Raises:
-        UserError: Anything the caller can fix, in one sentence.
+        UserError: Anything the caller can fix, in one sentence. A criterion that is undefined on one of the texts is
+            left out with a warning; if none is left, that is an error.
     """
     wanted = tuple(one for one in find_criteria(criteria if isinstance(criteria, str) else list(criteria)) if one.needs)
     if not wanted:
         raise ConfigError("These criteria read no data, so data cannot change them. Name one that does, e.g. `avss`.")
     if num_seeds < 1:
         raise ConfigError(f"`--seeds {num_seeds}` must be at least 1.")
+    if samples < 1:
+        raise ConfigError(f"`--samples {samples}` must be at least 1.")
     amounts = sorted({size for size in (*(sizes or (samples // 4, samples // 2)), samples) if size > 0}, reverse=True)
     if amounts[0] > samples:
         raise ConfigError(f"`--sizes {amounts[0]}` is more than the {samples} sequences of a draw (`--samples`).")
@@ -72,6 +79,8 @@ def stability(
     trials: list[StabilityTrial] = []
     reference: dict[str, FloatArray] = {}
     sources = [data] if isinstance(data, str) else list(data)
+    shared = Counter(Path(source).name for source in sources)
+    undefined: dict[str, str] = {}
     needs = [need for criterion in wanted for need in criterion.needs]
     with stages("Scoring on every draw") as advance:
         done, total = 0, len(sources) * num_seeds
@@ -83,16 +92,26 @@ def stability(
                 for size in dict.fromkeys(min(amount, num) for amount in amounts):
                     part = batches if size == num else batches.split(size)[0]
                     collected = collect(loaded, part, needs)
+                    name = batches.facts.source
+                    if shared[name] > 1:  # files of one name in several folders
+                        name = f"{Path(source).parent.name}/{name}"
                     for criterion in wanted:
-                        values = np.array(score_blocks(collected, (criterion,))[0].values)
+                        if criterion.name in undefined:
+                            continue
+                        try:
+                            values = np.array(score_blocks(collected, (criterion,))[0].values)
+                        except DegenerateStatisticError as error:
+                            undefined[criterion.name] = str(error)
+                            continue
                         reference.setdefault(criterion.name, values)
-                        trials.append(
-                            _trial(
-                                criterion, values, reference[criterion.name], count, batches.facts.source, seed, size
-                            )
-                        )
+                        trials.append(_trial(criterion, values, reference[criterion.name], count, name, seed, size))
                 done += 1
                 advance(done, total)
+    for name, why in undefined.items():
+        _log.warning("Left out of the study: `%s`. %s", name, why)
+    trials = [trial for trial in trials if trial.criterion not in undefined]
+    if not trials:
+        raise DegenerateStatisticError(next(iter(undefined.values())))
     return StabilityStudy(count=count, trials=tuple(trials), model=loaded.facts())
 
 

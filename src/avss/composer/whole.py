@@ -36,7 +36,7 @@ from avss.cut import cut
 from avss.data.augment import check_forms
 from avss.data.batches import Batches
 from avss.data.sources import Texts, read_texts
-from avss.errors import DegenerateStatisticError
+from avss.errors import ConfigError, DegenerateStatisticError
 from avss.evaluation import rehearse
 from avss.evaluation.forms import task_forms
 from avss.healing import heal as heal_cut
@@ -121,13 +121,21 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     check_augment(config.data.augment, config.data.forms, repairs=repairs)
     out = Path(config.out)
     check_one_target(config.plan)
-    check_search(search, searches=config.plan.select != "scores", repairs=config.compensate != "none")
+    check_search(search, config.plan, repairs=config.compensate != "none")
     if config.quality == "plain":
         refuse_unread({"time": config.time}, "`--quality best`, which was not asked for", "`--quality best`")
     screens = (config.search.screen,) if config.search.screen != "damage" else ()
+    if config.compare:
+        compared = tuple(one.name for one in find_criteria(config.compare))
+        config = config.model_copy(update={"compare": compared})
+    if any(not prompt.strip() for prompt in config.prompts):
+        raise ConfigError("A prompt (`--prompt`) is blank. Give some words for the models to continue.")
     names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
     criteria = find_criteria([name for name in names if name != "explicit"])
-    check_free(out, force=config.force, sources=(config.model.source, config.data.source))
+    read = [config.model.source, config.data.source, config.plan.from_search, config.heal and config.heal.source]
+    for task in (*config.tasks, config.plan.retention_task, config.search.task):
+        read += [task.data, task.shots_data] if task is not None else []
+    check_free(out, force=config.force, sources=read)
     timed = Timed(stages)
     # Before anything dear: a mistake in its name shall not cost a search.
     training = None if config.heal is None else read_texts(config.heal.source or config.data.source)

@@ -49,8 +49,12 @@ def step(
         order: Which blocks are the likeliest; learns from what is tried.
         beam: The sets to build on, all of one size.
         curve: Takes the winner.
-        allowance: Blocks that may be spent.
+        allowance: Blocks that may be spent on the step, however often it is widened.
+
+    Raises:
+        BudgetSpent: The budget ended in it; what was found until then is in the curve.
     """
+    limit = ledger.num_blocks_run + allowance
     tried: dict[Removed, int] = {}
     winners: list[Removed] = []
     width = rules.width
@@ -62,9 +66,15 @@ def step(
                 if one not in tried:
                     tried[one] = len(tried)
                     new.append(one)
-        if not new:
+        if not new or (winners and ledger.num_blocks_run >= limit):
             break
-        winners = race(ledger, [*winners, *new], num_winners=rules.beam, error=rules.error, allowance=allowance)
+        left = max(0, limit - ledger.num_blocks_run)
+        try:
+            winners = race(ledger, [*winners, *new], num_winners=rules.beam, error=rules.error, allowance=left)
+        except BudgetSpent:
+            if winners:
+                curve.put(winners[0], "greedy")
+            raise
         for base in beam:
             order.learn(ledger, base, [block for block in rules.free if base | {block} in tried and block not in base])
         if tried[winners[0]] < len(tried) / 2:

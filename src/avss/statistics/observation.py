@@ -63,7 +63,7 @@ class Hidden:
         return self.values.abs()
 
     def count_below(self, threshold: float, *, relative: bool) -> Tensor:
-        """Hidden units of each token with an absolute value below the threshold.
+        """Hidden units of each token with an absolute value below the threshold; nan for a token that is not finite.
 
         Args:
             threshold: In activation units, or as a share of the token's root mean square if `relative`.
@@ -75,7 +75,8 @@ class Hidden:
             if relative:
                 limit = (self.token_square / self.width).sqrt().mul(threshold).unsqueeze(-1)
             # Summing floats is several times faster than summing booleans on a CPU; counts below 2**24 are exact.
-            self._below[key] = (self.magnitude < limit).to(torch.float32).sum(-1)
+            below = (self.magnitude < limit).to(torch.float32).sum(-1)
+            self._below[key] = torch.where(self.token_square.isfinite(), below, torch.nan)
         return self._below[key]
 
 
@@ -178,7 +179,6 @@ class Passage:
     The hidden state after the last block is the block's own output, before any final norm.
 
     Args:
-        keep: `[B, T]`, True for real tokens.
         num_blocks: L, length of the stack.
         token: `last` for the last real token of each sequence; `all` for every token, or every k-th, counted from the
             start of the batch, where the states of every token would take more than `MOST_BYTES`.
@@ -187,15 +187,26 @@ class Passage:
     MOST_BYTES = 256 * 2**20
     _CHUNK_BYTES = 64 * 2**20
 
-    def __init__(self, keep: Tensor, num_blocks: int, token: str) -> None:
+    def __init__(self, num_blocks: int, token: str) -> None:
         self._token = token
-        self._keep = keep
         self._num_blocks = num_blocks
+        self._stride = 1
+        self._keep = torch.empty(0)
         self._states: list[Tensor] = []
 
-    def record(self, index: int, before: Tensor, after: Tensor) -> None:
-        """Takes what it needs of the states around block `index`, blocks in order."""
+    def record(self, index: int, before: Tensor, after: Tensor, keep: Tensor) -> None:
+        """Takes what it needs of the states around block `index`, blocks in order.
+
+        Args:
+            index: Of the block.
+            before: State before it, `[B, T, D]`.
+            after: State after it.
+            keep: `[B, T]`, True for real tokens: of the states, which some models lengthen.
+        """
         if index == 0:
+            self._keep = keep
+            wanted = before.numel() * before.element_size() * (self._num_blocks + 1)
+            self._stride = max(1, -(-wanted // self.MOST_BYTES))
             self._states.append(self._chosen(before))
         self._states.append(self._chosen(after).to(self._states[0].device))
 
@@ -209,31 +220,27 @@ class Passage:
         if self._token == "last":
             last = self._last_places(hidden.device)[:, :, None].expand(-1, 1, hidden.shape[-1])
             return hidden.gather(1, last)
-        return hidden[:, :: self._stride(hidden)].clone()
+        return hidden[:, :: self._stride].clone()
 
     def _last_places(self, device: torch.device) -> Tensor:
         """Position of the last real token of each sequence, `[B, 1]`; 0 where there is none."""
         keep = self._keep.to(device)
         return (keep * torch.arange(1, keep.shape[1] + 1, device=device)).argmax(1, keepdim=True)
 
-    def _stride(self, hidden: Tensor) -> int:
-        return max(1, -(-hidden.numel() * hidden.element_size() * (self._num_blocks + 1) // self.MOST_BYTES))
-
-    def _masks(self, num_chosen: int, device: torch.device) -> Tensor:
+    def _masks(self, device: torch.device) -> Tensor:
         """Chosen real tokens that are the first of their sequence, and the others: `[B, 2, N]`."""
         keep = self._keep.to(device)
         first = keep & (keep.cumsum(-1) == 1)
         parts = torch.stack([first, keep & ~first], dim=1)
         if self._token == "last":
             return parts.gather(2, self._last_places(device)[:, None, :].expand(-1, 2, 1))
-        stride = -(-keep.shape[1] // num_chosen)
-        return parts[:, :, ::stride][:, :, :num_chosen]
+        return parts[:, :, :: self._stride]
 
     @functools.cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
         """Sums of angles between all pairs of states, `[B, 2, L + 1, L + 1]`, and tokens, `[B, 2]`."""
         num_sequences, num_chosen, width = self._states[0].shape
-        masks = self._masks(num_chosen, self._states[0].device)
+        masks = self._masks(self._states[0].device)
         num_states = len(self._states)
         chunk = max(1, self._CHUNK_BYTES // (8 * num_states * max(width, num_states)))
         total = masks.new_zeros((num_sequences, 2, num_states, num_states), dtype=torch.float64)
