@@ -14,7 +14,7 @@ from tools.sweep.shrink import small_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from avss.compensation import METHODS, compensate
+from avss.compensation import METHODS, compensate, rounds_for
 from avss.compensation.divergence import Yardstick, divergence
 from avss.compensation.equations import choose_ridge
 from avss.compensation.least_squares import refit, residual_error
@@ -453,6 +453,13 @@ def test_rounds_change_nothing_before_the_first_cut():
     assert targets(work) == [(b, p) for b in (2, 4) for p in ("self_attn.o_proj", "mlp.down_proj")]
     work = begin("llama", 0)
     assert {block for block, _ in targets(work)} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("num_tokens", "rounds"), [(100, 6), (6 * 6144, 6), (12 * 6144, 12), (10**7, 24)])
+def test_more_text_gives_more_rounds(num_tokens, rounds):
+    text = random_text(1)
+    longer = dataclasses.replace(text, sequences=(torch.zeros(num_tokens, dtype=torch.long),))
+    assert rounds_for(longer) == rounds
 
 
 # --- laws of every method ---

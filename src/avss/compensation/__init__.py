@@ -35,7 +35,10 @@ METHODS = COMPENSATION_METHODS
 """What `compensate` knows, `auto` first."""
 
 ROUNDS = 6
-"""Rounds towards the dense model's predictions, at most."""
+"""Rounds towards the dense model's predictions, at most, on text of the default length."""
+TOKENS_A_ROUND = 6144
+"""More text gives more rounds: one for so many tokens that are fitted, each on tokens of its own."""
+MOST_ROUNDS = 24
 
 Solve = Callable[[Workpiece, Run, Batches, Batches, Readings], CutRepair]
 
@@ -47,7 +50,7 @@ def compensate(
     batches: Batches,
     *,
     method: str = "auto",
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     may_go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[Loaded, Compensation]:
@@ -67,7 +70,7 @@ def compensate(
         plan: The blocks removed.
         batches: Calibration text, dealt out in three.
         method: One of `METHODS`.
-        rounds: Rounds of `steer`, at most.
+        rounds: Rounds of `steer`, at most; by default six, and more where there is more text for them.
         on_step: Called with steps done and steps in all, for progress.
         may_go_on: Asked before each round: what is not begun is left out.
 
@@ -89,7 +92,7 @@ def compensate(
     by_choice, by_judge = (Yardstick(original, text, num_shared) for text in (choose, judge))
     before = by_judge(smaller)
     runs = runs_of(plan.removed)
-    num_rounds = rounds if wanted in ("auto", "steer") else 0
+    num_rounds = (rounds_for(fit) if rounds is None else rounds) if wanted in ("auto", "steer") else 0
     sweeps = wanted == "sweep"
     total = len(runs) + sweeps + num_rounds
     done = 0
@@ -134,6 +137,11 @@ def compensate(
         kept_out = tuple(repair.model_copy(update={"applied": False}) for repair in repairs)
         return smaller, story.model_copy(update={"note": note, "cuts": kept_out})
     return work.smaller, story.model_copy(update={"after": after, "weights": tuple(work.changed)})
+
+
+def rounds_for(fit: Batches) -> int:
+    """How many rounds a text is good for: one for every 6,144 tokens, not below six and not above 24."""
+    return min(MOST_ROUNDS, max(ROUNDS, num_tokens(fit) // TOKENS_A_ROUND))
 
 
 def _swept(work: Workpiece, fit: Batches, choose: Batches, by_choice: Yardstick) -> int:
@@ -246,4 +254,4 @@ _SOLVED: dict[CompensationMethod, tuple[Solved, ...]] = {
     "auto": ("refit", "linear"),
 }
 
-__all__ = ["METHODS", "ROUNDS", "compensate"]
+__all__ = ["METHODS", "ROUNDS", "compensate", "rounds_for"]
