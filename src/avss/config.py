@@ -306,7 +306,8 @@ class TaskConfig(TaskSettings):
     template: str | None = None
     """Prompt with `{text}` (classification) or `{question}` (choice)."""
     labels: tuple[str, ...] | None = None
-    """Words for the labels 0, 1, ... of a classification by a language model."""
+    """Words for the labels 0, 1, ... of a classification by a language model: those of the data, in any case, where the
+    data have words; `neg=terrible` asks the model for another word than the data's."""
     text_column: str | None = None
     """Column of the texts."""
     label_column: str | None = None

@@ -192,6 +192,8 @@ PLAIN_ROW = {"question": "what", "choices": ["x", "y", "z"], "answer": 1}
         {"choices": np.array(["x", "y", "z"], dtype=object)},
         {"choices": ("x", "y", "z")},
         {"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": "2"},
+        {"choices": {"text": ["x", "y", "z"], "label": [1, 2, 3]}, "answer": 2},
+        {"choices": {"text": ["x", "y", "z"], "label": None}, "answer": 1},
         {"choices": {"text": np.array(["x", "y", "z"]), "label": np.array(["A", "B", "C"])}, "answer": "B"},
     ],
 )
@@ -226,6 +228,7 @@ def test_columns_can_be_named():
     [
         ({"answer": 3}, "Row 2 of `quiz`: the answer is `3`. Allowed: an index from 0 to 2, or a letter from A to C"),
         ({"answer": -1}, "Row 2 .*answer is `-1`"),
+        ({"answer": "--1"}, "Row 2 .*answer is `--1`"),
         ({"answer": "D"}, "Row 2 .*answer is `D`"),
         ({"answer": ""}, "Row 2 .*answer is ``"),
         ({"answer": None}, "Row 2 .*answer is `None`"),

@@ -288,10 +288,11 @@ def test_labels_are_numbers_or_words(labels, indices, names):
 def test_words_take_their_index_from_the_task():
     rows = [{"text": "x", "label": label} for label in ("good", "poor")]
     assert read_labelled(rows, "reviews", names=("poor", "fair", "good")).labels == (2, 0)
-    # Other words name the same labels, in alphabetical order of the data's.
-    data = read_labelled(rows, "reviews", names=("great", "terrible"))
-    assert data.labels == (0, 1)
-    assert label_words(data, ("great", "terrible")) == ("great", "terrible")
+    # Other words for the same labels stand beside the data's.
+    names = ("poor=terrible", "good = great")
+    data = read_labelled(rows, "reviews", names=names)
+    assert (data.labels, data.names) == ((1, 0), ("poor", "good"))
+    assert label_words(data, names) == ("terrible", "great")
 
 
 def test_default_words():
@@ -347,3 +348,19 @@ def test_names_of_a_classifier_are_matched_without_case():
     data = read_labelled([{"text": "x", "label": "Positive"}, {"text": "y", "label": "negative"}], "reviews")
     matched = match_classifier(data, 3, {"NEGATIVE": 0, "NEUTRAL": 1, "POSITIVE": 2}, None)
     assert matched.labels == (2, 0)
+
+
+@pytest.mark.parametrize("names", [("positive", "negative"), ("Positive", "NEGATIVE"), (" positive", "negative ")])
+def test_words_of_the_data_are_known_whatever_their_case_and_blanks(names):
+    rows = [{"text": "awful", "label": "Negative"}, {"text": "fine", "label": "Positive"}]
+    data = read_labelled(rows, "reviews", names=names)
+    words = label_words(data, names)
+    assert [words[label].lower() for label in data.labels] == ["negative", "positive"]
+    assert words == tuple(name.strip() for name in names)
+
+
+def test_words_that_are_not_the_datas_are_not_guessed():
+    """In the order of the alphabet `neg` would be called `positive`."""
+    rows = [{"text": "awful", "label": "neg"}, {"text": "fine", "label": "pos"}]
+    with pytest.raises(DataError, match=r"labels of `reviews` are `neg`, `pos`, and those named are `positive`"):
+        read_labelled(rows, "reviews", names=("positive", "negative"))

@@ -101,3 +101,26 @@ def test_a_cut_that_was_not_evaluated_says_so(record):
 def test_a_cut_of_another_record_is_refused(record, bare_record):
     with pytest.raises(ValueError, match="not in tuple"):
         card.render_card(bare_record, record.cuts[0])
+
+
+def test_a_card_for_images_names_the_processor(record):
+    cut = record.cuts[0]
+    seen = cut.model_copy(update={"model": cut.model.model_copy(update={"head": "image-classifier"})})
+    text = card.render_card(record.model_copy(update={"cuts": (seen,)}), seen)
+    assert "import AutoModelForImageClassification, AutoImageProcessor" in text
+    assert "processor = AutoImageProcessor.from_pretrained" in text
+    assert "AutoTokenizer" not in text
+
+
+def test_speed_is_no_share_that_is_kept_and_is_shown_alone_too(record):
+    cut = record.cuts[0]
+    speed = tuple(one for one in cut.measurements if one.task == "speed")
+    dense = tuple(one for one in record.dense if one.task == "speed")
+    assert speed
+    text = card.render_card(record, cut)
+    kept = text.partition("What is left")[2].partition("| size and speed")[0]
+    assert "speed" not in kept
+    assert "| size and speed" in text
+    alone = cut.model_copy(update={"measurements": speed, "retention": ()})
+    text = card.render_card(record.model_copy(update={"cuts": (alone,), "dense": dense}), alone)
+    assert "| size and speed" in text

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from avss.record import Retention
-from avss.reporting import verdict
+from avss.record import Measurement, Plan, Retention
+from avss.reporting import page, tables, verdict
 
 
 def test_the_mean_is_of_ratios_one_per_task_and_leaves_language_modelling_out(record):
@@ -77,3 +77,49 @@ def test_without_cuts_the_scores_are_summed_up(bare_record):
     text = " ".join(verdict.sentences(bare_record))
     first = ", ".join(str(block) for block in bare_record.scores[0].ranking()[:4])
     assert f"Block Influence would remove first: {first}." in text
+
+
+def test_a_model_of_which_nobody_knows_what_it_lacks_is_put_beside_the_other(record):
+    cut = record.cuts[0]
+    plan = Plan(num_blocks=22, removed=(), method="model", rule="as loaded")
+    other = cut.model_copy(update={"plan": plan, "path": None, "verification": None})
+    beside = record.model_copy(update={"cuts": (other,), "scores": ()})
+    name = cut.model.source.rsplit("/", 1)[-1]
+    count = cut.model.num_blocks
+    assert verdict.headline(beside) == f"{name} ({count} blocks) beside SmolLM2-135M-Instruct (30 blocks)"
+    text = " ".join(verdict.sentences(beside))
+    assert "which blocks it lacks is not recorded" in text
+    assert "No block was removed" not in text
+    assert "measured as it was loaded" in text
+    html = page.render_page(beside)
+    assert 'id="map"' not in html
+    assert f"30 → {count}" in html
+
+
+def test_what_was_only_measured_was_not_scored(bare_record):
+    measured = bare_record.model_copy(
+        update={
+            "scores": (),
+            "dense": (
+                Measurement(task="speed", metric="latency_ms", value=1.0, num_samples=1, higher_is_better=False),
+            ),
+        }
+    )
+    assert verdict.headline(measured).endswith("30 blocks measured as they are")
+    assert "Nothing was scored" not in " ".join(verdict.sentences(measured))
+
+
+def test_masked_perplexity_is_told_as_perplexity_is(record):
+    def renamed(entries):
+        return tuple(
+            one.model_copy(update={"metric": f"masked_{one.metric}"}) if one.metric in ("perplexity", "loss") else one
+            for one in entries
+        )
+
+    cut = record.cuts[0]
+    masked = cut.model_copy(update={"measurements": renamed(cut.measurements), "retention": renamed(cut.retention)})
+    changed = record.model_copy(update={"dense": renamed(record.dense), "cuts": (masked,)})
+    assert any(text.startswith("Masked perplexity") for text in verdict.sentences(changed))
+    kinds = {row.metric: row.kind for row in tables.comparison_rows(changed)}
+    assert kinds["masked_perplexity"] == "language"
+    assert "Masked perplexity" in page.render_page(changed)

@@ -357,3 +357,44 @@ def test_every_built_in_file_can_be_read():
     for name, file in BUILTIN.items():
         source = f"builtin:{name}"
         assert read_texts(source).texts if file.endswith(".txt") else read_table(source)
+
+
+@pytest.mark.parametrize("rows", ["A good, warm film,1", "fine film,1,", "A good, warm film,1\nanother, one,0"])
+def test_rows_longer_than_the_header_are_refused_and_not_shifted(tmp_path, rows):
+    path = tmp_path / "reviews.csv"
+    path.write_text(f"text,label\n{rows}\n")
+    with pytest.raises(DataError, match="more cells than its header"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["The cat sees the dog. " * 30, ",".join(f"file{number:03}.txt" for number in range(60))]
+)
+def test_a_text_or_a_long_list_in_place_of_a_name_is_one_sentence(name):
+    with pytest.raises(DataError, match="There is no file"):
+        read_texts(name)
+
+
+def test_the_column_of_texts_is_told_by_more_than_the_first_row(tmp_path):
+    rows = [{"id": "abc1", "text": None}, *({"id": f"abc{n}", "text": f"Sentence {n}."} for n in range(2, 6))]
+    path = tmp_path / "crawl.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_texts(path).texts[0] == "Sentence 2."
+    path.write_text("\n".join(map(json.dumps, [{"source": "crawl 2024"}, *({"text": f"Line {n}."} for n in range(4))])))
+    assert read_texts(path).texts == ("Line 0.", "Line 1.", "Line 2.", "Line 3.")
+
+
+def test_a_column_given_apart_is_that_of_every_table(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "no", "body": f"Yes, {name}."}))
+    (tmp_path / "notes.txt").write_text("A note.")
+    names = ",".join(str(tmp_path / name) for name in ("one.jsonl", "two.jsonl", "notes.txt"))
+    assert read_texts(names, "body").texts == ("Yes, one.", "Yes, two.", "A note.")
+    assert read_texts(f"{tmp_path / 'one.jsonl'}#text", "body").texts == ("no",)
+
+
+def test_json_nested_beyond_reason_is_one_sentence(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not JSON"):
+        read_table(path)

@@ -1,6 +1,7 @@
 """`avss.evaluate`: a model beside its baseline, on the same items."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import torch
 from avss.composer.inputs import AnyModel, load
 from avss.composer.pruning import describe_cut
 from avss.composer.records import begin_record
-from avss.config import PlanConfig, TaskConfig, build
+from avss.config import PlanConfig, TaskConfig, build, refuse_unread
 from avss.evaluation import TaskResult, evaluate_task, retention
-from avss.evaluation.base import task_name
+from avss.evaluation.base import task_name, with_own_names
 from avss.models.forward import can_generate, generate
 from avss.models.load import Loaded
 from avss.models.stack import AUTO
@@ -29,6 +30,16 @@ _SHORT_OF = 0.95
 """Share of a wanted speedup below which it is said to be missed: timings scatter."""
 
 _CONTINUATION_TOKENS = 32
+
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "shots": ("classification",),
+    "shots_data": ("classification",),
+    "labels": ("classification",),
+    "label_column": ("classification", "choice"),
+    "template": ("classification", "choice"),
+    "text_column": ("classification", "choice", "perplexity", "similarity"),
+}
+"""Settings of tasks that not every kind reads."""
 
 
 def evaluate(
@@ -84,9 +95,8 @@ def evaluate(
         if told is None or told.plan.num_blocks != len(dense.stack):  # cut from another model than the baseline
             one = describe_cut(dense, loaded, as_loaded)
         else:
-            one = describe_cut(dense, loaded, told.plan).model_copy(
-                update={"compensation": told.compensation, "healing": told.healing}
-            )
+            kept = {name: getattr(told, name) for name in ("compensation", "healing", "path", "verification")}
+            one = describe_cut(dense, loaded, told.plan).model_copy(update=kept)
         cuts = with_measurements((one,), results)
     record = begin_record(dense, command or f"avss.evaluate({loaded.source!r}, ...)", timed, None)
     return record.model_copy(
@@ -107,7 +117,16 @@ def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: di
             "masked": ("perplexity", "similarity", "speed"),
         }.get(loaded.head, ("similarity", "speed"))
         return tuple(build(TaskConfig, {"kind": kind, **settings}) for kind in kinds)
-    return tuple(task if isinstance(task, TaskConfig) else TaskConfig.parse(task, **settings) for task in tasks)
+    found = with_own_names(
+        [task if isinstance(task, TaskConfig) else TaskConfig.parse(task, **settings) for task in tasks]
+    )
+    for name, kinds in _READ_BY.items():
+        # A flag is for all tasks: one that reads it is enough.
+        unset = TaskConfig.model_fields[name].default
+        value = next((value for task in found if (value := getattr(task, name)) != unset), None)
+        if not any(task.kind in kinds for task in found):
+            refuse_unread({name: value}, f"tasks of the kind {' or '.join(f'`{kind}`' for kind in kinds)}")
+    return found
 
 
 def evaluate_all(models: list[Loaded], tasks: Sequence[TaskConfig], timed: Timed) -> list[list[TaskResult]]:
@@ -157,14 +176,16 @@ def wreck_warnings(cuts: tuple[Cut, ...]) -> tuple[str, ...]:
     """A sentence for every cut whose perplexity says that it cannot be used as it is."""
     return tuple(
         f"The cut by `{one.name}` (blocks {one.plan.describe()}) {_harm(kept.ratio)}: perplexity {kept.dense:,.1f} -> "
-        f"{kept.value:,.1f}, {kept.ratio:,.1f} times."
+        f"{kept.value:,.1f}" + (f", {kept.ratio:,.1f} times." if math.isfinite(kept.ratio) else ".")
         for one in cuts
         for kept in one.retention
-        if kept.metric.endswith("perplexity") and kept.ratio >= COSTLY
+        if kept.metric.endswith("perplexity") and not kept.ratio < COSTLY
     )
 
 
 def _harm(ratio: float) -> str:
+    if math.isnan(ratio):
+        return "gives outputs that are no numbers"
     return "wrecks the model" if ratio >= WRECKED else "costs too much to be used as it is"
 
 

@@ -35,6 +35,7 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review", 
 _TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"})
 _MAX_HUB_ROWS = 20_000
+_LOOKED_AT = 100
 _log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -70,19 +71,28 @@ class Texts:
         )
 
 
+def exists(name: str) -> bool:
+    """Whether there is a file or folder of that name; a text that is too long for a name is none."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def split_sources(source: str | Path) -> tuple[str, ...]:
     """The sources that a name with commas stands for; a file may have a comma in its name."""
     name = str(source)
-    if Path(name).exists():
+    if exists(name):
         return (name,)
     return tuple(part.strip() for part in name.split(",") if part.strip()) or (name,)
 
 
-def read_texts(source: str | Path | Sequence[str]) -> Texts:
+def read_texts(source: str | Path | Sequence[str], column: str | None = None) -> Texts:
     """The texts of a source, or of several one after the other.
 
     Args:
         source: See the top of this file; or the texts themselves.
+        column: Of every table among them that names none by `#column`; text files have no columns.
 
     Raises:
         DataError: Missing, unreadable, empty, or without the column.
@@ -92,7 +102,7 @@ def read_texts(source: str | Path | Sequence[str]) -> Texts:
         if not texts:
             raise DataError("The list of texts is empty. Give at least one text that is not blank.")
         return Texts(texts=texts, source=f"{len(texts)} texts")
-    parts = [_read_one(part) for part in split_sources(source)]
+    parts = [_read_one(part, column) for part in split_sources(source)]
     if len(parts) == 1:
         return parts[0]
     is_prose = all(part.is_prose for part in parts)
@@ -103,7 +113,7 @@ def read_texts(source: str | Path | Sequence[str]) -> Texts:
     )
 
 
-def _read_one(source: str) -> Texts:
+def _read_one(source: str, of_tables: str | None = None) -> Texts:
     name, column = split_column(source)
     path = _local_path(name)
     if path is not None and path.suffix.lower() in _TEXT_SUFFIXES:
@@ -114,9 +124,10 @@ def _read_one(source: str) -> Texts:
             raise DataError(f"`{path}` is empty. Give a text with at least a few sentences.")
         return Texts(texts=(text,), source=_short(name), is_prose=True)
     rows = read_table(name)
-    column = column or _text_column(rows, name)
-    if column not in rows[0]:
-        raise DataError(f"`{_short(name)}`: {unknown_name('column', column, map(str, rows[0]))}")
+    column = column or of_tables or _text_column(rows, name)
+    columns = dict.fromkeys(str(key) for row in rows[:_LOOKED_AT] for key in row)
+    if column not in columns:
+        raise DataError(f"`{_short(name)}`: {unknown_name('column', column, columns)}")
     texts = tuple(value for row in rows if isinstance(value := row.get(column), str) and value.strip())
     if not texts:
         raise DataError(f"The column `{column}` of `{_short(name)}` holds no text. Name another one with `#column`.")
@@ -143,14 +154,13 @@ def read_table(source: str | Path) -> list[Row]:
 
 
 def _short(source: str) -> str:
-    path = Path(source)
-    return path.name if path.exists() else source
+    return Path(source).name if exists(source) else source
 
 
 def split_column(source: str) -> tuple[str, str | None]:
     """A source without its `#column`, and that column, if one is named."""
     name, mark, column = source.rpartition("#")
-    return (name, column) if mark and column and not Path(source).exists() else (source, None)
+    return (name, column) if mark and column and not exists(source) else (source, None)
 
 
 def _local_path(source: str) -> Path | None:
@@ -163,8 +173,12 @@ def _local_path(source: str) -> Path | None:
     if not source.strip():
         raise DataError("The name of the data is empty. Give a file, a folder, a hub data set or `builtin`.")
     path = Path(source).expanduser()
-    if path.exists():
+    if exists(str(path)):
         return path
+    if len(path.name) > 255 or "\n" in source:
+        raise DataError(
+            f"There is no file `{source[:40].splitlines()[0]}...`. To give the text itself, put it in a list: `[text]`."
+        )
     known = path.suffix.lower() in _TEXT_SUFFIXES | _TABLE_SUFFIXES
     if known or path.is_absolute() or source.startswith((".", "~")):
         raise DataError(f"There is no file `{source}`. Give a file, a folder, a hub data set or `builtin`.")
@@ -204,6 +218,11 @@ def _read_table_file(path: Path) -> list[Row]:
             # Cells stay what they are: "NA" and "null" are words.
             separator = "\t" if suffix == ".tsv" else ","
             frame = pd.read_csv(path, sep=separator, keep_default_na=False, encoding="utf-8")
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cell of longer rows for their name
+                raise DataError(
+                    f"The rows of `{path}` have more cells than its header. Put texts that hold the separator in "
+                    "quotes, and leave out separators at the ends of rows."
+                )
     except UnicodeDecodeError as error:
         raise DataError(f"`{path}` is not UTF-8 text (byte {error.start}), so it is no {suffix[1:]} file.") from error
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are both
@@ -222,7 +241,7 @@ def _json_lines(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"Line {number} of `{path}` is not JSON ({error}). Each line must be one object."
             ) from error
@@ -235,7 +254,7 @@ def _json_lines(path: Path) -> list[Row]:
 def _json_rows(path: Path) -> list[Row]:
     try:
         content = json.loads(_read_text_file(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"`{path}` is not JSON ({error}).") from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -284,8 +303,12 @@ def _default_split(name: str, config: str | None) -> str:
 
 
 def _text_column(rows: Sequence[Row], name: str) -> str:
-    columns = [str(column) for column in rows[0]]
-    strings = [column for column in columns if isinstance(rows[0][column], str)]
+    # The first row may be a heading, or have nothing where the others have their text.
+    several = rows[:_LOOKED_AT]
+    columns = list(dict.fromkeys(str(column) for row in several for column in row))
+    counts = {column: sum(isinstance(row.get(column), str) for row in several) for column in columns}
+    strings = [column for column, count in counts.items() if 2 * count > len(several)]
+    strings = strings or [column for column, count in counts.items() if count]
     for candidate in TEXT_COLUMNS:
         if candidate in strings:
             return candidate

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from avss.config import TaskConfig
 from avss.data.batches import need_tokenizer
-from avss.data.sources import Row, split_column
+from avss.data.sources import Row, exists, split_column
 from avss.errors import DataError, TaskError, unknown_name
 from avss.models.load import Loaded
 from avss.record import Measurement
@@ -125,11 +126,40 @@ def task_name(task: TaskConfig) -> str:
     if task.kind not in BUILTIN_OF_KIND or source == BUILTIN_OF_KIND[task.kind]:
         return task.kind
     bare = source.rpartition("#")[0] or source
-    if Path(bare).exists():
+    if exists(bare):
         return f"{task.kind}:{Path(bare).stem or bare}"
     # A hub data set (`owner/name:config@split`), `builtin:name`, or a file that is not there.
     last = bare.rsplit("/", 1)[-1].removeprefix("builtin:").partition("@")[0].partition(":")[0]
     return f"{task.kind}:{Path(last).stem or last}"
+
+
+def with_own_names(tasks: Sequence[TaskConfig]) -> tuple[TaskConfig, ...]:
+    """The tasks, those that would have one name with more of it: folder, or configuration and split; else a number.
+
+    Example:
+        >>> tasks = [TaskConfig.parse(f"choice={folder}/test.jsonl") for folder in ("piqa", "siqa")]
+        >>> [task.name for task in with_own_names(tasks)]
+        ['choice:piqa/test', 'choice:siqa/test']
+    """
+    shared = Counter(map(task_name, tasks))
+    longer = [task if shared[task_name(task)] == 1 else _with_longer_name(task) for task in tasks]
+    shared, seen = Counter(map(task_name, longer)), Counter[str]()
+    found = []
+    for task in longer:
+        name = task_name(task)
+        seen[name] += 1
+        found.append(task.model_copy(update={"name": f"{name} #{seen[name]}"}) if shared[name] > 1 else task)
+    return tuple(found)
+
+
+def _with_longer_name(task: TaskConfig) -> TaskConfig:
+    bare = data_source(task).rpartition("#")[0] or data_source(task)
+    if task.name or task.kind not in BUILTIN_OF_KIND:
+        return task
+    path = Path(bare)
+    is_file = exists(bare) or path.suffix != ""
+    last = f"{path.parent.name}/{path.stem}" if is_file else bare.rsplit("/", 1)[-1]
+    return task.model_copy(update={"name": f"{task.kind}:{last}"})
 
 
 def data_source(task: TaskConfig) -> str:
@@ -155,8 +185,7 @@ def text_column_of(task: TaskConfig) -> str | None:
 def short_source(task: TaskConfig) -> str:
     """The data as the record names them: a path by its last part."""
     source = data_source(task)
-    path = Path(source)
-    return path.name if path.exists() else source
+    return Path(source).name if exists(source) else source
 
 
 def draw(num_items: int, limit: int | None, seed: int) -> list[int]:

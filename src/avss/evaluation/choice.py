@@ -30,8 +30,8 @@ def evaluate_choice(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep)
     Each choice, after one blank, is scored as the continuation of the question in the template, see
     `scoring.score_continuations`. Metrics:
 
-    - `accuracy`: the choice with the highest score is the answer. A score is a sum over tokens, so short choices have
-      an advantage.
+    - `accuracy`: the choice with the highest score is the answer; where a score is no number, none is. A score is a sum
+      over tokens, so short choices have an advantage.
     - `accuracy_norm`: the score is divided by the choice's length in UTF-8 bytes first. The `acc_norm` of
       lm-evaluation-harness, described as byte-length normalised, counts characters: the same for plain ASCII.
 
@@ -66,14 +66,19 @@ def _pair(question: Question, choice: str, template: str, is_encoder: bool) -> t
     return (question.text, choice) if is_encoder else (template.replace("{question}", question.text), f" {choice}")
 
 
+def _best(scores: np.ndarray) -> int:
+    """Place of the highest score; -1 where one is no number: a broken model answers nothing."""
+    return -1 if np.isnan(scores).any() else int(np.argmax(scores))
+
+
 def _result(task: TaskConfig, questions: Sequence[Question], scores: np.ndarray, *, normalised: bool) -> TaskResult:
     ends = np.cumsum([len(question.choices) for question in questions])
     per_question = np.split(scores, ends[:-1])
-    chosen = {"accuracy": np.array([int(np.argmax(own)) for own in per_question])}
+    chosen = {"accuracy": np.array([_best(own) for own in per_question])}
     if normalised:
         lengths = [np.array([len(choice.encode()) for choice in question.choices]) for question in questions]
         normed = zip(per_question, lengths, strict=True)
-        chosen["accuracy_norm"] = np.array([int(np.argmax(own / length)) for own, length in normed])
+        chosen["accuracy_norm"] = np.array([_best(own / length) for own, length in normed])
     answers = np.array([question.answer for question in questions])
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     samples = {metric: (predicted == answers).astype(np.float64) for metric, predicted in chosen.items()}

@@ -178,7 +178,8 @@ def _result(
     dense: np.ndarray | None = None,
 ) -> TaskResult:
     """The result from one score an item and label, `[N, K]`; log-probabilities give a loss, and a divergence."""
-    predicted = scores.argmax(1)
+    # A model whose scores are no numbers answers nothing.
+    predicted = np.where(np.isnan(scores).any(axis=1), -1, scores.argmax(1))
     samples = {"accuracy": (predicted == labels).astype(np.float64)}
     measure_nats = functools.partial(measure, task, higher_is_better=False, unit="nats")
     measurements = [measure(task, "accuracy", samples["accuracy"], higher_is_better=True, chance=1 / scores.shape[1])]

@@ -47,17 +47,19 @@ def read_labelled(
 
     The text is in `text_column`, or the first of `avss.data.sources.TEXT_COLUMNS` that is there; the label in
     `label_column`, or in `label`, `labels`, `class`, `sentiment` or `target`. Labels are numbers from 0 on, or words.
-    Words get their index from `names` where all of them are in it; else from their alphabetical order.
+    Words get their index from `names`, without regard to case; where none are given, from their alphabetical order.
 
     Args:
         rows: At least one.
         source: How messages name the data.
         text_column: The texts' column, if another.
         label_column: The labels' column, if another.
-        names: Label words in index order, if known.
+        names: Label words in index order, if known; `data=word` where the model is asked for another word than the
+            data's.
 
     Raises:
-        DataError: A column is missing, or a row has no text or no label; the message names the row, counted from 1.
+        DataError: A column is missing, a row has no text or no label (the message names the row, counted from 1), or
+            the data's words are not those named: which is which could only be guessed.
     """
     text_column = find_column(rows[0], source, "text", text_column, TEXT_COLUMNS)
     label_column = find_column(rows[0], source, "label", label_column, LABEL_COLUMNS)
@@ -68,7 +70,18 @@ def read_labelled(
         return Labelled(tuple(texts), tuple(numbers), None)
     words = [str(value) for value in values]
     found = sorted(set(words))
-    ordered = tuple(names) if names is not None and set(found) <= set(names) else tuple(found)
+    ordered = tuple(found)
+    if names is not None:
+        ordered = tuple(data for data, _ in map(_pair, names))
+        known = {name.casefold(): name for name in ordered}
+        unknown = [word for word in found if word.casefold() not in known]
+        if unknown:
+            raise DataError(
+                f"The labels of `{source}` are {_listed(found)}, and those named are {_listed(ordered)}: which is "
+                "which is not known. Name the data's own words (`--labels`), or both, as in "
+                f"`{found[0]}={ordered[0]}`."
+            )
+        words = [known[word.casefold()] for word in words]
     if len(ordered) < 2:
         raise DataError(
             f"Every row of `{source}` has the label `{found[0]}`; a classification needs two at least. Give more rows, "
@@ -78,7 +91,7 @@ def read_labelled(
 
 
 def label_words(data: Labelled, words: Sequence[str] | None) -> tuple[str, ...]:
-    """The words by which a language model names the labels, in index order.
+    """The words by which a language model names the labels, in index order; of `data=word`, the second.
 
     The task's own; else the data's, where these are words; else `negative` and `positive`, where there are two.
 
@@ -87,16 +100,23 @@ def label_words(data: Labelled, words: Sequence[str] | None) -> tuple[str, ...]:
     """
     if words is None:
         words = data.names or (DEFAULT_WORDS if data.num_labels == 2 else ())
+    words = tuple(asked for _, asked in map(_pair, words))
     if len(words) < data.num_labels or (data.names and len(words) != len(data.names)):
         raise TaskError(
             f"The data have {data.num_labels} labels, and the task names {len(words)} words for them "
             f"({', '.join(words) or 'none'}). Give one word a label, in the order of the labels."
         )
-    if any(not word.strip() for word in words) or len(set(words)) < len(words):
+    if any(not word.strip() for word in words) or len({word.casefold() for word in words}) < len(words):
         raise TaskError(
             f"The label words ({', '.join(f'`{word}`' for word in words)}) must be different and not blank."
         )
-    return tuple(words)
+    return words
+
+
+def _pair(word: str) -> tuple[str, str]:
+    """What the data call a label, and what the model is asked for: `neg=terrible`, or one word for both."""
+    data, equals, asked = word.partition("=")
+    return (data.strip(), asked.strip()) if equals else (word.strip(), word.strip())
 
 
 def match_classifier(
@@ -117,7 +137,7 @@ def match_classifier(
                 f"The task names {len(words)} label words, and the classifier has {num_labels} labels. Give one word a "
                 "label, in the model's order."
             )
-        known = {word: index for index, word in enumerate(words)}
+        known = {_pair(word)[0]: index for index, word in enumerate(words)}
     else:
         known = {name.casefold(): int(index) for name, index in label2id.items()}
     if data.names is None:
@@ -136,6 +156,11 @@ def match_classifier(
             "the task, in the model's order, or use numbers from 0 on."
         )
     return dataclasses.replace(data, labels=tuple(known[names[label]] for label in data.labels), names=None)
+
+
+def _listed(words: Sequence[str]) -> str:
+    shown = ", ".join(f"`{word}`" for word in words[:6])
+    return shown if len(words) <= 6 else f"{shown}, ..."
 
 
 def _text(value: Any, where: str) -> str:

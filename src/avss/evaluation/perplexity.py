@@ -81,8 +81,7 @@ def _need_one_width(models: Sequence[Loaded]) -> None:
 
 
 def _probes(models: Sequence[Loaded], task: TaskConfig, tokenizer: Any) -> list[Probe]:
-    source = data_source(task) + (f"#{task.text_column}" if task.text_column else "")
-    text = DOCUMENT_BREAK.join(read_texts(source).texts)
+    text = DOCUMENT_BREAK.join(read_texts(data_source(task), task.text_column).texts)
     seq_len = min(task.seq_len, max_len(models) or task.seq_len)
     if models[0].head == "causal":
         pieces = windows(tokenizer, text, seq_len)

@@ -79,7 +79,8 @@ def _choices(row: Row, columns: tuple[str, ...], where: str) -> tuple[tuple[str,
     value: Any = cells if len(cells) > 1 else cells[0]
     names: list[str] = []
     if isinstance(value, Mapping) and "text" in value:
-        names = [str(name) for name in value.get("label", [])]
+        labels = value.get("label")
+        names = [str(name) for name in labels] if isinstance(labels, list | tuple | np.ndarray) else []
         value = value["text"]
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -117,11 +118,12 @@ def _index(value: Any, names: list[str]) -> int | None:
             return names.index(word)
         if len(word) == 1 and word.upper() in string.ascii_uppercase:
             return string.ascii_uppercase.index(word.upper())
-        return int(word) if word.lstrip("-").isascii() and word.lstrip("-").isdigit() else None
+        digits = word.removeprefix("-")
+        return int(word) if digits.isascii() and digits.isdigit() else None
     if isinstance(value, bool | np.bool_):
         return None
     if isinstance(value, int | np.integer):
-        return int(value)
+        return names.index(str(value)) if str(value) in names else int(value)
     # A column of integers with a gap somewhere comes out of a table as floats.
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)

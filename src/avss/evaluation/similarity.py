@@ -29,7 +29,7 @@ def evaluate_similarity(models: Sequence[Loaded], task: TaskConfig, on_step: OnS
         DataError: The data are missing, or have fewer than three texts.
         TaskError: The models' vocabularies differ, or a pooling is not known.
     """
-    texts = read_texts(data_source(task) + (f"#{task.text_column}" if task.text_column else "")).paragraphs()
+    texts = read_texts(data_source(task), task.text_column).paragraphs()
     texts = [texts[index] for index in draw(len(texts), task.limit, task.seed)]
     if len(texts) < 3:
         raise DataError(

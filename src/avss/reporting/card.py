@@ -53,16 +53,22 @@ def render_card(record: RunRecord, cut: Cut) -> str:
         sentences=verdict.sentences(record, cut),
         criterion=next((scores for scores in record.scores if scores.criterion == cut.plan.method), None),
         auto_class=auto_class,
+        reader="AutoImageProcessor" if _reads_images(record, cut) else "AutoTokenizer",
         rows=[[row[0], row[1], row[place + 2]] for row in rows],
         retention=[
             (row, cell)
             for row in tables.comparison_rows(record)
-            if (cell := row.cells[place]) is not None and cell.retention is not None
+            if row.kind != "cost" and (cell := row.cells[place]) is not None and cell.retention is not None
         ],
         mean=verdict.mean_retention(record, cut),
         costs=tables.cut_rows(record)[place],
         bibtex=BIBTEX,
     )
+
+
+def _reads_images(record: RunRecord, cut: Cut) -> bool:
+    seen = record.data is not None and record.data.layout == "images"
+    return seen or cut.model.head == "image-classifier"
 
 
 def _front_matter(record: RunRecord, cut: Cut) -> str:

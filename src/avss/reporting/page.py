@@ -133,7 +133,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     cut = record.cuts[0]
     after = cut.model
     tiles = [
-        ("Blocks", f"{cut.plan.num_blocks} → {len(cut.plan.kept)}", f"-{numbers.percent(cut.plan.fraction)}"),
+        ("Blocks", f"{model.num_blocks} → {after.num_blocks}", numbers.change(model.num_blocks, after.num_blocks)),
         (
             "Parameters",
             f"{numbers.count(model.num_parameters)} → {numbers.count(after.num_parameters)}",
@@ -141,9 +141,15 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ),
     ]
     for row in tables.comparison_rows(record):
-        if row.metric == "perplexity" and row.dense and row.cells[0]:
+        if row.metric in tables.PERPLEXITIES and row.dense and row.cells[0]:
             after_text = numbers.number(row.cells[0].estimate.value)
-            tiles.append(("Perplexity", f"{numbers.number(row.dense.value)} → {after_text}", row.cells[0].ratio_text))
+            tiles.append(
+                (
+                    tables.PERPLEXITIES[row.metric],
+                    f"{numbers.number(row.dense.value)} → {after_text}",
+                    row.cells[0].ratio_text,
+                )
+            )
             break
     mean = verdict.mean_retention(record, cut)
     if mean:
@@ -152,6 +158,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     proof = cut.verification
     state = "none" if proof is None else "passed" if proof.passed else "FAILED"
     missing = "measured in memory" if cut.path is None else "saved, not verified"
+    missing = "measured as loaded" if verdict.is_as_loaded(cut) else missing
     tiles.append(("Verification", state, "loaded again, compared" if proof else missing))
     return tiles
 

@@ -151,9 +151,11 @@ def _retention_rows(record: RunRecord, label: str, cut: Cut) -> list[dict[str, A
     for entry in cut.retention:
         kept = entry.kept if entry.kept is not None else math.nan
         # A perplexity and its loss keep the same share: shown once.
-        if not math.isfinite(kept) or (entry.task, round(kept, 9)) in shown:
+        is_language = entry.metric.removeprefix("masked_").startswith(("perplexity", "loss"))
+        if not math.isfinite(kept) or (is_language and (entry.task, round(kept, 9)) in shown):
             continue
-        shown.add((entry.task, round(kept, 9)))
+        if is_language:
+            shown.add((entry.task, round(kept, 9)))
         # The record's error belongs to the ratio; it is the share's error only where the two are the same.
         spread = entry.ratio_stderr if entry.kept == entry.ratio and numbers.is_number(entry.ratio_stderr) else None
         corrected = entry.chance_corrected if numbers.is_number(entry.chance_corrected) else None

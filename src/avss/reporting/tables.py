@@ -34,6 +34,8 @@ _COST_TASKS = ("speed", "size", "memory", "latency", "throughput")
 MEASURES = {"kl": "KL, nats", "cosine": "1 - cosine", "squared": "squared difference"}
 """What distances from the dense model are, in a table's head."""
 
+PERPLEXITIES = {"perplexity": "Perplexity", "masked_perplexity": "Masked perplexity"}
+"""Metric -> what sentences call it."""
 _LIKELIHOODS = ("perplexity", "loss", "nll", "kl", "cross_entropy")
 
 
@@ -41,7 +43,7 @@ def kind_of(measurement: Measurement) -> Kind:
     """What a measurement is about; decides which table and chart it belongs to."""
     if measurement.unit in _COST_UNITS or measurement.task.split(":")[0] in _COST_TASKS:
         return "cost"
-    if measurement.higher_is_better or not measurement.metric.startswith(_LIKELIHOODS):
+    if measurement.higher_is_better or not measurement.metric.removeprefix("masked_").startswith(_LIKELIHOODS):
         return "quality"
     return "language"
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from avss.record import Comparison, Cut, Measurement, RunRecord, Verification, describe_blocks
+from avss.record import Comparison, Cut, Measurement, ModelFacts, RunRecord, Verification, describe_blocks
 from avss.reporting import numbers, tables
 from avss.reporting.repair import as_healed, compensation_sentences, form_share_of
 
@@ -61,9 +61,30 @@ def headline(record: RunRecord) -> str:
     """The run in a line, e.g. `7 of 30 blocks removed from SmolLM2-135M-Instruct`."""
     name = record.model.source.rsplit("/", 1)[-1]
     if record.cuts:
-        plan = record.cuts[0].plan
+        cut, plan = record.cuts[0], record.cuts[0].plan
+        if is_as_loaded(cut):
+            return f"{_size(cut.model)} beside {_size(record.model)}"
         return f"{len(plan.removed)} of {_blocks(plan.num_blocks)} removed from {name}"
-    return f"{name}: {_blocks(record.model.num_blocks)} scored, none removed"
+    return f"{name}: {_blocks(record.model.num_blocks)} {_what_was_done(record)}"
+
+
+def is_as_loaded(cut: Cut) -> bool:
+    """Whether this is a model of which nobody said which blocks it lacks: it was measured as it was given."""
+    return cut.plan.method == "model"
+
+
+def _size(model: ModelFacts) -> str:
+    return f"{model.source.rsplit('/', 1)[-1]} ({_blocks(model.num_blocks)})"
+
+
+def _what_was_done(record: RunRecord) -> str:
+    if record.scores:
+        return "scored, none removed"
+    if record.study is not None:
+        return "scored on several draws"
+    if record.damage is not None or record.search is not None:
+        return "left out in turn and measured"
+    return "measured as they are" if record.dense else "and nothing measured"
 
 
 def sentences(record: RunRecord, cut: Cut | None = None) -> list[str]:
@@ -89,6 +110,8 @@ def sentences(record: RunRecord, cut: Cut | None = None) -> list[str]:
 def verification_sentence(cut: Cut) -> str:
     """Whether the saved model was proven to be what it should be."""
     proof = cut.verification
+    if is_as_loaded(cut):
+        return "It was measured as it was loaded; `avss verify` checks a saved model."
     if proof is None and cut.path is None:
         return "It was measured in memory, not saved, so there is nothing to verify."
     if proof is None:
@@ -128,6 +151,12 @@ def verification_rows(proof: Verification) -> list[tuple[str, bool, str]]:
 
 def _removal_sentence(record: RunRecord, cut: Cut) -> str:
     plan, dense, model = cut.plan, record.model, cut.model
+    if is_as_loaded(cut):
+        change = numbers.change(dense.num_parameters, model.num_parameters)
+        return (
+            f"{_size(model)} has {numbers.count(model.num_parameters)} parameters, {_size(dense)} "
+            f"{numbers.count(dense.num_parameters)} ({change}); which blocks it lacks is not recorded."
+        )
     if not plan.removed:
         return "No block was removed."
     return (
@@ -165,12 +194,15 @@ def _language_sentences(record: RunRecord, cut: Cut) -> list[str]:
     said = []
     for row in tables.comparison_rows(record):
         cell = row.cells[place]
-        if row.metric != "perplexity" or row.dense is None or cell is None or not math.isfinite(cell.estimate.value):
+        if row.metric not in tables.PERPLEXITIES or row.dense is None or cell is None:
+            continue
+        named, where = tables.PERPLEXITIES[row.metric], f" on {row.source}" if row.source else ""
+        if not math.isfinite(cell.estimate.value):
+            said.append(f"{named}{where} was {row.dense_text} and is no number now: the model's outputs are broken.")
             continue
         verb = "rose" if cell.estimate.value > row.dense.value else "fell"
         ratio = f" ({cell.ratio_text})" if cell.retention else ""
-        where = f" on {row.source}" if row.source else ""
-        said.append(f"Perplexity{where} {verb} from {row.dense_text} to {cell.estimate.text}{ratio}.")
+        said.append(f"{named}{where} {verb} from {row.dense_text} to {cell.estimate.text}{ratio}.")
     return said
 
 
@@ -215,7 +247,7 @@ def _comparison_sentences(comparison: Comparison) -> list[str]:
 
 def _score_sentences(record: RunRecord) -> list[str]:
     if not record.scores:
-        return ["Nothing was scored and nothing was removed."]
+        return [f"The {_blocks(record.model.num_blocks)} of the model were {_what_was_done(record)}; none was removed."]
     said = [f"{_blocks(record.model.num_blocks)} were scored; nothing was removed."]
     if record.comparison:
         return said + _comparison_sentences(record.comparison)
