@@ -287,3 +287,12 @@ def test_refuses_what_cannot_be_scored(causal, merging, no_forward):
         score_continuations([causal], [("the cat", "\t")], batch_size=1)
     with pytest.raises(DataError, match="has no tokenizer"):
         score_continuations([dataclasses.replace(causal, tokenizer=None)], [("the", " cat")], batch_size=1)
+
+
+def test_of_choices_with_one_text_each_is_right(causal, tmp_path):
+    path = write(tmp_path, {"question": "the", "choices": ["cat", "dog", "cat"], "answer": 2})
+    (result,) = evaluate_task([causal], TaskConfig(kind="choice", data=str(path)))
+    (chosen,) = result.predictions["accuracy"]
+    assert result["accuracy"].value == float(chosen in (0, 2))
+    other = write(tmp_path, {"question": "the", "choices": ["cat", "cat"], "answer": 1})
+    assert evaluate_task([causal], TaskConfig(kind="choice", data=str(other)))[0]["accuracy"].value == 1

@@ -398,3 +398,12 @@ def test_json_nested_beyond_reason_is_one_sentence(tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(DataError, match="is not JSON"):
         read_table(path)
+
+
+def test_quotes_in_a_tsv_are_characters_where_lines_say_so(tmp_path):
+    path = tmp_path / "glue.tsv"
+    path.write_text('sentence\tlabel\n"a stirring film\t1\nplain\t0\nit is "good"\t1\n"again\t0\n')
+    assert [row["sentence"] for row in read_table(path)] == ['"a stirring film', "plain", 'it is "good"', '"again']
+    # Quotes that hold a line break, or a tab, together are still quotes.
+    path.write_text('sentence\tlabel\n"two\nlines"\t1\n"a\ttab"\t0\n')
+    assert [row["sentence"] for row in read_table(path)] == ["two\nlines", "a\ttab"]

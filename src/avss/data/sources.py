@@ -10,11 +10,13 @@ web.txt,chat.jsonl           several of these, where texts are read
 Of a data set folder or a data set on the hub, the first 20,000 rows are read; it is said where there are more.
 """
 
+import csv
 import dataclasses
+import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -216,8 +218,8 @@ def _read_table_file(path: Path) -> list[Row]:
             frame = pd.read_parquet(path)
         else:
             # Cells stay what they are: "NA" and "null" are words.
-            separator = "\t" if suffix == ".tsv" else ","
-            frame = pd.read_csv(path, sep=separator, keep_default_na=False, encoding="utf-8")
+            reads = functools.partial(pd.read_csv, path, keep_default_na=False, encoding="utf-8")
+            frame = _read_tsv(reads) if suffix == ".tsv" else reads()
             if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cell of longer rows for their name
                 raise DataError(
                     f"The rows of `{path}` have more cells than its header. Put texts that hold the separator in "
@@ -231,6 +233,23 @@ def _read_table_file(path: Path) -> list[Row]:
             f"`{path}` cannot be read as {suffix[1:]}: {reason}. Check that it is what its ending says."
         ) from error
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _read_tsv(reads: Callable[..., Any]) -> Any:
+    """A table with tabs between its cells, whose quotes may be plain characters, as in the GLUE files.
+
+    They are where every line is a whole row without them, and with them rows would be lost: a quote at the beginning
+    of a cell would run on to the next one, lines later.
+    """
+    try:
+        plain = reads(sep="\t", quoting=csv.QUOTE_NONE)
+    except ValueError:
+        return reads(sep="\t")
+    try:
+        quoted = reads(sep="\t")
+    except ValueError:
+        return plain
+    return plain if len(plain) > len(quoted) and bool(plain.notna().all(axis=None)) else quoted
 
 
 def _json_lines(path: Path) -> list[Row]:

@@ -35,7 +35,8 @@ def evaluate_choice(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep)
     - `accuracy_norm`: the score is divided by the choice's length in UTF-8 bytes first. The `acc_norm` of
       lm-evaluation-harness, described as byte-length normalised, counts characters: the same for plain ASCII.
 
-    Equal scores go to the first choice. `chance` is the mean of 1 / number of choices.
+    Equal scores go to the first choice; of choices with one text each is as good as the other. `chance` is the mean of
+    1 / number of choices.
 
     An encoder answers with the choice whose embedding has the largest cosine with the question's. It reads both as they
     are, without template, and has `accuracy` only: a cosine has no length to correct for.
@@ -71,6 +72,10 @@ def _best(scores: np.ndarray) -> int:
     return -1 if np.isnan(scores).any() else int(np.argmax(scores))
 
 
+def _is_right(question: Question, chosen: int) -> bool:
+    return chosen >= 0 and question.choices[chosen] == question.choices[question.answer]
+
+
 def _result(task: TaskConfig, questions: Sequence[Question], scores: np.ndarray, *, normalised: bool) -> TaskResult:
     ends = np.cumsum([len(question.choices) for question in questions])
     per_question = np.split(scores, ends[:-1])
@@ -79,9 +84,11 @@ def _result(task: TaskConfig, questions: Sequence[Question], scores: np.ndarray,
         lengths = [np.array([len(choice.encode()) for choice in question.choices]) for question in questions]
         normed = zip(per_question, lengths, strict=True)
         chosen["accuracy_norm"] = np.array([_best(own / length) for own, length in normed])
-    answers = np.array([question.answer for question in questions])
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
-    samples = {metric: (predicted == answers).astype(np.float64) for metric, predicted in chosen.items()}
+    samples = {
+        metric: np.array([float(_is_right(*pair)) for pair in zip(questions, predicted, strict=True)])
+        for metric, predicted in chosen.items()
+    }
     return TaskResult(
         measurements=tuple(
             measure(task, metric, correct, higher_is_better=True, chance=chance) for metric, correct in samples.items()
