@@ -1156,12 +1156,13 @@ class RunRecord(FrozenValue):
         return self.model_dump_json(indent=2) + "\n"
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: str | Path) -> Self:
         """Reads a record from `record.json`, or from the folder that holds it.
 
         Raises:
             DataError: The file is missing, is not JSON, or is not a record of this schema.
         """
+        path = Path(path)
         file = path / "record.json" if path.is_dir() else path
         if not file.is_file():
             raise DataError(f"There is no record at `{path}`. Give a `record.json` or the folder that `avss` wrote.")

@@ -196,7 +196,7 @@ def show_results(record: RunRecord) -> None:
     if not rows:
         return
     grid = _table("Results (± standard error; in brackets: against the dense model)")
-    grid.add_column("task")
+    grid.add_column("task", overflow="fold")
     grid.add_column("dense" if record.cuts else "value", justify="right")
     for label, cut in zip(cut_labels(record.cuts), record.cuts, strict=True):
         gone = f"-{len(cut.plan.removed)} blocks" if cut.plan.removed else "as loaded"

@@ -6,13 +6,14 @@ from avss.record import RunRecord, ScoreTable
 
 def show_record(record: RunRecord) -> None:
     """Scores with the blocks of each cut marked, plans, proof, results and warnings, as far as the record has them."""
-    plans = tuple(cut.plan for cut in record.cuts if cut.plan.removed)
+    # The states of one cut (raw, repaired, healed) share its plan.
+    plans = {cut.plan.removed: cut.plan for cut in record.cuts if cut.plan.removed}
     if record.scores:
-        show_scores(ScoreTable(scores=record.scores), plans=plans)
+        show_scores(ScoreTable(scores=record.scores), plans=tuple(plans.values()))
     if record.search is not None:
         show_search(record.search)
     for cut in record.cuts:
-        if cut.plan.removed:
+        if plans.pop(cut.plan.removed, None) is not None:
             show_plan(cut.plan)
         if cut.verification is not None:
             show_verification(cut.verification)

@@ -126,6 +126,13 @@ def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: di
         value = next((value for task in found if (value := getattr(task, name)) != unset), None)
         if not any(task.kind in kinds for task in found):
             refuse_unread({name: value}, f"tasks of the kind {' or '.join(f'`{kind}`' for kind in kinds)}")
+    for task in found:
+        if not task.shots:
+            refuse_unread({"shots_data": task.shots_data}, "solved examples, and none were asked for", "`--shots 4`")
+        if loaded.head in ("classifier", "encoder"):
+            refuse_unread(
+                {"template": task.template}, f"models that continue text, and this has a `{loaded.head}` head"
+            )
     return found
 
 
