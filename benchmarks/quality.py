@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--blocks", help="instead of choosing")
     parser.add_argument("--max-passes", type=float, default=33.6, help="of the search: a fifth of trying every block")
     parser.add_argument("--compensate", default="auto")
-    parser.add_argument("--samples", type=int, default=96, help="calibration sequences")
+    parser.add_argument("--samples", type=int, default=192, help="calibration sequences")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--augment", type=float, help="share of repair's and healing's text in another writing")
     parser.add_argument("--form", action="append", default=[], help="prompt that some of that text is put into; "
