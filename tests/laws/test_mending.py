@@ -7,22 +7,23 @@ from tools.sweep.shrink import small_model
 
 
 @pytest.mark.parametrize(
-    ("class_name", "model_type"),
+    ("class_name", "model_type", "repair"),
     [
-        ("BertForMaskedLM", "bert"),
-        ("BloomForCausalLM", "bloom"),
-        ("DeepseekV3ForCausalLM", "deepseek_v3"),
-        ("Gemma2ForCausalLM", "gemma2"),
-        ("GptOssForCausalLM", "gpt_oss"),
-        ("Llama4ForCausalLM", "llama4_text"),
-        ("MambaForCausalLM", "mamba"),
-        ("ModernBertForMaskedLM", "modernbert"),
-        ("OPTForCausalLM", "opt"),
-        ("Qwen3MoeForCausalLM", "qwen3_moe"),
-        ("T5ForConditionalGeneration", "t5"),
+        ("BertForMaskedLM", "bert", "passed"),
+        ("BloomForCausalLM", "bloom", "passed"),
+        ("DeepseekV3ForCausalLM", "deepseek_v3", "raw: Where the blocks"),
+        ("Gemma2ForCausalLM", "gemma2", "passed"),
+        ("GptOssForCausalLM", "gpt_oss", "raw: Where the blocks"),
+        ("Llama4ForCausalLM", "llama4_text", "raw: Where the blocks"),
+        ("MambaForCausalLM", "mamba", "passed"),
+        ("ModernBertForMaskedLM", "modernbert", "passed"),
+        ("OPTForCausalLM", "opt", "passed"),
+        ("Qwen3MoeForCausalLM", "qwen3_moe", "raw: Where the blocks"),
+        ("T5ForConditionalGeneration", "t5", "passed"),
     ],
 )
-def test_a_cut_is_mended_or_left_as_it_was_and_said(class_name, model_type):
+def test_a_cut_is_mended_or_left_as_it_was_and_said(class_name, model_type, repair):
+    """Mixtures of experts are healed; where their experts write to the stream is not known, so nothing is solved for."""
     found = mend(small_model(getattr(transformers, class_name), model_type))
-    assert found["healing"] == "passed" or found["healing"].startswith("raw: ")
-    assert found["repair"] == "passed" or found["repair"].startswith("raw: ")
+    assert found["repair"].startswith(repair)
+    assert found["healing"] == "passed"
