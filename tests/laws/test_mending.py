@@ -23,7 +23,7 @@ from tools.sweep.shrink import small_model
     ],
 )
 def test_a_cut_is_mended_or_left_as_it_was_and_said(class_name, model_type, repair):
-    """Mixtures of experts are healed; where their experts write to the stream is not known, so nothing is solved for."""
+    """Mixtures of experts are healed; where their experts write to the stream is not known: nothing is solved for."""
     found = mend(small_model(getattr(transformers, class_name), model_type))
     assert found["repair"].startswith(repair)
     assert found["healing"] == "passed"
