@@ -10,7 +10,7 @@ from avss.errors import InvalidPlanError, UnsupportedArchitectureError
 from avss.models.families import Family, facts_of
 from avss.models.load import Loaded, empty_model, fill
 from avss.models.proof import refuse_other_blocks, refuse_other_outputs
-from avss.models.rewrite import rewrite_config
+from avss.models.rewrite import rewrite_config, rewrite_generation
 from avss.record import Plan
 
 
@@ -53,7 +53,7 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
             f"the weights of the kept ones: {' '.join(str(error).split())[:300]}."
         ) from error
     if getattr(loaded.model, "generation_config", None) is not None:
-        model.generation_config = loaded.model.generation_config
+        model.generation_config = rewrite_generation(loaded.model.generation_config, stack, plan)
     smaller = loaded.with_model(model)
     refuse_other_outputs(loaded, smaller, plan)
     return smaller

@@ -33,6 +33,7 @@ from avss.models.projections import (
     bias_of,
     by_token,
     find_by_trial,
+    find_first_by_trial,
     find_projections,
     matrix_of,
     set_linear,
@@ -121,8 +122,13 @@ def test_unknown_type_is_repaired_by_what_a_trial_shows_and_none_without_a_map()
     assert facts is not None
     assert (facts.attention, facts.mlp) == (None, "mlp.down_proj")
     assert facts.measured_gain == pytest.approx(0.7, rel=1e-4)
-    mlp = loaded.stack.blocks[1].mlp
-    mlp.down_proj = nn.Sequential(mlp.down_proj)  # no longer where the other blocks have theirs
+    block = loaded.stack.blocks[1]
+    block.mlp.down_proj = nn.Sequential(block.mlp.down_proj)  # no longer where the other blocks have theirs
+    facts = find_projections(loaded)
+    assert facts is not None
+    assert (facts.attention, facts.mlp) == ("self_attn.o_proj", None)
+    assert facts.measured_gain == pytest.approx(0.7, rel=1e-4)
+    block.self_attn.o_proj = nn.Sequential(block.self_attn.o_proj)
     assert find_projections(loaded) is None
 
 
@@ -139,6 +145,45 @@ def test_a_trial_finds_the_same_in_every_dtype(name, dtype):
     assert found.mlp == expected
     gain = {"granite": 0.7, "minicpm3": 0.4 / 5**0.5}.get(name)
     assert found.measured_gain == (1.0 if gain is None else pytest.approx(gain, rel=2e-3))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_trial_finds_what_the_attention_writes(name, dtype):
+    """Where it is added as it is, post-norm blocks included; where a norm comes first, nothing is found."""
+    loaded = adopt(stored(name).to(dtype))
+    found = find_first_by_trial(loaded)
+    if name in NORMED:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.attention, found.mlp) == (FACTS[name].attention, None)
+    assert found.gain(loaded.model.config) == pytest.approx(FACTS[name].gain(loaded.model.config), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type"),
+    [
+        ("DeepseekV3ForCausalLM", "deepseek_v3"),
+        ("GptOssForCausalLM", "gpt_oss"),
+        ("Llama4ForCausalLM", "llama4_text"),
+        ("MixtralForCausalLM", "mixtral"),
+        ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    ],
+)
+def test_mixtures_of_experts_are_steered_by_what_their_attention_writes(class_name, model_type):
+    loaded = adopt(tiny(class_name, model_type)())
+    plan = without(len(loaded.stack), len(loaded.stack) // 2)
+    smaller = cut(loaded, plan)
+    facts = find_projections(smaller)
+    assert facts is not None
+    assert (facts.attention, facts.mlp) == ("self_attn.o_proj", None)
+    work = Workpiece.begin(loaded, smaller, plan, facts)
+    assert targets(work) == [(block, "self_attn.o_proj") for block in plan.kept if block >= plan.removed[0] - 1]
+    repaired, story = compensate(loaded, smaller, plan, random_text(), method="refit")
+    assert repaired is smaller
+    assert "experts" in story.note
+    assert "`steer` can" in story.note
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -158,8 +203,10 @@ def test_what_bends_on_its_way_to_the_sum_is_no_summand_in_any_dtype(bend, dtype
     loaded = adopt(ARCHITECTURES["llama"]().to(dtype))
     for block in loaded.stack.blocks:
         block.mlp.register_forward_hook(lambda _, __, output: bend(output))
+        block.self_attn.register_forward_hook(lambda _, __, output: (bend(output[0]), *output[1:]))
     found = find_by_trial(loaded)
     assert found is None or found.mlp != "mlp.down_proj"
+    assert find_first_by_trial(loaded) is None
 
 
 @pytest.mark.parametrize("name", SUMMED)

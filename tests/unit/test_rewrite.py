@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import transformers
+from tools.sweep.shrink import small_config
 from torch import nn
 from transformers import PretrainedConfig
 
 from avss.errors import UnsupportedArchitectureError
-from avss.models.families import progression
-from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config
+from avss.models.families import InexpressibleError, facts_of, progression
+from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config, rewrite_generation
 from avss.models.stack import BlockStack
 from avss.record import Plan
 
@@ -48,6 +49,9 @@ LISTS: list[tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = [
     ({"first_k_dense_replace": 3}, (0, 2, 4), {"first_k_dense_replace": 1}),
     ({"num_kv_shared_layers": 2}, (0, 5), {"num_kv_shared_layers": 1}),
     ({"pruned_heads": {"1": [0], "4": [1]}}, (1, 2), {"pruned_heads": {"2": [1]}}),
+    ({"swiglu_limits": [0, 1, 2, 3, 4, 5]}, (1, 2), {"swiglu_limits": [0, 3, 4, 5]}),
+    ({"local_layer_ids": [0, 1, 3]}, (1,), {"local_layer_ids": [0, 2]}),
+    ({"mtp_local_layer_ids": [0, 1, 3]}, (1,), {}),
     ({"some_sizes": [1, 2, 3]}, (1,), {}),
     ({"some_number": 6}, (1,), {}),
 ]
@@ -96,6 +100,14 @@ def test_unknown_fields_that_speak_of_blocks_are_refused_by_name(field, value):
     config = llama()
     setattr(config, field, value)
     with pytest.raises(UnsupportedArchitectureError, match=rf"`{field}[^`]*` speaks of blocks.*`llama`.*CONTRIBUTING"):
+        rewritten(config, 1)
+
+
+@pytest.mark.parametrize("value", [[2, 9], [1, 3, 6]], ids=["beyond the stack too", "counted from 1"])
+def test_one_entry_that_fits_the_stack_makes_a_list_of_indices(value):
+    config = llama()
+    config.tap_layers = value
+    with pytest.raises(UnsupportedArchitectureError, match="`tap_layers` speaks of blocks"):
         rewritten(config, 1)
 
 
@@ -165,3 +177,68 @@ def test_progression_finds_flags_again(period, offset, length):
 
 def test_progression_of_uneven_flags_is_none():
     assert progression([True, False, True, True]) is None
+
+
+def test_the_first_blocks_of_a_text_tower_that_take_features_of_an_image_stay():
+    """Qwen3-VL adds one set of features after each of its first text blocks; a probe of text does not see it."""
+    config = small_config("qwen3_vl")
+    found = stack(5, path=("text_config",), at="model.language_model.layers")
+    count = len(config.vision_config.deepstack_visual_indexes)
+    assert [pin.block for pin in pinned_blocks(config, found)] == list(range(count))
+    with pytest.raises(UnsupportedArchitectureError, match="features of an image"):
+        rewrite_config(config, found, plan(5, count - 1))
+    assert rewrite_config(config, found, plan(5, count)).text_config.num_hidden_layers == 4
+    assert pinned_blocks(config.text_config, stack(5)) == ()  # without a vision tower there is no image
+
+
+def test_a_tower_that_names_its_own_feature_layer_keeps_it_after_the_same_block():
+    config = small_config("phi4_multimodal")
+    config.vision_config.feature_layer = -3
+    found = stack(5, path=("vision_config",), at="model.embed_tokens_extend.image_embed.img_processor.encoder.layers")
+    assert rewrite_config(config, found, plan(5, 4)).vision_config.feature_layer == -2
+    assert rewrite_config(config, found, plan(5, 1)).vision_config.feature_layer == -3
+    config.vision_config.feature_layer = -2
+    with pytest.raises(UnsupportedArchitectureError, match="would be the last ones then"):
+        rewrite_config(config, found, plan(5, 4))
+
+
+def test_towers_that_are_linked_block_by_block_are_refused():
+    config = transformers.LlavaConfig(text_config=llama(), vision_config=transformers.CLIPVisionConfig())
+    found = stack(6, path=("text_config",))
+    assert rewrite_config(config, found, plan(6, 1)).text_config.num_hidden_layers == 5
+    config.deepstack_layer_map = [[1, 2], [3, 4]]
+    with pytest.raises(UnsupportedArchitectureError, match="deepstack_layer_map"):
+        rewrite_config(config, found, plan(6, 1))
+
+
+def test_sources_of_keys_are_renumbered_and_stay():
+    raw = {"kv_source_layers": [0, 1, 1, 3, 3], "indexer_types": ["full"] * 5}
+    adjust = facts_of("mistral_large4_text").adjust
+    assert adjust(raw, plan(5, 0, 2)) == {"kv_source_layers": [0, 1, 1]}
+    with pytest.raises(InexpressibleError, match="block 4 reads the keys and values of block 3"):
+        adjust(raw, plan(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("removed", "allowed"), [((0,), True), ((1,), False), ((3,), False), ((3, 4), True), ((4,), True)]
+)
+def test_a_block_that_reads_anothers_selection_keeps_it(removed, allowed):
+    """A short text selects everything, so that no probe could tell."""
+    raw = {"indexer_types": ["full", "full", "shared", "full", "shared"]}
+    adjust = facts_of("glm_moe_dsa").adjust
+    if allowed:
+        assert adjust(raw, plan(5, *removed)) == {}
+    else:
+        with pytest.raises(InexpressibleError, match="selected"):
+            adjust(raw, plan(5, *removed))
+
+
+def test_heads_that_time_words_follow_their_blocks():
+    generation = transformers.GenerationConfig(alignment_heads=[[0, 1], [2, 0], [3, 1]])
+    decoder = stack(4, "decoder_layers", at="model.decoder.layers")
+    smaller = rewrite_generation(generation, decoder, plan(4, 1, 3))
+    assert smaller.alignment_heads == [[0, 1], [1, 0]]
+    assert generation.alignment_heads == [[0, 1], [2, 0], [3, 1]]
+    assert not hasattr(rewrite_generation(generation, decoder, plan(4, 0, 2, 3)), "alignment_heads")
+    encoder = stack(4, "encoder_layers", at="model.encoder.layers")
+    assert rewrite_generation(generation, encoder, plan(4, 1)) is generation

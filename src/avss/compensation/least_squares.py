@@ -66,14 +66,14 @@ class Readings:
 
     def _sums(self, text: Batches) -> dict[Solved, NormalEquations]:
         work, facts = self._work, _facts(self._work)
-        module = work.linear(self._run[0] - 1, facts.mlp)
+        module = work.linear(self._run[0] - 1, facts.last)
         matrix, bias, gain = matrix_of(module), bias_of(module), facts.gain(work.smaller.model.config)
         sizes: dict[Solved, int] = {"refit": matrix.shape[1], "linear": matrix.shape[0]}
         sums: dict[Solved, NormalEquations] = {
             method: NormalEquations.empty((sizes[method],), matrix.shape[0], affine=bias is not None)
             for method in self._methods
         }
-        for patched, wanted, usual, anchor in _pairs(work, self._run, (facts.mlp,), text):
+        for patched, wanted, usual, anchor in _pairs(work, self._run, (facts.last,), text):
             missing = wanted - patched.state
             for method, equations in sums.items():
                 features = patched.features[0]
@@ -90,10 +90,10 @@ def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Re
     block = run[0] - 1
     _take_closing_norm(work, run)
     readings = readings or Readings(work, run, ("refit",))
-    matrix, old_bias = matrix_of(work.linear(block, facts.mlp)), bias_of(work.linear(block, facts.mlp))
+    matrix, old_bias = matrix_of(work.linear(block, facts.last)), bias_of(work.linear(block, facts.last))
     ridge, solution = choose_ridge(readings.of(fit, "refit"), readings.of(choose, "refit"))
     constant = None if old_bias is None else solution[-1] / facts.gain(work.smaller.model.config)
-    work.add(block, facts.mlp, solution[: matrix.shape[1]].T, constant)
+    work.add(block, facts.last, solution[: matrix.shape[1]].T, constant)
     return ridge
 
 
@@ -121,7 +121,7 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
     """
     facts = _facts(work)
     _take_closing_norm(work, run)
-    module = work.linear(run[0] - 1, facts.mlp)
+    module = work.linear(run[0] - 1, facts.last)
     matrix, bias, gain = matrix_of(module).double(), bias_of(module), facts.gain(work.smaller.model.config)
     solution: Tensor | None = None
     ridge = 0.0
@@ -129,7 +129,7 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
         equations = []
         for text in (fit, choose):
             sums = NormalEquations.empty((matrix.shape[0],), matrix.shape[0], affine=False)
-            for patched, wanted, usual, anchor in _pairs(work, run, (facts.mlp,), text):
+            for patched, wanted, usual, anchor in _pairs(work, run, (facts.last,), text):
                 outputs, anchors = (
                     gain * _apply(patched.features[0][chosen].double(), matrix, bias) for chosen in (usual, anchor)
                 )
@@ -156,7 +156,7 @@ def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
     """Multiplies the projection before a cut by one plus the map found; a last row of it is a constant."""
     facts = _facts(work)
     block = run[0] - 1
-    module = work.linear(block, facts.mlp)
+    module = work.linear(block, facts.last)
     matrix, bias = matrix_of(module).double(), bias_of(module)
     change = solution[: matrix.shape[0]].T.to(matrix.device)
     bias_change = None
@@ -164,7 +164,7 @@ def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
         bias_change = change @ bias.double()
         if len(solution) > matrix.shape[0]:
             bias_change = bias_change + solution[-1].to(matrix.device) / facts.gain(work.smaller.model.config)
-    work.add(block, facts.mlp, change @ matrix, bias_change)
+    work.add(block, facts.last, change @ matrix, bias_change)
 
 
 def dense_states(work: Workpiece, run: Run, text: Batches) -> list[Tensor]:

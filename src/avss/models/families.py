@@ -21,15 +21,19 @@ PER_LAYER_LISTS = frozenset(
         "block_types_per_layer",
         "ffn_intermediate_sizes",
         "indexer_types",
+        "hybrid_layer_pattern",
         "kv_sharing_modes",
         "layer_rope_theta",
         "layer_types",
         "layers_block_type",
         "mlp_layer_types",
+        "moe_layer_freq",
         "no_rope_layers",
         "num_attention_heads_per_layer",
         "num_key_value_heads_per_layer",
         "sliding_windows",
+        "swiglu_limits",
+        "swiglu_limits_shared",
     }
 )
 """Config lists with one entry per block: the entries of the kept blocks stay."""
@@ -43,6 +47,7 @@ INDEX_LISTS = frozenset(
         "fullatt_block_indexes",
         "global_attn_indexes",
         "hybrid_layer_ids",
+        "local_layer_ids",
         "mlp_only_layers",
         "moe_layers",
         "rope_scaling_layers",
@@ -88,6 +93,7 @@ NOT_PER_LAYER = frozenset(
         "ssm_multipliers",
         "supported_aspect_ratios",
         "mlp_multipliers",
+        "mtp_local_layer_ids",
     }
 )
 """Config lists and dictionaries that have nothing to do with blocks, though their length may equal their number."""
@@ -215,6 +221,50 @@ def _shared_caches(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {}
 
 
+def _shared_selections(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """A `shared` block attends to what the nearest `full` block before it selected: that one must stay before it.
+
+    On a text shorter than the selection nothing is left out, so that a probe would not see it.
+    """
+    kinds = config.get("indexer_types") or []
+    if len(kinds) != plan.num_blocks:
+        return {}
+    for block in plan.kept:
+        if kinds[block] != "shared":
+            continue
+        full = max((place for place in range(block) if kinds[place] == "full"), default=None)
+        if full is not None and full in plan.removed:
+            raise InexpressibleError(
+                f"block {block} attends to the tokens that block {full} selected, and would take another block's "
+                f"selection; keep block {full}, or remove block {block} too"
+            )
+    return {}
+
+
+def _shared_sources(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """`kv_source_layers` names for each block the one whose keys and values it reads, itself or an earlier one."""
+    sources = config.get("kv_source_layers") or []
+    if len(sources) != plan.num_blocks:
+        return {}
+    for block in plan.kept:
+        if sources[block] in plan.removed:
+            raise InexpressibleError(
+                f"block {block} reads the keys and values of block {sources[block]}; keep that one, or remove both"
+            )
+    return {"kv_source_layers": [plan.index_map[sources[block]] for block in plan.kept]}
+
+
+def _only_the_last(reason: str) -> Adjust:
+    """Blocks can go from the end only."""
+
+    def adjust(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        if plan.kept != tuple(range(len(plan.kept))):
+            raise InexpressibleError(f"{reason}; remove blocks from the end only")
+        return {}
+
+    return adjust
+
+
 # --- rules that type blocks by position ---
 
 
@@ -320,6 +370,7 @@ _PER_LAYER_EMBEDDINGS = {r"(.*\.)?embed_tokens_per_layer\.weight": 1, r"(.*\.)?p
 _KEEPER = ("store_full_length_kv", "kv_shared_layer_index", "is_kv_shared_layer")
 _WINDOWS = Family(lengthens=True)
 _SPARSE_STEP = Family(adjust=_sparse_step)
+_SELECTIONS = Family(adjust=_shared_selections)
 _FIRST_NORM = "its attention has no norm of its own: the embeddings' norm stands in for it"
 
 FAMILIES: dict[str, Family] = {
@@ -331,7 +382,9 @@ FAMILIES: dict[str, Family] = {
     "diffllama": Family(
         obstacle=_refused("its differential attention subtracts a share that is computed from each block's index")
     ),
+    "beam": Family(adjust=_only_the_last("its blocks scale what they add by their index")),
     "esm": Family(packed={r"(.*\.)?contact_head\.regression\.weight": 1}),
+    "flint": _SPARSE_STEP,
     "gemma3n_text": Family(
         roles=_KEEPER,
         per_layer=("intermediate_size", "activation_sparsity_pattern"),
@@ -345,9 +398,13 @@ FAMILIES: dict[str, Family] = {
         pinned=_last_full_attention,
     ),
     "gemma4_unified_text": Family(roles=_KEEPER, pinned=_last_full_attention, adjust=_shared_caches),
+    "glm5_next_text": _SELECTIONS,
+    "glm_moe_dsa": _SELECTIONS,
     "gpt2": Family(obstacle=_inverse_scaling),
     "gpt_neo": Family(adjust=_attention_types),
     "gpt_neox_japanese": Family(pinned=_pins(Pinned(-1, "only its attention adds a bias"))),
+    "hunyuan_v1_moe": Family(per_layer=("moe_topk", "num_experts")),
+    "hy_v4": _SELECTIONS,
     "imagegpt": Family(obstacle=_inverse_scaling),
     "jamba": Family(
         adjust=_together(
@@ -364,6 +421,9 @@ FAMILIES: dict[str, Family] = {
             "the decay of its linear attention is computed from each block's index and the number of blocks; "
             "transformers stores the result, other runtimes would compute another one"
         )
+    ),
+    "mistral_large4_text": Family(
+        not_per_layer=("kv_source_layers",), adjust=_together(_shared_selections, _shared_sources)
     ),
     "modernbert": Family(pinned=_pins(Pinned(0, _FIRST_NORM))),
     "modernbert-decoder": Family(pinned=_pins(Pinned(0, _FIRST_NORM))),
@@ -391,6 +451,8 @@ FAMILIES: dict[str, Family] = {
     "udop": _T5,
     "xlm-roberta": _ROBERTA,
     "xlnet": Family(time_major=True),
+    "xlstm": Family(adjust=lambda config, plan: {"num_blocks": len(plan.kept)}),
+    "zaya": Family(adjust=_only_the_last("its experts are chosen with what the block before chose them by")),
 }
 """`config.model_type` -> what a cut must know beyond the common names."""
 

@@ -143,11 +143,14 @@ def cache_error(model: PreTrainedModel, token_ids: Tensor, more: Mapping[str, Te
     """
     prompt = "decoder_input_ids" if getattr(model.config, "is_encoder_decoder", False) else "input_ids"
     whole = model(**(more or {}), **{prompt: token_ids}, use_cache=False).logits
+    memory = cache_name(model)
     past, steps = None, []
     for place in range(token_ids.shape[1]):
-        step = {prompt: token_ids[:, place : place + 1], "past_key_values": past}
-        outputs = model(**(more or {}), **step, use_cache=True)
-        past = outputs.past_key_values
+        step: dict[str, Any] = {**(more or {}), prompt: token_ids[:, place : place + 1], "use_cache": True}
+        if memory is not None:
+            step[memory] = past
+        outputs = model(**step)
+        past = outputs[memory] if memory is not None else None
         steps.append(outputs.logits)
     return float((torch.cat(steps, dim=1) - whole).abs().max())
 

@@ -521,6 +521,11 @@ def _model_class(config: PretrainedConfig, head: str, *, trust_remote_code: bool
         has_own_code = trust_remote_code and getattr(config, "auto_map", None)
         if exact is not None and not has_own_code:
             return exact, found
+        own_class = _own_auto_class(config) if has_own_code else None
+        if found == "other" and own_class is not None:
+            return own_class, found
+        if exact is not None and found == "other":
+            return exact, found
         if found == "other":
             raise ModelLoadError(
                 f"`{architecture}` is not a class of transformers {transformers.__version__}. "
@@ -528,6 +533,12 @@ def _model_class(config: PretrainedConfig, head: str, *, trust_remote_code: bool
             )
         head = found
     return getattr(transformers, AUTO_CLASSES[head]), cast(Head, head)
+
+
+def _own_auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers by which code that comes with a model loads it, by its own `auto_map`."""
+    names = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
 
 
 def _head_by_type(config: PretrainedConfig) -> str:

@@ -17,7 +17,7 @@ from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.families import facts_of
 from avss.models.load import Loaded, empty_model, load_empty, quiet_transformers
 from avss.models.proof import refuse_other_blocks
-from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config
+from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config, rewrite_generation
 from avss.record import FieldChange, Plan
 
 Problems = dict[str, list[str]]
@@ -96,6 +96,11 @@ class EmptyModel:
             # Old configs hold the settings of generation, which a config is written without today.
             if self._loaded.model.can_generate() and not (source / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(source, config_file_name="config.json").save_pretrained(folder)
+            elif (source / "generation_config.json").is_file():
+                given = GenerationConfig.from_pretrained(source)
+                generation = rewrite_generation(given, stack, plan)
+                if generation is not given:  # else the file is copied as it is
+                    generation.save_pretrained(folder)
         return changes
 
     def _refuse_moved_weights(self, plan: Plan) -> None:

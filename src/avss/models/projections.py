@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from avss.models.forward import run_body
 from avss.models.load import Loaded
-from avss.models.stack import hidden_from_output
+from avss.models.stack import hidden_from_output, hooked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Projections:
 
     Attributes:
         attention: Path of the attention's output projection within a block; None where it is not known.
-        mlp: Path of the MLP's: the last map of the block.
+        mlp: Path of the MLP's: the last map of the block. None where a mixture of experts has many.
         gain_field: Config field that the block multiplies both outputs with, if there is one.
         measured_gain: The same number where it was measured.
         closing_norm: Path of the norm that the sum passes at the end of a post-norm block.
@@ -36,7 +36,7 @@ class Projections:
     """
 
     attention: str | None
-    mlp: str
+    mlp: str | None
     gain_field: str | None = None
     measured_gain: float = 1.0
     closing_norm: str | None = None
@@ -49,7 +49,13 @@ class Projections:
     @property
     def writers(self) -> tuple[str, ...]:
         """Every projection that is known, in the order data passes them."""
-        return (self.mlp,) if self.attention is None else (self.attention, self.mlp)
+        return tuple(path for path in (self.attention, self.mlp) if path is not None)
+
+    @property
+    def last(self) -> str:
+        """The MLP's, which a solve at a cut changes; asked for where there is no obstacle to one."""
+        assert self.mlp is not None
+        return self.mlp
 
 
 _LLAMA = Projections(attention="self_attn.o_proj", mlp="mlp.down_proj")
@@ -86,7 +92,7 @@ def find_projections(loaded: Loaded) -> Projections | None:
     facts = PROJECTIONS.get(loaded.model.config.model_type)
     if facts is not None and all(_is_linear(loaded, path) for path in facts.writers):
         return facts
-    return find_by_trial(loaded)
+    return find_by_trial(loaded) or find_first_by_trial(loaded)
 
 
 def find_by_trial(loaded: Loaded) -> Projections | None:
@@ -130,6 +136,64 @@ def find_by_trial(loaded: Loaded) -> Projections | None:
     return None
 
 
+def find_first_by_trial(loaded: Loaded) -> Projections | None:
+    r"""Looks for the one linear map whose output a block adds to the residual stream first: the attention's.
+
+    For blocks that end in many maps at once, as a mixture of experts does. The output $r$ of each candidate in a middle
+    block is drawn at random instead: if the map writes to the stream, something later in the block reads $x + g\,r$,
+    where $x$ is what the block was given.
+    """
+    blocks = loaded.stack.blocks
+    block = blocks[len(blocks) // 2]
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=generator)
+    entering: list[Tensor] = []
+
+    def observe(index: int, before: Tensor, _: Tensor) -> None:
+        if index == len(blocks) // 2:
+            entering.append(before)
+
+    with hooked(loaded.stack, observe):
+        run_body(loaded, token_ids)
+        given = entering[-1]
+        if given.shape[:-1] != token_ids.shape:
+            return None
+        rounding = max(torch.finfo(dtype).eps for dtype in (given.dtype, loaded.model.dtype))
+        limit = max(_LARGEST_MISS, (2 * rounding) ** 2)
+        for path, module in block.named_modules():
+            is_candidate = isinstance(module, nn.Linear | Conv1D) and matrix_of(module).shape[0] == given.shape[-1]
+            if not is_candidate or not _is_linear(loaded, path):
+                continue
+            drawn = _PUSH * torch.randn(given.shape, generator=generator).to(given) * given.std()
+            read: list[Tensor] = []
+
+            def remember(_: nn.Module, args: tuple[Any, ...], read: list[Tensor] = read) -> None:
+                read += [one for one in args[:1] if isinstance(one, Tensor)]
+
+            def replaced(_: nn.Module, __: Any, output: Tensor, drawn: Tensor = drawn) -> Tensor | None:
+                return drawn.reshape(output.shape) if output.numel() == drawn.numel() else None
+
+            handles = [module.register_forward_hook(replaced)]
+            handles += [one.register_forward_pre_hook(remember) for one in block.modules() if one is not block]
+            try:
+                run_body(loaded, token_ids)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for state in read:
+                if state.shape != given.shape:
+                    continue
+                added, draws = (state - given).double(), drawn.double()
+                gain = float((added * draws).sum() / draws.square().sum())
+                off = float((added - gain * draws).square().mean() / draws.square().mean())
+                if gain > _LEAST_GAIN and off < limit * gain**2:
+                    return Projections(
+                        attention=path, mlp=None, measured_gain=_rounded(gain, rounding), obstacle=_MANY_MAPS
+                    )
+    return None
+
+
+_MANY_MAPS = "what its blocks write last is not the plain output of one linear map (but of experts, or a norm)"
 _LEAST_GAIN, _LARGEST_MISS = 1e-3, 1e-6
 _PUSH = 4.0
 """Size of a push, in standard deviations of what the block returns: well above what the sum is rounded by."""

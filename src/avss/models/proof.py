@@ -163,8 +163,10 @@ def _moved_with_the_block(name: str, one: _Settings, other: _Settings, counts: t
     if not isinstance(one, int) or not isinstance(other, int) or isinstance(one, bool) or isinstance(other, bool):
         return False
     moved = counts[1] - counts[0]
-    # LongCat gives each block two places in the cache, 2i and 2i + 1.
-    is_place = bool(_PLACE_NAME.fullmatch(name)) and other - one in (moved, 2 * moved)
+    is_place = bool(_PLACE_NAME.fullmatch(name)) and (
+        # LongCat gives each block two places in the cache, 2i and 2i + 1; another number may be one to compute with.
+        other - one == moved or (other - one == 2 * moved and one - 2 * counts[0] in (0, 1))
+    )
     return is_place or ((one, other) == counts and ("layer" in name or "block" in name or "depth" in name))
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from avss.errors import UnsupportedArchitectureError
 from avss.models.families import (
@@ -23,8 +23,11 @@ from avss.models.families import (
     Pinned,
     facts_of,
 )
-from avss.models.stack import NUM_LAYERS_FIELD, BlockStack
+from avss.models.stack import NUM_LAYERS_FIELD, BlockStack, config_tree
 from avss.record import FieldChange, Plan
+
+_LINKS = ("deepstack_layer_map", "spatial_target_layers")
+"""Fields of a whole model's config that name blocks of its towers."""
 
 # Names under which a list of small integers is taken for a list of block indices.
 _INDEX_NAME = re.compile(r".*(layer|block|idx|indices|indexes|indexs|_ids_per).*")
@@ -48,7 +51,18 @@ def pinned_blocks(config: PretrainedConfig, stack: BlockStack) -> tuple[Pinned, 
     """The blocks that cannot go, by non-negative index, each with its reason."""
     owner, count = stack.owner(config), len(stack)
     pins = facts_of(owner.model_type).pinned(owner.to_dict(), count)
-    return tuple(Pinned(pin.block % count, pin.reason) for pin in pins)
+    found = {pin.block % count: pin.reason for pin in pins}
+    for block in range(min(count, _num_deepstack(config, owner))):
+        found.setdefault(block, "features of an image are added to what it returns, to each of the first blocks others")
+    return tuple(Pinned(block, reason) for block, reason in sorted(found.items()))
+
+
+def _num_deepstack(config: PretrainedConfig, owner: PretrainedConfig) -> int:
+    """How many leading blocks of a text tower take features of an image (DeepStack, of Qwen3-VL and its kin)."""
+    if getattr(owner, "vocab_size", None) is None:
+        return 0
+    towers = [inner for inner in config_tree(config).values() if inner is not owner]
+    return max((len(getattr(inner, "deepstack_visual_indexes", None) or ()) for inner in towers), default=0)
 
 
 def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> PretrainedConfig:
@@ -80,6 +94,9 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
         if stack.config_path:
             for field, value in _features_of_tower(config, stack, plan).items():
                 setattr(smaller, field, value)
+            if isinstance(raw.get("feature_layer"), int):
+                changes["feature_layer"] = _shifted(raw["feature_layer"], plan, "feature_layer")
+            _refuse_unknown_around(config, stack)
     except InexpressibleError as reason:
         raise UnsupportedArchitectureError(f"This `{kind}` model cannot lose these blocks: {reason}.") from reason
     for field, value in changes.items():
@@ -210,7 +227,8 @@ def _speaks_of_blocks(field: str, value: Any, num_blocks: int) -> bool:
     if len(value) == num_blocks:
         return True
     numbers = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-    return numbers and bool(_INDEX_NAME.fullmatch(field)) and all(-num_blocks <= entry < num_blocks for entry in value)
+    # Up to the number of blocks: some lists count from 1. One entry that fits is enough to ask.
+    return numbers and bool(_INDEX_NAME.fullmatch(field)) and any(-num_blocks <= entry <= num_blocks for entry in value)
 
 
 def _unknown_in(field: str, value: Mapping[Any, Any], plan: Plan) -> Iterator[str]:
@@ -250,6 +268,38 @@ def _features_of_tower(config: PretrainedConfig, stack: BlockStack, plan: Plan) 
         new = [_shifted(place, plan, field) for place in (value if isinstance(value, list | tuple) else [value])]
         changes[field] = type(value)(new) if isinstance(value, list | tuple) else new[0]
     return changes
+
+
+def _refuse_unknown_around(config: PretrainedConfig, stack: BlockStack) -> None:
+    """Refuses where a config around the one that owns the stack pairs blocks of one tower with blocks of another.
+
+    Granite 4 Vision adds features from after certain vision blocks before certain text blocks. A probe of one tower
+    does not see that.
+    """
+    tree = config_tree(config)
+    for depth in range(len(stack.config_path)):
+        around = tree[stack.config_path[:depth]]
+        unknown = [field for field in _LINKS if getattr(around, field, None)]
+        if unknown:
+            raise InexpressibleError(
+                f"`{unknown[0]}` of `{around.model_type}` says which of its blocks take features of which blocks of "
+                "another tower, and how a cut must change that is not known"
+            )
+
+
+def rewrite_generation(generation: GenerationConfig, stack: BlockStack, plan: Plan) -> GenerationConfig:
+    """The settings of generation for the smaller model: a copy where they speak of blocks, else the given ones.
+
+    Whisper's `alignment_heads`, pairs of decoder block and head, time its words.
+    """
+    pairs = getattr(generation, "alignment_heads", None)
+    if not pairs or stack.side != "decoder":
+        return generation
+    smaller = copy.deepcopy(generation)
+    smaller.alignment_heads = [[plan.index_map[block], head] for block, head in pairs if block in plan.index_map]
+    if not smaller.alignment_heads:
+        del smaller.alignment_heads
+    return smaller
 
 
 def _shifted(place: int, plan: Plan, field: str) -> int:
