@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from avss.composer.healing import healing_warnings
+from avss.errors import UnsupportedArchitectureError
 from avss.models.load import adopt
 from avss.record import Healing, HealingStep, RunRecord
 from tests.support.architectures import ARCHITECTURES, randomise, stored
@@ -169,6 +170,28 @@ def test_what_prune_returned_is_healed_as_its_folder_would_be(llama_folder, text
     assert {value.dtype for value in stored[0].values()} == {torch.bfloat16}
     assert stored[0].keys() == stored[1].keys()
     assert all(torch.equal(stored[1][name], value) for name, value in stored[0].items())
+
+
+def test_a_second_healing_that_helped_takes_back_that_the_first_did_not(llama_folder, text_file, tmp_path):
+    import avss
+
+    small = avss.prune(str(llama_folder), blocks=[2], out=tmp_path / "smaller")
+    settings = {"teacher": str(llama_folder), "data": str(text_file), "seq_len": 16, "out": tmp_path / "healed"}
+    first = avss.heal(small, budget="0.001s", **settings)
+    assert "did not suffice for one step" in " ".join(first.record.warnings)
+    second = avss.heal(tmp_path / "healed", budget="300 tokens", force=True, **settings)
+    assert second.record.cuts[0].healing.kept
+    assert "did not suffice" not in " ".join(second.record.warnings)
+
+
+def test_a_quantised_teacher_is_refused_before_the_time_is_spent(llama_folder, text_file):
+    import avss
+
+    small = avss.prune(str(llama_folder), blocks=[2])
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    teacher.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(UnsupportedArchitectureError, match="quantised"):
+        avss.heal(small, teacher=teacher, data=str(text_file), budget="1h", seq_len=16)
 
 
 @pytest.mark.parametrize("steps", [0, 3])

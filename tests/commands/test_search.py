@@ -16,6 +16,7 @@ from avss.composer.finals import judge_finalists
 from avss.composer.searching import passes_of_all, search_loaded
 from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
 from avss.cut import cut
+from avss.errors import ConfigError
 from avss.models.load import load_model
 from avss.plan import make_plan
 from avss.progress import Timed, silent
@@ -168,6 +169,8 @@ def test_the_seed_of_the_text_is_the_searchs(pruned, llama_folder):
     text = {"data": DataConfig(source="builtin", seed=5, samples=4, seq_len=16), "count": 1, "select": "window"}
     for given, seed in (({}, 5), ({"seed": 2}, 2)):
         assert avss.prune(llama_folder, search=given, **text).record.search.settings["seed"] == seed
+    with pytest.raises(ConfigError, match="`samples` stands beside a whole `DataConfig`"):
+        avss.prune(llama_folder, samples=8, **text)
 
 
 def test_a_budget_ends_a_search_and_says_so(pruned):

@@ -6,6 +6,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import transformers
+from tools.sweep.shrink import small_model
 
 import avss.healing.loop as loop_room
 from avss.config import HealConfig
@@ -24,7 +26,7 @@ from avss.models.load import adopt, in_dtype
 from avss.record import HealingStep, Plan
 from tests.support.architectures import ARCHITECTURES
 from tests.support.oracles import hook_count, largest_difference, run, state_copy
-from tests.support.tokenizers import word_tokenizer
+from tests.support.tokenizers import WORDS, word_tokenizer
 
 HEADS = ["llama", "llama-tied", "gpt2", "gemma2", "bert", "bert-masked", "distilbert-classifier", "bert-tokens"]
 HEADS += ["t5", "bert-reward", "bert-labels"]
@@ -349,6 +351,53 @@ def test_a_model_in_half_precision_is_trained_in_float32(patient, text, small):
     healed, healing, _ = heal(dense, half, one.plan, text, small(precision="bfloat16"))
     assert healed.model.dtype == torch.bfloat16
     assert healing.after.loss < healing.before.loss
+
+
+@pytest.mark.parametrize(("class_name", "model_type"), [("GemmaForCausalLM", "gemma"), ("OPTForCausalLM", "opt")])
+def test_half_precision_with_blocks_in_common_is_trained_without_autocast(class_name, model_type, text, small):
+    """The dense model's states come in its own dtype, and not every norm widens what it reads."""
+    model = small_model(getattr(transformers, class_name), model_type, num_hidden_layers=9).to(torch.bfloat16)
+    dense = adopt(model, word_tokenizer(adds="bos"))
+    plan = Plan(num_blocks=9, removed=(7,), method="explicit", rule="by hand")
+    healed, healing, _ = heal(dense, cut(dense, plan), plan, text, small(precision="float32", budget="200 tokens"))
+    assert healing.settings["num_shared_blocks"] > 0
+    assert healing.settings["precision"] == "float32"
+    assert healed.model.dtype == torch.bfloat16
+
+
+def test_what_is_trained_goes_by_where_data_pass_not_by_the_order_of_registration():
+    """Gemma 3n registers the embeddings that feed every block after its blocks, OPT its last norm before them."""
+    one = adopt(small_model(transformers.Gemma3nForCausalLM, "gemma3n_text"))
+    before, _, after = weights._in_order(one)
+    assert any("embed_tokens_per_layer" in name for name in before)
+    assert not any("per_layer" in name for name in after)
+    two = adopt(small_model(transformers.OPTForCausalLM, "opt"))
+    before, blocks, after = weights._in_order(two)
+    assert {name.rsplit(".", 2)[1] for name in after} == {"final_layer_norm"}
+    assert {id(value) for part in (before, *blocks, after) for value in part.values()} == {
+        id(value) for value in two.model.parameters()
+    }
+    assert hook_count(two.model) == 0
+
+
+def test_the_only_step_of_a_small_budget_learns(patient, text, small):
+    one = patient()
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="10 tokens"))
+    assert healing.num_steps == 1
+    pace = Pace(HealConfig(budget="100 tokens").budget)
+    assert pace.middle_of_step(1000) == 0.5
+    assert pace.middle_of_step(40) == 0.2
+
+
+def test_rows_of_nothing_but_special_tokens_are_no_text_for_a_masked_model(patient, small):
+    one = patient("bert-masked")
+    rows = Texts(texts=("zzz", *(" ".join(WORDS[start : start + 6]) for start in range(20)), "qqq"), source="text.txt")
+    tokenizer = one.smaller.tokenizer
+    special = set(tokenizer.all_special_ids)
+    assert special.issuperset(tokenizer("zzz")["input_ids"])
+    found = prepare_text(one.smaller, rows, small(held_out=4))
+    assert len(found.train) + len(found.held_out) == 20
+    assert not any(special.issuperset(row.tolist()) for row in (*found.train, *found.held_out))
 
 
 @pytest.mark.parametrize(

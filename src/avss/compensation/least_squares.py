@@ -139,7 +139,7 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
                     sums.add_anchors(anchors, anchors_missing)
                     continue
                 aim = outputs + missing
-                mapped = outputs + outputs @ solution
+                mapped = outputs + outputs @ solution.to(outputs.device)
                 lengths = mapped.norm(dim=1).clamp_min(1e-12)
                 scaled = aim * (lengths / aim.norm(dim=1).clamp_min(1e-12))[:, None]
                 sums.add(outputs, scaled - outputs, lengths**-2)

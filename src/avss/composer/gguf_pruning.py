@@ -116,7 +116,7 @@ def prune_gguf(
         table = ScoreTable(scores=(found,))
         plan = make_plan(found, config, protects_ends=criterion.protects_ends)
     elif not criterion.needs:
-        seed = int(settings.get("seed", 0))
+        seed = data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0))
         ranked = score_blind(criterion, file.num_blocks, seed)
         table = ScoreTable(scores=(ranked,))
         plan = make_plan(ranked, config, protects_ends=criterion.protects_ends)

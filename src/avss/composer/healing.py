@@ -89,8 +89,13 @@ def heal(
         smaller.check_reads_text("Healing")
         plan = plan or _plan(record, smaller)
         dense = _dense(
-            teacher, record, Path(smaller.source), {**options, "head": smaller.head, "stack": smaller.stack.path}
+            teacher,
+            record,
+            Path(smaller.source),
+            # Beside the smaller model, wherever that lies.
+            {"device": str(smaller.device), **options, "head": smaller.head, "stack": smaller.stack.path},
         )
+        cut(dense, plan)  # what cannot be proven in the end is refused before the time is spent
     texts, label_ids = _texts(data, labels, smaller)
     with timed("Healing") as advance:
         healed, healing, checkpoint = heal_loaded(
@@ -273,11 +278,19 @@ def _healed_record(
             "created": now(),
             "command": command if record is None else f"{record.command}\n{command}",
             "cuts": (one, *earlier),
-            "warnings": (*base.warnings, *healing_warnings(healing)),
+            "warnings": (*_still_true(base, healing), *healing_warnings(healing)),
             "seconds": {**base.seconds, **timed.seconds},
             "settings": {**base.settings, "healing": healing.settings},
         }
     )
+
+
+def _still_true(base: RunRecord, healing: Healing) -> tuple[str, ...]:
+    """What the record warned of, without what an earlier healing did not do and this one did."""
+    if not healing.kept or not base.cuts:
+        return base.warnings
+    past = healing_warnings(base.cuts[0].healing)
+    return tuple(warning for warning in base.warnings if warning not in past)
 
 
 def healing_warnings(healing: Healing | None) -> tuple[str, ...]:

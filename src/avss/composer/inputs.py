@@ -80,6 +80,9 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         DataError: The text cannot be read or is too short, or there is no image.
     """
     if isinstance(data, DataConfig):
+        if settings:
+            names = ", ".join(f"`{name}`" for name in settings)
+            raise ConfigError(f"{names} stands beside a whole `DataConfig`, which says it already. Set it in there.")
         config, source = data, data.source
     else:
         is_name = isinstance(data, str | Path)

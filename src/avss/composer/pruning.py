@@ -145,7 +145,8 @@ def prune(
     hard = search if isinstance(search, SearchConfig) else build(SearchConfig, dict(search or {}))
     check_one_target(config)
     check_search(hard, config, repairs=compensate != "none")
-    hard = seeded(hard, data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0)))
+    seed = data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0))
+    hard = seeded(hard, seed)
     check_compensation(compensate)
     check_augment(settings.get("augment"), settings.get("forms"), repairs=compensate != "none")
     (wanted,) = find_criteria([criterion])
@@ -167,7 +168,6 @@ def prune(
         if file_format == "gguf":
             record = prune_gguf(model, config, data=data, **common, **settings)
         else:
-            seed = int(settings.get("seed", 0))
             record = prune_on_disk(str(model), config, seed=seed, note=reason, **common)
         return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
     timed = Timed(stages)

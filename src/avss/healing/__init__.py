@@ -122,7 +122,7 @@ def heal(
     settings = config.model_dump(mode="json") | {
         "weights": choice,
         "learning_rate": rate,
-        "precision": dtype_name(precision or smaller.model.dtype),
+        "precision": dtype_name(precision or model.model.dtype),
         "form_share": text.augmentation.form_share if text.augmentation is not None and config.forms else 0.0,
         "num_shared_blocks": trained.num_shared,
         "num_processes": Team().size,

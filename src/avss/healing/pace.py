@@ -43,7 +43,12 @@ class Pace:
         return min(1.0, max(shares))
 
     def middle_of_step(self, num_tokens: int) -> float:
-        """Share of the budget used in the middle of the next step, which has so many tokens."""
+        """Share of the budget used in the middle of the next step, which has so many tokens.
+
+        A step larger than what is left of the tokens counts as what is left: the only one of a small budget must learn.
+        """
+        if self.budget.tokens is not None:
+            num_tokens = min(num_tokens, max(0, self.budget.tokens - self.num_tokens))
         half = Pace(self.budget, self.num_tokens + num_tokens // 2, self.seconds + self.step_seconds / 2, self.reserve)
         return half.used
 

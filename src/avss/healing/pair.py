@@ -139,7 +139,9 @@ class Pair:
                 states[index] = after
 
         def share(_: nn.Module, __: Any, output: Any) -> None:
-            known = replace_hidden(output, hidden_from_output(output).to(self._device))
+            # In the dtype that the trained copy computes in: without autocast nothing else would turn it.
+            hidden = hidden_from_output(output)
+            known = replace_hidden(output, hidden.to(self._device, self._model.model.dtype))
             for block in self._known:
                 block.output = known
 

@@ -168,7 +168,7 @@ def prepare_text(
     if packed:
         sequences, kept_labels = windows(tokenizer, DOCUMENT_BREAK.join(texts.texts), seq_len, least=2), None
     else:
-        sequences, kept_labels = _rows(tokenizer, texts, seq_len, labels)
+        sequences, kept_labels = _rows(tokenizer, texts, seq_len, labels, masked=loaded.head == "masked")
     if len(sequences) < 2:
         raise DataError(
             f"`{texts.source}` gives {len(sequences)} sequence{'s' if len(sequences) != 1 else ''} of up to {seq_len} "
@@ -223,12 +223,15 @@ def prepare_text(
 
 
 def _rows(
-    tokenizer: object, texts: Texts, seq_len: int, labels: Sequence[int] | None
+    tokenizer: object, texts: Texts, seq_len: int, labels: Sequence[int] | None, *, masked: bool
 ) -> tuple[list[Tensor], list[int] | None]:
     rows = list(texts.texts if labels is not None else texts.paragraphs())
     encoded = tokenizer(rows, truncation=True, max_length=seq_len, verbose=False)["input_ids"]  # type: ignore[operator]
     # One token is no text; with a label it still is an example.
     chosen = [index for index, ids in enumerate(encoded) if len(ids) > (labels is None)]
+    if masked:
+        special = set(tokenizer.all_special_ids)  # type: ignore[attr-defined]
+        chosen = [index for index in chosen if not special.issuperset(encoded[index])]
     sequences = [torch.tensor(encoded[index], dtype=torch.long) for index in chosen]
     return sequences, None if labels is None else [labels[index] for index in chosen]
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from avss.errors import ConfigError
+from avss.models.forward import run_body
 from avss.models.load import Loaded, quiet_transformers
 from avss.record import Plan
 
@@ -83,10 +84,12 @@ Named = dict[str, nn.Parameter]
 
 
 def _in_order(model: Loaded) -> tuple[Named, list[Named], Named]:
-    """Parameters before the stack, of each block, and after it, in the order in which a model registers its parts.
+    """Parameters before the stack, of each block, and after it, in the order in which data pass them.
 
-    A tied head is met with the embeddings, before.
+    What a run of the body does not tell (heads) comes in the order in which a model registers its parts. A tied head is
+    met with the embeddings, before.
     """
+    passed = _passed(model)
     path = f"{model.stack.path}."
     before: Named = {}
     blocks: list[Named] = [{} for _ in range(len(model.stack))]
@@ -97,8 +100,41 @@ def _in_order(model: Loaded) -> tuple[Named, list[Named], Named]:
             reached = True
             blocks[int(name.removeprefix(path).partition(".")[0])][name] = value
         else:
-            (after if reached else before)[name] = value
+            (after if passed.get(id(value), reached) else before)[name] = value
     return before, blocks, after
+
+
+def _passed(model: Loaded) -> dict[int, bool]:
+    """Parameters outside the stack that a run of the body meets: whether that is after the first block.
+
+    Gemma 3n registers the embeddings that feed every block after its blocks, OPT its last norm before them.
+    """
+    blocks = model.stack.blocks
+    inside = set(blocks.modules())
+    found: dict[int, bool] = {}
+    begun = False
+
+    def begin(*_: Any) -> None:
+        nonlocal begun
+        begun = True
+
+    def meet(module: nn.Module, *_: Any) -> None:
+        for value in module.parameters(recurse=False):
+            found.setdefault(id(value), begun)
+
+    handles = [blocks[0].register_forward_pre_hook(begin)]
+    handles += [
+        module.register_forward_pre_hook(meet)
+        for module in model.model.modules()
+        if module not in inside and any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        with torch.no_grad():
+            run_body(model, torch.arange(min(4, model.vocabulary))[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _word_parameters(model: Loaded) -> set[int]:
