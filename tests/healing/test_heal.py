@@ -10,6 +10,7 @@ import transformers
 from tools.sweep.shrink import small_model
 
 import avss.healing.loop as loop_room
+import avss.healing.pair as pair_room
 from avss.config import HealConfig
 from avss.cut import cut
 from avss.data.sources import Texts
@@ -23,6 +24,7 @@ from avss.healing.state import Checkpoint
 from avss.healing.text import prepare_text
 from avss.healing.weights import choose_weights
 from avss.models.load import adopt, in_dtype
+from avss.models.shell import with_narrow_maps
 from avss.record import HealingStep, Plan
 from tests.support.architectures import ARCHITECTURES
 from tests.support.oracles import hook_count, largest_difference, run, state_copy
@@ -378,6 +380,30 @@ def test_what_is_trained_goes_by_where_data_pass_not_by_the_order_of_registratio
         id(value) for value in two.model.parameters()
     }
     assert hook_count(two.model) == 0
+
+
+def test_heads_hold_no_second_copy_of_frozen_blocks(patient, monkeypatch):
+    one = patient()
+    twins = []
+
+    def remember(module, dtype, is_frozen):
+        twins.append(with_narrow_maps(module, dtype, is_frozen))
+        return twins[-1]
+
+    monkeypatch.setattr(pair_room, "with_narrow_maps", remember)
+    model = dataclasses.replace(one.smaller, model=copy.deepcopy(one.smaller.model))
+    for value in model.model.parameters():
+        value.requires_grad_(False)
+    pair = Pair(one.dense, model, one.plan, num_shared=0, needs_states=False, recompute=False, precision=torch.bfloat16)
+    twins.clear()
+    pair.heads()
+    own = dict(model.model.named_parameters())
+    inside = [name for name in own if name.startswith(f"{model.stack.path}.")]
+    (twin,) = twins
+    theirs = dict(twin.named_parameters())
+    assert inside
+    assert all(theirs[name] is own[name] for name in inside)
+    assert theirs["lm_head.weight"].dtype == torch.bfloat16
 
 
 def test_the_only_step_of_a_small_budget_learns(patient, text, small):

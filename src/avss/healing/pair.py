@@ -108,7 +108,11 @@ class Pair:
 
     def heads(self) -> tuple[HeadShell, HeadShell]:
         """What turns last hidden states into logits, in the smaller model and in the dense one."""
-        ours = self._narrowed(self._model.model, is_frozen=lambda value: not value.requires_grad)
+        # The heads pass no block: a narrow copy of one would lie there unused.
+        inside = {id(value) for value in self._model.stack.blocks.parameters()}
+        ours = self._narrowed(
+            self._model.model, is_frozen=lambda value: not value.requires_grad and id(value) not in inside
+        )
         return HeadShell(ours), HeadShell(self._dense.model)
 
     def _narrowed(self, model: Any, *, is_frozen: Callable[[Tensor], bool]) -> Any:

@@ -295,7 +295,7 @@ def rewrite_generation(generation: GenerationConfig, stack: BlockStack, plan: Pl
     pairs = getattr(generation, "alignment_heads", None)
     if not pairs or stack.side != "decoder":
         return generation
-    smaller = copy.deepcopy(generation)
+    smaller: Any = copy.deepcopy(generation)
     smaller.alignment_heads = [[plan.index_map[block], head] for block, head in pairs if block in plan.index_map]
     if not smaller.alignment_heads:
         del smaller.alignment_heads
