@@ -14,6 +14,7 @@ from tools.sweep.shrink import small_model
         ("DeepseekV3ForCausalLM", "deepseek_v3", "passed"),
         ("Gemma2ForCausalLM", "gemma2", "passed"),
         ("GptOssForCausalLM", "gpt_oss", "passed"),
+        ("Gemma3ForSequenceClassification", "gemma3", "raw: The repair was thrown away"),
         ("JambaForCausalLM", "jamba", "raw: Where the blocks"),
         ("Llama4ForCausalLM", "llama4_text", "raw: The repair was thrown away"),
         ("MixtralForCausalLM", "mixtral", "passed"),
@@ -22,6 +23,7 @@ from tools.sweep.shrink import small_model
         ("OPTForCausalLM", "opt", "passed"),
         ("Qwen3MoeForCausalLM", "qwen3_moe", "passed"),
         ("T5ForConditionalGeneration", "t5", "passed"),
+        ("VibeVoiceAsrForConditionalGeneration", "vibevoice_asr", "passed"),
     ],
 )
 def test_a_cut_is_mended_or_left_as_it_was_and_said(class_name, model_type, repair):

@@ -160,7 +160,7 @@ def _reason_against(method: CompensationMethod, smaller: Loaded, plan: Plan) -> 
         return "No repair was asked for."
     if not plan.removed:
         return "No block was removed, so there is nothing to repair."
-    model_type = smaller.model.config.model_type
+    model_type = smaller.owner.model_type
     facts = find_projections(smaller)
     if facts is None:
         return (

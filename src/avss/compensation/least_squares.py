@@ -67,7 +67,7 @@ class Readings:
     def _sums(self, text: Batches) -> dict[Solved, NormalEquations]:
         work, facts = self._work, _facts(self._work)
         module = work.linear(self._run[0] - 1, facts.last)
-        matrix, bias, gain = matrix_of(module), bias_of(module), facts.gain(work.smaller.model.config)
+        matrix, bias, gain = matrix_of(module), bias_of(module), facts.gain(work.smaller.owner)
         sizes: dict[Solved, int] = {"refit": matrix.shape[1], "linear": matrix.shape[0]}
         sums: dict[Solved, NormalEquations] = {
             method: NormalEquations.empty((sizes[method],), matrix.shape[0], affine=bias is not None)
@@ -92,7 +92,7 @@ def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Re
     readings = readings or Readings(work, run, ("refit",))
     matrix, old_bias = matrix_of(work.linear(block, facts.last)), bias_of(work.linear(block, facts.last))
     ridge, solution = choose_ridge(readings.of(fit, "refit"), readings.of(choose, "refit"))
-    constant = None if old_bias is None else solution[-1] / facts.gain(work.smaller.model.config)
+    constant = None if old_bias is None else solution[-1] / facts.gain(work.smaller.owner)
     work.add(block, facts.last, solution[: matrix.shape[1]].T, constant)
     return ridge
 
@@ -122,7 +122,7 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
     facts = _facts(work)
     _take_closing_norm(work, run)
     module = work.linear(run[0] - 1, facts.last)
-    matrix, bias, gain = matrix_of(module).double(), bias_of(module), facts.gain(work.smaller.model.config)
+    matrix, bias, gain = matrix_of(module).double(), bias_of(module), facts.gain(work.smaller.owner)
     solution: Tensor | None = None
     ridge = 0.0
     for _ in range(COSINE_ROUNDS):
@@ -163,7 +163,7 @@ def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
     if bias is not None:
         bias_change = change @ bias.double()
         if len(solution) > matrix.shape[0]:
-            bias_change = bias_change + solution[-1].to(matrix.device) / facts.gain(work.smaller.model.config)
+            bias_change = bias_change + solution[-1].to(matrix.device) / facts.gain(work.smaller.owner)
     work.add(block, facts.last, change @ matrix, bias_change)
 
 

@@ -55,7 +55,7 @@ def sweep(work: Workpiece, fit: Batches, choose: Batches) -> int:
 def _fit_block(work: Workpiece, block: int, walks: list[list[tuple[Walk, Walk]]]) -> bool:
     """Solves for one block, whose dense walks have passed it and whose patched walks stand before it."""
     assert work.facts is not None
-    path, gain = work.facts.last, work.facts.gain(work.smaller.model.config)
+    path, gain = work.facts.last, work.facts.gain(work.smaller.owner)
     module, place = work.linear(block, path), work.place(block)
     width, affine = matrix_of(module).shape[1], bias_of(module) is not None
     seen: list[Tensor] = []

@@ -145,7 +145,7 @@ def _check_pair(dense: Loaded, smaller: Loaded, plan: Plan) -> None:
             f"The plan keeps {len(plan.kept)} of {plan.num_blocks} blocks; the dense model has {len(dense.stack)} and "
             f"the smaller one {len(smaller.stack)}. Name the model it was cut from with `--teacher`."
         )
-    sizes = [(one.vocabulary, one.model.config.hidden_size, one.head) for one in (dense, smaller)]
+    sizes = [(one.vocabulary, one.hidden_size, one.head) for one in (dense, smaller)]
     if sizes[0] != sizes[1]:
         raise UnsupportedArchitectureError(
             f"The dense model has {sizes[0][0]} token embeddings, width {sizes[0][1]} and a `{sizes[0][2]}` head, the "

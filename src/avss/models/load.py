@@ -134,10 +134,14 @@ class Loaded:
         return text if isinstance(text, int) else 0
 
     @property
+    def owner(self) -> PretrainedConfig:
+        """The part of the model's config that owns the stack; of a tower, the tower's."""
+        return self.stack.owner(self.model.config)
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream of the stack."""
-        config = self.stack.owner(self.model.config)
-        widths = (getattr(config, name, None) for name in ("hidden_size", "d_model", "embed_dim", "dim"))
+        widths = (getattr(self.owner, name, None) for name in ("hidden_size", "d_model", "embed_dim", "dim"))
         return next((width for width in widths if isinstance(width, int)), 0)
 
     @property

@@ -84,12 +84,12 @@ PROJECTIONS: Mapping[str, Projections] = {
     "stablelm": _LLAMA,
     "xlm-roberta": _BERT,
 }
-"""`config.model_type` -> where its blocks write."""
+"""Model type of the config that owns a stack -> where its blocks write."""
 
 
 def find_projections(loaded: Loaded) -> Projections | None:
     """Where a model's blocks write: the facts about its type, or what a trial shows; None where neither fits."""
-    facts = PROJECTIONS.get(loaded.model.config.model_type)
+    facts = PROJECTIONS.get(loaded.owner.model_type)
     if facts is not None and all(_is_linear(loaded, path) for path in facts.writers):
         return facts
     return find_by_trial(loaded) or find_first_by_trial(loaded)
@@ -108,6 +108,8 @@ def find_by_trial(loaded: Loaded) -> Projections | None:
     token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=generator)
     with block_output(block) as outputs:
         run_body(loaded, token_ids)
+        if not outputs:  # words alone do not reach this stack
+            return None
         plain = outputs[-1]
         width, tokens = plain.shape[-1], plain.shape[:-1]
         if tokens != token_ids.shape:
@@ -155,6 +157,8 @@ def find_first_by_trial(loaded: Loaded) -> Projections | None:
 
     with hooked(loaded.stack, observe):
         run_body(loaded, token_ids)
+        if not entering:
+            return None
         given = entering[-1]
         if given.shape[:-1] != token_ids.shape:
             return None
