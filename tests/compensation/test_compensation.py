@@ -151,7 +151,7 @@ def test_a_trial_finds_the_same_in_every_dtype(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_trial_finds_what_the_attention_writes(name, dtype):
     """Where it is added as it is, post-norm blocks included; where a norm comes first, nothing is found."""
-    loaded = adopt(stored(name).to(dtype))
+    loaded = adopt(built(name).to(dtype))
     found = find_first_by_trial(loaded)
     if name in NORMED:
         assert found is None
