@@ -15,6 +15,7 @@ from avss.cut import cut, remap
 from avss.errors import UnsupportedArchitectureError, VerificationError
 from avss.models.load import adopt, load_model, save_model
 from avss.models.outline import EmptyModel
+from avss.models.proof import _moved_with_the_block
 from avss.models.shards import find_stack_path, lay_out, read_checkpoint
 from avss.models.stack import find_stack
 from avss.record import Plan
@@ -231,3 +232,32 @@ def test_the_path_on_disk_is_unique_for_every_architecture():
     for name in ARCHITECTURES:
         model = stored(name)
         assert find_stack_path(list(model.state_dict()), len(find_stack(model))) == find_stack(model).path
+
+
+def test_heads_that_time_whispers_words_follow_their_blocks_either_way(tmp_path):
+    sizes = {"encoder_layers": 3, "decoder_layers": 3}
+    model = small_model(transformers.WhisperForConditionalGeneration, "whisper", **sizes)
+    model.generation_config.alignment_heads = [[0, 1], [1, 0], [2, 1]]
+    model.generation_config._from_model_config = False  # as in Whisper's own files
+    model.save_pretrained(tmp_path / "model")
+    on_disk, in_memory = both_ways(tmp_path / "model", tmp_path, (1,))
+    same(on_disk, in_memory)
+    files = [json.loads((folder / "generation_config.json").read_text()) for folder in (on_disk, in_memory)]
+    assert files[0] == files[1]
+    assert files[0]["alignment_heads"] == [[0, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(("class_name", "model_type"), [("BeamForCausalLM", "beam"), ("ZayaForCausalLM", "zaya")])
+def test_what_only_outputs_would_show_is_refused_where_nothing_is_run(class_name, model_type, tmp_path):
+    small_model(getattr(transformers, class_name), model_type).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedArchitectureError, match="from the end only"):
+        prune_on_disk(str(tmp_path / "model"), PlanConfig(blocks="2"), out=tmp_path / "out", max_memory=NOTHING_RUN)
+    assert not (tmp_path / "out").exists()
+    prune_on_disk(str(tmp_path / "model"), PlanConfig(blocks="4"), out=tmp_path / "out", max_memory=NOTHING_RUN)
+
+
+def test_a_number_that_a_block_computes_with_is_no_place_in_a_cache():
+    """Beam scales by 2 (i + 1); LongCat's 2 i and 2 i + 1 are places in its cache."""
+    assert _moved_with_the_block("layer_idx", 4, 2, (2, 1))
+    assert _moved_with_the_block("layer_idx", 5, 3, (2, 1))
+    assert not _moved_with_the_block("attn_residual_add_idx", 6, 4, (2, 1))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from avss.cut import cut
 from avss.errors import AvssError, ConfigError, ModelLoadError
 from avss.models.forward import run_outputs
-from avss.models.load import Loaded, adopt, fingerprint, load_model, save_model
+from avss.models.load import Loaded, _model_class, adopt, fingerprint, load_model, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.record import Plan
@@ -129,6 +129,18 @@ def test_a_stock_class_stays_itself_where_own_code_may_run(tmp_path):
     folder = saved(ARCHITECTURES["bert-tokens"](), tmp_path / "m")
     loaded = load_model(folder, device="cpu", trust_remote_code=True)
     assert (type(loaded.model).__name__, loaded.head) == ("BertForTokenClassification", "other")
+
+
+def test_a_class_with_its_own_code_and_any_name_loads_by_the_auto_class_it_names(tmp_path):
+    """And a stock class whose repository brings code for it loads as itself where no auto class is named."""
+    config = transformers.LlamaConfig(architectures=["MyOmniThing"])
+    config.auto_map = {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.MyOmniThing"}
+    assert _model_class(config, "auto", trust_remote_code=True) == (transformers.AutoModelForCausalLM, "other")
+    config.architectures, config.auto_map = ["BertForTokenClassification"], {"AutoTokenizer": "m.T"}
+    assert _model_class(config, "auto", trust_remote_code=True) == (transformers.BertForTokenClassification, "other")
+    config.architectures = ["MyOmniThing"]
+    with pytest.raises(ModelLoadError, match="`MyOmniThing` is not a class of transformers"):
+        _model_class(config, "auto", trust_remote_code=False)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])

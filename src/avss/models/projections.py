@@ -130,11 +130,9 @@ def find_by_trial(loaded: Loaded) -> Projections | None:
                 run_body(loaded, token_ids)
             finally:
                 handle.remove()
-            moved, pushes = (outputs[-1] - plain).double(), push.double()
-            gain = float((moved * pushes).sum() / pushes.square().sum())
-            off = float((moved - gain * pushes).square().mean() / pushes.square().mean())
-            if gain > _LEAST_GAIN and off < max(_LARGEST_MISS, (2 * rounding) ** 2) * gain**2:
-                return Projections(attention=None, mlp=path, measured_gain=_rounded(gain, rounding))
+            gain = _multiple(outputs[-1] - plain, push, rounding)
+            if gain is not None:
+                return Projections(attention=None, mlp=path, measured_gain=gain)
     return None
 
 
@@ -163,7 +161,6 @@ def find_first_by_trial(loaded: Loaded) -> Projections | None:
         if given.shape[:-1] != token_ids.shape:
             return None
         rounding = max(torch.finfo(dtype).eps for dtype in (given.dtype, loaded.model.dtype))
-        limit = max(_LARGEST_MISS, (2 * rounding) ** 2)
         for path, module in block.named_modules():
             is_candidate = isinstance(module, nn.Linear | Conv1D) and matrix_of(module).shape[0] == given.shape[-1]
             if not is_candidate or not _is_linear(loaded, path):
@@ -187,13 +184,9 @@ def find_first_by_trial(loaded: Loaded) -> Projections | None:
             for state in read:
                 if state.shape != given.shape:
                     continue
-                added, draws = (state - given).double(), drawn.double()
-                gain = float((added * draws).sum() / draws.square().sum())
-                off = float((added - gain * draws).square().mean() / draws.square().mean())
-                if gain > _LEAST_GAIN and off < limit * gain**2:
-                    return Projections(
-                        attention=path, mlp=None, measured_gain=_rounded(gain, rounding), obstacle=_MANY_MAPS
-                    )
+                gain = _multiple(state - given, drawn, rounding)
+                if gain is not None:
+                    return Projections(attention=path, mlp=None, measured_gain=gain, obstacle=_MANY_MAPS)
     return None
 
 
@@ -203,7 +196,13 @@ _PUSH = 4.0
 """Size of a push, in standard deviations of what the block returns: well above what the sum is rounded by."""
 
 
-def _rounded(gain: float, rounding: float) -> float:
+def _multiple(moved: Tensor, push: Tensor, rounding: float) -> float | None:
+    """The positive factor by which one tensor is a multiple of the other, as far as rounding lets one tell, or None."""
+    moved, push = moved.double(), push.double()
+    gain = float((moved * push).sum() / push.square().sum())
+    off = float((moved - gain * push).square().mean() / push.square().mean())
+    if not (gain > _LEAST_GAIN and off < max(_LARGEST_MISS, (2 * rounding) ** 2) * gain**2):
+        return None
     return 1.0 if abs(gain - 1) < max(1e-4, rounding / 4) else gain
 
 
