@@ -52,8 +52,8 @@ def pinned_blocks(config: PretrainedConfig, stack: BlockStack) -> tuple[Pinned, 
     owner, count = stack.owner(config), len(stack)
     pins = facts_of(owner.model_type).pinned(owner.to_dict(), count)
     found = {pin.block % count: pin.reason for pin in pins}
-    for block in range(min(count, _num_deepstack(config, owner))):
-        found.setdefault(block, "features of an image are added to what it returns (each of the first blocks takes its own)")
+    reason = "features of an image are added to what it returns (each of the first blocks takes its own)"
+    found = dict.fromkeys(range(min(count, _num_deepstack(config, owner))), reason) | found
     return tuple(Pinned(block, reason) for block, reason in sorted(found.items()))
 
 
