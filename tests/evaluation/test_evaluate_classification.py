@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 
 from avss.config import TaskConfig
 from avss.errors import DataError, TaskError
 from avss.evaluation import evaluate_task, retention
+from avss.evaluation.base import standard_error
+from avss.evaluation.classification import placements
 from avss.evaluation.labelled import label_words, match_classifier, read_labelled
 from avss.evaluation.scoring import score_continuations
 from avss.evaluation.shots import Shots
@@ -364,3 +367,57 @@ def test_words_that_are_not_the_datas_are_not_guessed():
     rows = [{"text": "awful", "label": "neg"}, {"text": "fine", "label": "pos"}]
     with pytest.raises(DataError, match=r"labels of `reviews` are `neg`, `pos`, and those named are `positive`"):
         read_labelled(rows, "reviews", names=("positive", "negative"))
+
+
+# --- the area under the ROC curve ---
+
+
+def slow_area(labels, margins):
+    """Every pair of items with different labels, one after the other."""
+    rows = list(zip(labels, margins, strict=True))
+    pairs = [(m, o) for one, m in rows for other, o in rows if one > other]
+    return sum(1.0 if m > o else 0.5 if m == o else 0.0 for m, o in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_placements_average_to_the_area_and_spread_as_delong_says(seed):
+    draw = np.random.default_rng(seed)
+    labels = (draw.random(200) < 0.3).astype(int)
+    margins = np.round(labels * draw.normal(0.8, 1, 200) + draw.normal(0, 1, 200), 1)  # with ties
+    found = placements(labels, margins)
+    positive, negative = margins[labels == 1], margins[labels == 0]
+    statistic = mannwhitneyu(positive, negative).statistic
+    assert found.mean() == pytest.approx(statistic / (len(positive) * len(negative)), abs=1e-12)
+    assert found.mean() == pytest.approx(slow_area(labels, margins), abs=1e-12)
+
+    def share(m, others):
+        return np.mean(m > others) + np.mean(m == others) / 2
+
+    parts = [np.array([share(m, negative) for m in positive]), np.array([1 - share(m, positive) for m in negative])]
+    delong = math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
+    assert standard_error(found) == pytest.approx(delong, rel=0.02)
+
+
+def test_the_area_does_not_ask_where_the_line_is():
+    labels, margins = np.array([0, 0, 1, 1]), np.array([-9.0, -8.0, -7.0, -6.0])
+    assert placements(labels, margins).tolist() == [1, 1, 1, 1]
+    assert placements(labels, -margins).mean() == 0
+    assert placements(labels, np.zeros(4)).mean() == 0.5
+    assert placements(labels, np.full(4, np.nan)).mean() == 0
+
+
+def test_two_labels_have_an_area_and_more_have_none(causal, tmp_path):
+    rows = [
+        (text, index % 2) for index, text in enumerate(["a cat", "the dog sees", "rain", "a red bird", "snow", "wind"])
+    ]
+    data = table(tmp_path, *(f"{text},{label}" for text, label in rows))
+    (result,) = evaluate_task([causal], word_task(data, labels=("red", "green")))
+    pairs = [(f"{text} .", f" {word}") for text, _ in rows for word in ("red", "green")]
+    scores = score_continuations([causal], pairs, batch_size=1)[0].reshape(-1, 2)
+    labels = [label for _, label in rows]
+    assert result["auroc"].value == pytest.approx(slow_area(labels, scores[:, 1] - scores[:, 0]))
+    assert (result["auroc"].chance, result["auroc"].num_samples) == (0.5, 6)
+    assert [one.metric for one in result.measurements] == ["accuracy", "auroc"]
+    one_kind = table(tmp_path, *(f"{text},0" for text, _ in rows))
+    (result,) = evaluate_task([causal], word_task(one_kind, labels=("red", "green")))
+    assert [one.metric for one in result.measurements] == ["accuracy"]

@@ -13,17 +13,22 @@ WORDS = [
 VOCABULARY = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
 
 
-def word_tokenizer(*, adds: str = "") -> PreTrainedTokenizerFast:
+def word_tokenizer(*, adds: str = "", end: int | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer that splits at spaces and punctuation.
 
     Args:
         adds: What it puts around a text: nothing, `bos` (before it) or `cls` (`[CLS] ... [SEP]`).
+        end: A token that comes after it with `bos`, where a model wants one.
     """
     core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     if adds == "bos":
+        last = core.id_to_token(end) if end is not None else None
+        around = ["[BOS]", *([last] if last is not None else [])]
         core.post_processor = processors.TemplateProcessing(
-            single="[BOS] $A", pair="[BOS] $A $B", special_tokens=[("[BOS]", VOCABULARY["[BOS]"])]
+            single=f"[BOS] $A {last or ''}".strip(),
+            pair=f"[BOS] $A $B {last or ''}".strip(),
+            special_tokens=[(token, VOCABULARY[token]) for token in dict.fromkeys(around)],
         )
     elif adds == "cls":
         core.post_processor = processors.TemplateProcessing(

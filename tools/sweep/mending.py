@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import torch
-from tests.support.tokenizers import WORDS, word_tokenizer
+from tests.support.tokenizers import VOCABULARY, WORDS, word_tokenizer
 from tools.sweep.laws import BrokenLawError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def mend(model: PreTrainedModel) -> dict[str, str]:
         BrokenLawError: A law does not hold.
         UnsupportedArchitectureError: There is no stack, it reads no text, or no cut is possible.
     """
-    loaded = adopt(model, word_tokenizer(adds="bos"))
+    loaded = adopt(model, word_tokenizer(adds="bos", end=_end_id(model)))
     if not loaded.reads_text:
         raise UnsupportedArchitectureError(f"`{type(model).__name__}` reads something else than text.")
     plan, smaller = _cut_somewhere(loaded)
@@ -46,6 +46,13 @@ def mend(model: PreTrainedModel) -> dict[str, str]:
     if any(_changed(old, _state(one)) for old, one in zip(before, (loaded, smaller), strict=True)):
         raise BrokenLawError("mending changed the model that it was given")
     return found
+
+
+def _end_id(model: PreTrainedModel) -> int | None:
+    """The token at which a classifier of the BART and T5 kind reads; None for models that look for none."""
+    config = model.config.get_text_config()
+    end = getattr(config, "eos_token_id", None)
+    return end if model.config.is_encoder_decoder and isinstance(end, int) and end < len(VOCABULARY) else None
 
 
 def _cut_somewhere(loaded: Loaded) -> tuple[Plan, Loaded]:
@@ -70,6 +77,8 @@ def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 def _repaired(loaded: Loaded, smaller: Loaded, plan: Plan) -> str:
     draw = torch.Generator().manual_seed(1)
     sequences = tuple(torch.randint(8, min(50, loaded.vocabulary), (16,), generator=draw) for _ in range(16))
+    if (end := _end_id(loaded.model)) is not None:
+        sequences = tuple(torch.cat([sequence[:-1], torch.tensor([end])]) for sequence in sequences)
     facts = DataFacts(
         source="drawn", layout="packed", num_sequences=16, seq_len=16, num_tokens=256, batch_size=4, seed=1,
         content_hash="drawn",

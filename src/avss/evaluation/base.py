@@ -35,8 +35,9 @@ class TaskResult:
     Attributes:
         measurements: One per metric, the most important first.
         samples: Metric -> one value per item, `[N]`, whose mean is the measurement's value: 1 or 0 for an accuracy, the
-            mean nats per token of each window for a loss. Metrics that are no mean over items have no entry (speed; a
-            perplexity is the exponential of the mean of the loss's entry).
+            mean nats per token of each window for a loss, an item's share of an area under the ROC curve. Metrics that
+            are no mean over items have no entry (speed; a perplexity is the exponential of the mean of the loss's
+            entry).
         predictions: Metric -> index of the answer given to each item, `[N]`; accuracies only.
 
     All results of one `evaluate_task` call have their items in the same order.
