@@ -26,6 +26,7 @@ from avss.compensation.workpiece import Workpiece
 from avss.cut import cut
 from avss.data.batches import Batches
 from avss.errors import ConfigError, DataError
+from avss.models import projections
 from avss.models.forward import run_outputs
 from avss.models.load import Loaded, adopt
 from avss.models.projections import (
@@ -34,6 +35,7 @@ from avss.models.projections import (
     by_token,
     find_by_trial,
     find_first_by_trial,
+    find_normed_by_trial,
     find_projections,
     matrix_of,
     set_linear,
@@ -159,6 +161,37 @@ def test_a_trial_finds_what_the_attention_writes(name, dtype):
     assert found is not None
     assert (found.attention, found.mlp) == (FACTS[name].attention, None)
     assert found.gain(loaded.model.config) == pytest.approx(FACTS[name].gain(loaded.model.config), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_trial_finds_what_is_normalised_before_it_is_added(name, dtype):
+    """Both maps of the blocks that do so, and nothing in any other, post-norm blocks included."""
+    found = find_normed_by_trial(adopt(built(name).to(dtype)))
+    assert found == (FACTS[name] if name in NORMED else None)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type", "last"),
+    [
+        ("Exaone4ForCausalLM", "exaone4", "mlp.down_proj"),
+        ("Gemma4ForCausalLM", "gemma4_text", "per_layer_projection"),
+        ("Glm4ForCausalLM", "glm4", "mlp.down_proj"),
+        ("Olmo3ForCausalLM", "olmo3", "mlp.down_proj"),
+        ("Olmo2ForCausalLM", "olmo2", "mlp.down_proj"),
+    ],
+)
+def test_types_without_facts_that_normalise_what_they_write_are_steered(class_name, model_type, last, monkeypatch):
+    monkeypatch.setattr(projections, "PROJECTIONS", {})
+    loaded = adopt(tiny(class_name, model_type)())
+    plan = without(len(loaded.stack), len(loaded.stack) // 2)
+    smaller = cut(loaded, plan)
+    facts = find_projections(smaller)
+    assert facts is not None
+    assert facts.writers == ("self_attn.o_proj", last)
+    repaired, story = compensate(loaded, smaller, plan, random_text(), method="steer", rounds=1)
+    assert story.before >= story.after
+    assert story.applied == (repaired is not smaller)
 
 
 @pytest.mark.parametrize(

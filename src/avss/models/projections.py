@@ -1,7 +1,8 @@
 """Where a block writes to the residual stream: what a repair without training can solve for.
 
 Facts by model type, each held by the tests; for any other type, what a trial on the model itself shows. A type whose
-blocks normalise what they write is left alone by the methods that need an exact sum, with the reason.
+blocks normalise what they write is left alone by the methods that need an exact sum, with the reason; its maps can
+still be steered.
 """
 
 import contextlib
@@ -60,9 +61,8 @@ class Projections:
 
 _LLAMA = Projections(attention="self_attn.o_proj", mlp="mlp.down_proj")
 _BERT = Projections(attention="attention.output.dense", mlp="output.dense", closing_norm="output.LayerNorm")
-_NORMED = dataclasses.replace(
-    _LLAMA, obstacle="its blocks normalise what they write to the residual stream, so no linear solve fits it exactly"
-)
+_NORMED_WRITES = "its blocks normalise what they write to the residual stream, so no linear solve fits it exactly"
+_NORMED = dataclasses.replace(_LLAMA, obstacle=_NORMED_WRITES)
 
 PROJECTIONS: Mapping[str, Projections] = {
     "bert": _BERT,
@@ -92,7 +92,7 @@ def find_projections(loaded: Loaded) -> Projections | None:
     facts = PROJECTIONS.get(loaded.owner.model_type)
     if facts is not None and all(_is_linear(loaded, path) for path in facts.writers):
         return facts
-    return find_by_trial(loaded) or find_first_by_trial(loaded)
+    return find_by_trial(loaded) or find_normed_by_trial(loaded) or find_first_by_trial(loaded)
 
 
 def find_by_trial(loaded: Loaded) -> Projections | None:
@@ -102,38 +102,26 @@ def find_by_trial(loaded: Loaded) -> Projections | None:
     returns by the same multiple of each push. Post-norm blocks and normalised outputs do not pass, and nor does a map
     whose outputs are not one row a token.
     """
-    blocks = loaded.stack.blocks
-    block = blocks[len(blocks) // 2]
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=generator)
-    with block_output(block) as outputs:
-        run_body(loaded, token_ids)
-        if not outputs:  # words alone do not reach this stack
-            return None
-        plain = outputs[-1]
-        width, tokens = plain.shape[-1], plain.shape[:-1]
-        if tokens != token_ids.shape:
-            return None
-        rounding = max(torch.finfo(dtype).eps for dtype in (plain.dtype, loaded.model.dtype))
-        for path, module in reversed(list(block.named_modules())):
-            is_candidate = isinstance(module, nn.Linear | Conv1D) and matrix_of(module).shape[0] == width
-            if not is_candidate or not _is_linear(loaded, path):
-                continue
-            push = _PUSH * torch.randn(plain.shape, generator=generator).to(plain) * plain.std()
-
-            def pushed(_: nn.Module, __: Any, output: Tensor, push: Tensor = push) -> Tensor:
-                fits = by_token(output, tokens).shape == push.shape
-                return output + push.reshape(output.shape) if fits else output
-
-            handle = module.register_forward_hook(pushed)
-            try:
-                run_body(loaded, token_ids)
-            finally:
-                handle.remove()
-            gain = _multiple(outputs[-1] - plain, push, rounding)
+    with _Trial.of(loaded) as trial:
+        for path, module in reversed(trial.candidates()):
+            gain = trial.last_gain(module)
             if gain is not None:
                 return Projections(attention=None, mlp=path, measured_gain=gain)
     return None
+
+
+def find_normed_by_trial(loaded: Loaded) -> Projections | None:
+    """Looks for the linear maps whose outputs a block normalises and then adds to the residual stream, first and last.
+
+    What reads the output of each candidate next is tried in its place, as for maps that write themselves.
+    """
+    with _Trial.of(loaded) as trial:
+        read = [(path, reader) for path, module in trial.candidates() if (reader := trial.reader(module)) is not None]
+        first = next((path for path, reader in read if trial.first_gain(reader) is not None), None)
+        last = next((path for path, reader in reversed(read) if trial.last_gain(reader) is not None), None)
+    if first is None and last is None:
+        return None
+    return Projections(attention=first if first != last else None, mlp=last, obstacle=_NORMED_WRITES)
 
 
 def find_first_by_trial(loaded: Loaded) -> Projections | None:
@@ -143,51 +131,124 @@ def find_first_by_trial(loaded: Loaded) -> Projections | None:
     block is drawn at random instead: if the map writes to the stream, something later in the block reads $x + g\,r$,
     where $x$ is what the block was given.
     """
-    blocks = loaded.stack.blocks
-    block = blocks[len(blocks) // 2]
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=generator)
-    entering: list[Tensor] = []
-
-    def observe(index: int, before: Tensor, _: Tensor) -> None:
-        if index == len(blocks) // 2:
-            entering.append(before)
-
-    with hooked(loaded.stack, observe):
-        run_body(loaded, token_ids)
-        if not entering:
-            return None
-        given = entering[-1]
-        if given.shape[:-1] != token_ids.shape:
-            return None
-        rounding = max(torch.finfo(dtype).eps for dtype in (given.dtype, loaded.model.dtype))
-        for path, module in block.named_modules():
-            is_candidate = isinstance(module, nn.Linear | Conv1D) and matrix_of(module).shape[0] == given.shape[-1]
-            if not is_candidate or not _is_linear(loaded, path):
-                continue
-            drawn = _PUSH * torch.randn(given.shape, generator=generator).to(given) * given.std()
-            read: list[Tensor] = []
-
-            def remember(_: nn.Module, args: tuple[Any, ...], read: list[Tensor] = read) -> None:
-                read += [one for one in args[:1] if isinstance(one, Tensor)]
-
-            def replaced(_: nn.Module, __: Any, output: Tensor, drawn: Tensor = drawn) -> Tensor | None:
-                return drawn.reshape(output.shape) if output.numel() == drawn.numel() else None
-
-            handles = [module.register_forward_hook(replaced)]
-            handles += [one.register_forward_pre_hook(remember) for one in block.modules() if one is not block]
-            try:
-                run_body(loaded, token_ids)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for state in read:
-                if state.shape != given.shape:
-                    continue
-                gain = _multiple(state - given, drawn, rounding)
-                if gain is not None:
-                    return Projections(attention=path, mlp=None, measured_gain=gain, obstacle=_MANY_MAPS)
+    with _Trial.of(loaded) as trial:
+        for path, module in trial.candidates():
+            gain = trial.first_gain(module)
+            if gain is not None:
+                return Projections(attention=path, mlp=None, measured_gain=gain, obstacle=_MANY_MAPS)
     return None
+
+
+class _Trial:
+    """A middle block in use, on drawn tokens: which modules' outputs does it add to the residual stream?
+
+    Attributes:
+        block: The block.
+        given: What it was given, `[B, T, D]`; None where words alone do not reach the stack, or not one row a token.
+        plain: What it returned.
+    """
+
+    def __init__(self, loaded: Loaded, outputs: list[Tensor]) -> None:
+        self._loaded, self._outputs = loaded, outputs
+        self.block = _middle(loaded)
+        self._generator = torch.Generator().manual_seed(0)
+        self._token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=self._generator)
+        entering: list[Tensor] = []
+        middle = len(loaded.stack.blocks) // 2
+
+        def observe(index: int, before: Tensor, _: Tensor) -> None:
+            if index == middle:
+                entering.append(before)
+
+        with hooked(loaded.stack, observe):
+            self._run()
+        self.given = entering[-1] if entering and entering[-1].shape[:-1] == self._token_ids.shape else None
+        self.plain = outputs[-1] if outputs and outputs[-1].shape[:-1] == self._token_ids.shape else None
+        dtypes = [one.dtype for one in (self.given, self.plain) if one is not None]
+        self._rounding = max(torch.finfo(dtype).eps for dtype in (*dtypes, loaded.model.dtype))
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, loaded: Loaded) -> Iterator["_Trial"]:
+        with block_output(_middle(loaded)) as outputs:
+            yield cls(loaded, outputs)
+
+    def candidates(self) -> list[tuple[str, nn.Module]]:
+        """The linear maps as wide as the stream that every block has, in the order of their names."""
+        state = self.plain if self.plain is not None else self.given
+        if state is None:
+            return []
+        return [
+            (path, module)
+            for path, module in self.block.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+            and matrix_of(module).shape[0] == state.shape[-1]
+            and _is_linear(self._loaded, path)
+        ]
+
+    def last_gain(self, module: nn.Module) -> float | None:
+        """The multiple of a push of the module's output by which what the block returns moves, or None."""
+        plain = self.plain
+        if plain is None:
+            return None
+        push = _PUSH * torch.randn(plain.shape, generator=self._generator).to(plain) * plain.std()
+        tokens = plain.shape[:-1]
+
+        def pushed(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            fits = by_token(output, tokens).shape == push.shape
+            return output + push.reshape(output.shape) if fits else output
+
+        self._run(module.register_forward_hook(pushed))
+        return _multiple(self._outputs[-1] - plain, push, self._rounding)
+
+    def first_gain(self, module: nn.Module) -> float | None:
+        """The multiple of a drawn output of the module that the block's input has gained where something reads it."""
+        given = self.given
+        if given is None:
+            return None
+        drawn = _PUSH * torch.randn(given.shape, generator=self._generator).to(given) * given.std()
+        read: list[Tensor] = []
+
+        def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+            read.extend(one for one in args[:1] if isinstance(one, Tensor))
+
+        def replaced(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            return drawn.reshape(output.shape) if output.numel() == drawn.numel() else None
+
+        self._run(
+            module.register_forward_hook(replaced),
+            *(one.register_forward_pre_hook(remember) for one in self.block.modules() if one is not self.block),
+        )
+        gains = (_multiple(state - given, drawn, self._rounding) for state in read if state.shape == given.shape)
+        return next((gain for gain in gains if gain is not None), None)
+
+    def reader(self, module: nn.Module) -> nn.Module | None:
+        """The module, no map itself, that makes something else of this one's output as it is; None without one."""
+        written: list[Any] = []
+        found: list[nn.Module] = []
+
+        def write(_: nn.Module, __: Any, output: Any) -> None:
+            written.append(output)
+
+        def read(other: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            is_read = bool(written and args) and args[0] is written[-1]
+            if is_read and isinstance(output, Tensor) and not torch.equal(output, args[0]):
+                found.append(other)
+
+        others = [one for one in self.block.modules() if one is not module and not isinstance(one, nn.Linear | Conv1D)]
+        self._run(module.register_forward_hook(write), *(one.register_forward_hook(read) for one in others))
+        return found[0] if found else None
+
+    def _run(self, *handles: Any) -> None:
+        try:
+            run_body(self._loaded, self._token_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _middle(loaded: Loaded) -> nn.Module:
+    return loaded.stack.blocks[len(loaded.stack.blocks) // 2]
 
 
 _MANY_MAPS = "what its blocks write last is not the plain output of one linear map (but of experts, or a norm)"
