@@ -287,7 +287,7 @@ class TaskSettings(Settings):
     limit: int | None = Field(default=None, ge=1)
     """Windows or items at most; a seeded draw."""
     seq_len: int = Field(default=512, ge=2)
-    """Tokens in a perplexity window."""
+    """Tokens in a perplexity window, and of a text compared by `similarity`."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences in a forward pass."""
     seed: int = Field(default=0, ge=0)

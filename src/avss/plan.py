@@ -255,6 +255,12 @@ def check_search(search: SearchConfig, plan: PlanConfig, *, repairs: bool) -> No
         refuse_unread(finalists, "a search by `kl` whose cut is repaired, and this is none", "`--compensate auto`")
 
 
+def files_of(config: PlanConfig, search: SearchConfig) -> list[str | None]:
+    """What choosing blocks reads besides the model and its text: an earlier search, the data of tasks."""
+    tasks = [task for task in (config.retention_task, search.task) if task is not None]
+    return [config.from_search, *(source for task in tasks for source in (task.data, task.shots_data))]
+
+
 def check_plain(config: PlanConfig, *, stack: str = "auto") -> None:
     """A cut from file to file has no model to measure, so it takes scores, or the blocks themselves, only.
 

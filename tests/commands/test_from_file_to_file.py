@@ -188,12 +188,14 @@ def test_scores_are_compared_by_what_both_sides_know(llama_folder):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("--count", 1), ("block-influence", "needs text", "first, last, random", "--scores")),
+        (("--count", 1), ("block-influence", "needs the model in memory", "first, last, random", "--scores")),
         (("--blocks", "99"), ("`99`", "0 to 4")),
         (("--blocks", "0-4"), ("removes all",)),
         (("--blocks", "1", "--max-memory", "much"), ("much", "300MB")),
         (("--blocks", "1", "--max-memory", "-3GB"), ("-3GB",)),
         (("--blocks", "1", "--format", "gguf"), ("--on-disk",)),
+        (("--blocks", "1", "--dtype", "bfloat16"), ("keeps every weight", "--dtype")),
+        (("--count", 1, "--criterion", "magnitude"), ("magnitude", "in memory")),
         (("--count", 9, "--criterion", "last"), ("cannot be removed",)),
     ],
 )
@@ -285,6 +287,26 @@ def test_amounts_of_memory():
         assert PlanConfig.model_validate({"max_bytes": text}).max_bytes == parse_bytes(text)
 
 
+def test_the_proof_runs_where_the_user_says_and_else_on_the_cpu(avss_command, llama_folder, tmp_path, monkeypatch):
+    from avss.composer import proof
+
+    devices = []
+    prove = proof.prove_saved
+    monkeypatch.setattr(
+        proof, "prove_saved", lambda *args, **rest: devices.append(rest["device"]) or prove(*args, **rest)
+    )
+    for place, arguments in enumerate([(), ("--device", "cpu")]):
+        answer = avss_command(
+            "prune", llama_folder, "--on-disk", "--blocks", 2, "--out", tmp_path / str(place), *arguments
+        )
+        assert answer.code == 0, answer.err
+    prove_saved = avss_command(
+        "prune", llama_folder, "--on-disk", "--blocks", 2, "--out", tmp_path / "x", "--device", "no"
+    )
+    assert prove_saved.code == 2
+    assert devices == ["cpu", "cpu", "no"]
+
+
 def test_what_fits_is_told_by_the_parameters(llama_folder, tmp_path):
     checkpoint = read_checkpoint(llama_folder)
     needed = memory_needed(checkpoint.num_values)
@@ -311,8 +333,16 @@ def test_what_fits_is_told_of_a_hub_model_before_it_is_downloaded(llama_folder, 
     assert fits_memory("owner/name", max_memory=needed, revision="old") is None
     assert "cut on disk" in (fits_memory("owner/name", max_memory=needed - 1) or "")
     assert asked == [("owner/name", "old"), ("owner/name", None)]
-    monkeypatch.setattr("avss.composer.disk.get_safetensors_metadata", not_cached)
-    assert fits_memory("owner/name", max_memory=1) is None
+
+    class NoNetworkError(Exception):
+        """Of whichever library asks: no kin of `OSError`."""
+
+    def unreachable(*_, **__):
+        raise NoNetworkError
+
+    for error in (not_cached, unreachable):
+        monkeypatch.setattr("avss.composer.disk.get_safetensors_metadata", error)
+        assert fits_memory("owner/name", max_memory=1) is None
 
 
 def parse_safetensors_file(path: Path) -> SafetensorsFileMetadata:
@@ -393,6 +423,20 @@ def test_prune_to_gguf_refuses(avss_command, gguf_file, tmp_path, arguments, par
     answer = avss_command("prune", gguf_file, "--format", "gguf", "--out", tmp_path / "x", "--quiet", *arguments)
     refused(answer, *parts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_healed_gguf_cut_is_an_ordinary_checkpoint_and_says_so(avss_command, gguf_file, text_file, tmp_path):
+    cut, healed = tmp_path / "cut", tmp_path / "healed"
+    assert avss_command("prune", gguf_file, "--blocks", 1, "--format", "gguf", "--out", cut, "--quiet").code == 0
+    arguments = ("--teacher", gguf_file, "--data", text_file, "--budget", "200 tokens", "--seq-len", 16)
+    answer = avss_command("heal", cut, *arguments, "--out", healed, "--quiet")
+    assert answer.code == 0, answer.err
+    one = RunRecord.read(healed).cuts[0]
+    assert one.file_format == "safetensors"
+    assert [change.field for change in one.changes if "block_count" in change.field] == []
+    card = (healed / "README.md").read_text()
+    assert "from_pretrained" in card
+    assert "llama-cli" not in card
 
 
 def test_only_gguf_files_become_gguf_files(avss_command, llama_folder, tmp_path):

@@ -155,6 +155,27 @@ def test_the_api_heals_what_prune_returned(llama_folder, text_file):
     assert not all(torch.equal(before[name], value) for name, value in healed.model.state_dict().items())
 
 
+def test_what_prune_returned_knows_the_model_it_was_cut_from(llama_folder, text_file):
+    import avss
+
+    small = avss.prune(str(llama_folder), blocks=[2])
+    healed = avss.heal(small, data=str(text_file), budget="200 tokens", seq_len=16, validations=1)
+    assert healed.record.cuts[0].healing is not None
+
+
+def test_a_run_is_not_thrown_away_for_its_healed_model(avss_command, llama_folder, text_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--blocks", "2", "--data", text_file, "--samples", 4, "--seq-len", 16, "--out", out)
+    done = avss_command("run", llama_folder, *arguments, "--task", f"perplexity={text_file}", "--limit", 2)
+    assert done.code == 0, done.err
+    healing = ("--teacher", llama_folder, "--data", text_file, "--budget", "200 tokens", "--seq-len", 16)
+    answer = avss_command("heal", out, *healing, "--out", out, "--force")
+    assert (answer.code, "which is read here" in answer.err) == (2, True)
+    assert (out / "report.html").is_file()
+    answer = avss_command("heal", out, *healing, "--out", out / "model", "--force")
+    assert answer.code == 0, answer.err
+
+
 def test_what_prune_returned_is_healed_as_its_folder_would_be(llama_folder, text_file, tmp_path):
     """In the dtype it is stored in, whatever it computes in, and with the files that belong to it."""
     import avss

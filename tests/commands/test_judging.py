@@ -129,6 +129,15 @@ def test_compare_takes_another_text_for_damage(llama_folder, text_file):
     assert record.data.source == text_file.name
 
 
+def test_compare_takes_whole_settings_for_the_text_of_damage(llama_folder, text_file):
+    other = avss.DataConfig(source="builtin", samples=3, seq_len=16)
+    record = avss.compare(
+        llama_folder, str(text_file), damage_data=other, criteria="avss,random", samples=4, seq_len=16
+    )
+    found = record.comparison.damage.data
+    assert (found.source, found.num_sequences, found.seq_len) == ("builtin", 3, 16)
+
+
 def test_stability_over_seeds_amounts_and_texts(avss_command, llama_folder, text_file, tmp_path):
     out = tmp_path / "stability"
     answer = avss_command(

@@ -188,15 +188,15 @@ def test_a_changed_byte_is_noticed(tmp_path):
     assert check_copy(source, rename, written) == []
 
 
-def test_a_byte_in_the_middle_is_noticed_by_the_full_comparison(tmp_path):
+def test_a_byte_in_the_middle_is_noticed(tmp_path):
     source = read_checkpoint(single(tmp_path / "source", {**state(), "h.3.w": torch.randn(300, 300)}))
     (tmp_path / "target").mkdir()
     written = lay_out(source, rename, tmp_path / "target")
     fill(source, rename, written)
     tensor = written.tensors["h.1.w"]
     _damage(tmp_path / "target", tensor.start + tensor.num_bytes // 2)
-    assert check_copy(source, rename, written) == []  # it looks at both ends only
-    assert compare_bytes(source, rename, written) == ["the bytes of `h.1.w` are not those of `h.3.w`"]
+    for found in (check_copy(source, rename, written), compare_bytes(source, rename, written)):
+        assert found == ["the bytes of `h.1.w` are not those of `h.3.w`"]
 
 
 def test_files_without_their_bytes_are_noticed(tmp_path):

@@ -790,7 +790,7 @@ def test_adapters_without_peft_say_what_to_install(patient, text, small, monkeyp
 
     monkeypatch.setitem(sys.modules, "peft", None)
     one = patient()
-    with pytest.raises(ConfigError, match=r"pip install 'avss-layers\[heal\]'"):
+    with pytest.raises(ConfigError, match=r"pip install peft"):
         heal(one.dense, one.smaller, one.plan, text, small(weights="lora"))
 
 

@@ -266,3 +266,8 @@ def test_data_are_read_for_names_of_labels_only_where_the_task_names_none():
     assert task_forms([task])[0] == (classification.DEFAULT_TEMPLATE + " {a|b}",)
     with pytest.raises(DataError, match="nowhere"):
         task_forms([TaskConfig(kind="classification", data="nowhere.csv")])
+
+
+def test_a_form_asks_for_the_words_that_the_evaluation_asks_for(reviews):
+    task = TaskConfig(kind="classification", data=reviews, labels=("down=awful", "up=great"))
+    assert task_forms([task])[0] == (classification.DEFAULT_TEMPLATE + " {awful|great}",)

@@ -93,7 +93,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 def test_without_pillow_its_name_is_told(tmp_path, monkeypatch):
     folder = draw_images(tmp_path / "pictures", 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'avss-layers\[images\]'"):
+    with pytest.raises(DataError, match=r"pip install pillow"):
         find_images(folder)
 
 

@@ -292,6 +292,13 @@ def test_half_precision_computes_wide_on_a_cpu_and_is_saved_bit_for_bit(tmp_path
     assert loaded.model.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("stored", "compute"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_a_half_that_does_not_hold_the_other_is_not_stored_as_it(tmp_path, stored, compute):
+    folder = saved(ARCHITECTURES["llama"]().to(getattr(torch, stored)), tmp_path / "half")
+    loaded = load_model(folder, dtype=compute, device="cpu")
+    assert loaded.model.dtype == loaded.stored_dtype == getattr(torch, compute)
+
+
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "gpt2", "granite", "llama", "bert", "electra", "phi3"])
 def test_widening_gives_what_transformers_would_compute_in_float32(tmp_path, name):
     """Constants that are no weights (embedding scales, frequencies) must not keep the rounding of a narrow load."""

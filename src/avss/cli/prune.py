@@ -65,7 +65,7 @@ def command(
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
-    from avss.plan import check_one_target, check_plain, check_search
+    from avss.plan import check_one_target, check_plain, check_search, files_of
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
     for_tasks = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed}
@@ -105,7 +105,7 @@ def command(
     if on_disk and file_format == "gguf":
         raise ConfigError("`--format gguf` cuts from file to file anyway. Leave out `--on-disk`.")
     allowed = parse_bytes(max_memory) if max_memory is not None else None
-    check_free(out, force=force, sources=(model, data, scores))
+    check_free(out, force=force, sources=(model, data, scores, *files_of(plan, build(SearchConfig, search))))
     reason = None
     if on_disk is None and file_format == "safetensors":
         reason = disk.fits_memory(model, max_memory=allowed, dtype=dtype, revision=revision)
@@ -114,6 +114,8 @@ def command(
     in_memory = not (on_disk or reason or file_format == "gguf")
     if not in_memory:
         check_plain(plan, stack=stack)
+        if dtype != "auto":
+            raise ConfigError("A cut from file to file keeps every weight as it is stored. Leave out `--dtype`.")
     check_compensation(compensate, in_memory=in_memory)
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
@@ -121,7 +123,7 @@ def command(
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:
-            loading["trust_remote_code"] = trust_remote_code
+            loading |= {"trust_remote_code": trust_remote_code, "device": device}
             record = disk.prune_on_disk(
                 model, plan, seed=seed, max_memory=allowed, note=reason, stages=stages, **common, **loading
             )

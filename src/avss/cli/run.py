@@ -56,7 +56,11 @@ def command(
         str | None, typer.Option(help="Repair by training: a budget such as 30m or 2M.", show_default="none")
     ] = None,
     heal_data: Annotated[
-        str | None, typer.Option(help="Text to train on.", show_default="the calibration text")
+        str | None,
+        typer.Option(
+            help="Text to train on; without --heal for 30m, or under --quality best for what is left of --time.",
+            show_default="the calibration text",
+        ),
     ] = None,
     quality: Annotated[
         str | None, typer.Option(help="best: search, repair and heal within --time.", show_default="plain")

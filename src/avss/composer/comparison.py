@@ -123,7 +123,8 @@ def _parts(
     """What to score on, and what else to measure damage on."""
     judged = {**settings, "samples": damage_samples, "batch_size": DAMAGE_BATCH_SIZE}
     if damage_data is not None:
-        return calibration(loaded, data, **settings), calibration(loaded, damage_data, **judged)
+        whole = isinstance(damage_data, DataConfig)
+        return calibration(loaded, data, **settings), calibration(loaded, damage_data, **({} if whole else judged))
     if isinstance(data, DataConfig):
         data, settings = data.source, {**data.model_dump(exclude={"source"}), **settings}
     samples = int(settings.get("samples", DataConfig().samples))

@@ -17,8 +17,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
-    SafetensorsParsingError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -91,7 +89,7 @@ def _num_values(source: str, revision: str | None) -> int | None:
             cached = snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True)
             return read_checkpoint(Path(cached)).num_values
         return sum(get_safetensors_metadata(source, revision=revision).parameter_count.values())
-    except (ModelLoadError, NotASafetensorsRepoError, SafetensorsParsingError, *_HUB_ERRORS):
+    except Exception:  # no network has many names; whoever loads the model says what is wrong
         return None
 
 
@@ -274,9 +272,9 @@ def check_unseen(config: PlanConfig, scores: str | Path | None) -> None:
     elif config.blocks is None and criterion.needs:
         blind = ", ".join(name for name, one in CRITERIA.items() if not one.needs)
         raise ConfigError(
-            f"`{config.criterion}` needs text to pass through the model, and a cut on disk does not load it. Name the "
-            f"blocks with `--blocks`; or choose by {blind}; or give scores made where the model fits (`avss score "
-            "MODEL --out DIR`, then `--scores DIR`)."
+            f"`{config.criterion}` needs the model in memory, to pass text through it or to read its weights, and a "
+            f"cut on disk does not load it. Name the blocks with `--blocks`; or choose by {blind}; or give scores made "
+            "where the model fits (`avss score MODEL --out DIR`, then `--scores DIR`)."
         )
 
 
@@ -291,6 +289,7 @@ def prune_on_disk(
     head: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str = "auto",
     seed: int = 0,
     command: str | None = None,
     note: str | None = None,
@@ -311,6 +310,7 @@ def prune_on_disk(
         head: What the model is used as; `auto` takes the class named in its config.
         revision: Hub branch, tag or commit.
         trust_remote_code: Whether code that comes with the model may run.
+        device: Where the result is run to verify it; `auto` is the CPU, whose memory it was measured against.
         seed: For the criterion `random`.
         command: The command to note in the record.
         note: A sentence for the record, e.g. why it was cut on disk.
@@ -360,7 +360,7 @@ def prune_on_disk(
                 )
             fits = memory_needed(checkpoint.num_values) <= (max_memory or psutil.virtual_memory().available)
             proof = (
-                _prove(readable, target, plan, head=head, trust_remote_code=trust_remote_code)
+                _prove(readable, target, plan, head=head, trust_remote_code=trust_remote_code, device=device)
                 if fits
                 else Verification(reload_strict=True, bytes_equal=True, outputs_compared=False)
             )
@@ -423,10 +423,10 @@ def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], renam
         )
 
 
-def _prove(source: Path, folder: Path, plan: Plan, *, head: str, trust_remote_code: bool) -> Verification:
+def _prove(source: Path, folder: Path, plan: Plan, *, device: str, **loading: Any) -> Verification:
     # From here on the model is in memory, and so may torch be.
     proof = importlib.import_module("avss.composer.proof")
-    found = proof.prove_saved(source, folder, plan, head=head, trust_remote_code=trust_remote_code)
+    found = proof.prove_saved(source, folder, plan, device="cpu" if device == "auto" else device, **loading)
     return found.model_copy(update={"bytes_equal": True})
 
 

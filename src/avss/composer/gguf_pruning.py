@@ -179,7 +179,8 @@ def _prove(
     if needed > (max_memory or psutil.virtual_memory().available):
         return copied, "The model was not run after the cut: it does not fit in memory. Its bytes were compared."
     try:
-        original = loaded or load_model(source, head=head)
+        # Where it was scored; else on the CPU, whose memory it was measured against.
+        original = loaded or load_model(source, head=head, device="cpu")
         return prove_gguf(result, original, plan), None
     except (ModelLoadError, UnsupportedArchitectureError) as error:
         return copied, f"The model was not run after the cut, its bytes were compared: {error}"

@@ -94,6 +94,8 @@ def heal(
             Path(smaller.source),
             # Beside the smaller model, wherever that lies.
             {"device": str(smaller.device), **options, "head": smaller.head, "stack": smaller.stack.path},
+            # What is cut in memory still names the dense model as its source.
+            in_memory=isinstance(model, Pruned),
         )
         cut(dense, plan)  # what cannot be proven in the end is refused before the time is spent
     texts, label_ids = _texts(data, labels, smaller)
@@ -119,7 +121,7 @@ def heal(
 
 
 def _is_same(source: object, folder: Path) -> bool:
-    return isinstance(source, str | Path) and Path(source).resolve() == folder.resolve()
+    return isinstance(source, str | Path) and checkpoint_folder(source).resolve() == folder.resolve()
 
 
 def _reporter(advance: Advance) -> Callable[[int, int | None, str], None]:
@@ -180,14 +182,22 @@ def _plan(record: RunRecord | None, smaller: Loaded) -> Plan:
     return record.cuts[0].plan
 
 
-def _dense(teacher: AnyModel | None, record: RunRecord | None, folder: Path, loading: dict[str, Any]) -> Loaded:
-    """The model named as the teacher, or the one that a record in `folder` says was cut."""
+def _dense(
+    teacher: AnyModel | None,
+    record: RunRecord | None,
+    folder: Path,
+    loading: dict[str, Any],
+    *,
+    in_memory: bool = False,
+) -> Loaded:
+    """The model named as the teacher, or the one that a record in `folder` says was cut, or that `folder` itself is."""
     if teacher is not None:
         return load(teacher, **loading)
     if record is None:
         raise ConfigError("No dense model was named. Name the model that it was cut from with `--teacher`.")
     source = record.model.source
-    places = places_of(record, folder)
+    itself = in_memory and folder.name == source and folder.exists()
+    places = [folder] if itself else places_of(record, folder)
     if not places and "/" not in source:  # of a folder the record keeps the last part; on the hub it may be any model
         raise ModelLoadError(
             f"The dense model `{source}` that the record names is neither beside `{folder}` nor in the working "
@@ -268,6 +278,8 @@ def _healed_record(
     if base.cuts:
         first = base.cuts[0]
         kept = {name: getattr(first, name) for name in Cut.model_fields if name not in _OF_THE_WEIGHTS}
+        if first.file_format != one.file_format:  # a GGUF file's metadata are not those of the checkpoint it became
+            kept = {name: value for name, value in kept.items() if name not in ("file_format", "changes")}
         one = one.model_copy(update={**kept, "model": one.model, "healing": healing})
         measured = first.model_copy(update={"path": None, "verification": None})
         earlier = ((measured,) if first.measurements else ()) + base.cuts[1:]

@@ -41,16 +41,18 @@ def load(
     """Loads a model by name, or wraps one that is loaded already.
 
     Args:
-        model: Hub id, folder (of a checkpoint, or what `avss run` wrote), GGUF file, or a model object.
+        model: Hub id, folder (of a checkpoint, or what `avss run` wrote), GGUF file, a model object, or what this
+            function returned, of which `stack` alone can still be chosen.
         tokenizer: For a model object: its tokenizer.
-        head: `auto`, or what to use it as: causal, masked, classifier, encoder, seq2seq.
+        head: `auto`, or what to use it as: causal, masked, classifier, image-classifier, encoder, seq2seq.
         **settings: `dtype`, `device`, `revision`, `trust_remote_code`, `stack`; see `avss.config.ModelConfig`.
 
     Raises:
         ModelLoadError: It cannot be read.
     """
     if isinstance(model, Loaded):
-        return model
+        stack = settings.get("stack", AUTO)
+        return model if stack == AUTO else dataclasses.replace(model, stack_name=stack)
     if isinstance(model, torch.nn.Module):
         return adopt(model, tokenizer, head=head, stack=settings.get("stack", AUTO))
     folder = checkpoint_folder(model)

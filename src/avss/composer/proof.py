@@ -1,6 +1,7 @@
 """Proves what was written from file to file, by running it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,19 @@ _RELATIVE_TOLERANCE = 1e-4
 """Of the largest output, in float32: the weights are the same and run through the same kernels; rounding only."""
 
 
-def prove_saved(
-    source: Path, folder: Path, plan: Plan, *, head: str = "auto", trust_remote_code: bool = False
-) -> Verification:
+def prove_saved(source: Path, folder: Path, plan: Plan, **loading: Any) -> Verification:
     """Loads original and result, and compares them as `avss.models.verify` does after a cut in memory.
+
+    Args:
+        source: The original.
+        folder: The result.
+        plan: The blocks removed.
+        **loading: `head`, `device`, `trust_remote_code`; see `avss.models.load.load_model`.
 
     Raises:
         VerificationError: A check failed.
     """
-    original = load_model(source, head=head, trust_remote_code=trust_remote_code)
+    original = load_model(source, **loading)
     smaller = cut(original, plan)
     return verify(str(folder), smaller, original, plan, probe_batch(smaller))
 

@@ -27,13 +27,13 @@ from avss.config import (
 from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
-from avss.errors import ConfigError
+from avss.errors import ConfigError, unknown_name
 from avss.evaluation import rehearse
 from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, check_plain, check_search
+from avss.plan import check_one_target, check_plain, check_search, files_of
 from avss.progress import MayGoOn, Stages, Timed, always, silent
 from avss.record import Compensation, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
@@ -148,13 +148,16 @@ def prune(
     seed = data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0))
     hard = seeded(hard, seed)
     check_compensation(compensate)
+    if file_format not in ("safetensors", "gguf"):
+        raise ConfigError(unknown_name("file_format", file_format, ["safetensors", "gguf"]))
+    build(DataConfig, settings)  # a name that nothing reads is a mistake, whether or not text is needed
     check_augment(settings.get("augment"), settings.get("forms"), repairs=compensate != "none")
-    (wanted,) = find_criteria([criterion])
+    (wanted,) = find_criteria([config.criterion])
     if hard.screen != "damage":
         find_criteria([hard.screen])
     command = command or f"avss.prune({model if isinstance(model, str | Path) else 'model'!r}, ...)"
     if out is not None:
-        check_free(Path(out), force=force, sources=(model, data, scores))
+        check_free(Path(out), force=force, sources=(model, data, scores, *files_of(config, hard)))
     allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
     from_file = isinstance(model, str | Path)
     reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
@@ -180,7 +183,7 @@ def prune(
         batches = calibration(loaded, data, **settings)
     rehearse(loaded, [config.retention_task, hard.task])
     if scores is not None:
-        table = ScoreTable(scores=(scores_of(scores, criterion).of(loaded.facts()),))
+        table = ScoreTable(scores=(scores_of(scores, config.criterion).of(loaded.facts()),))
     elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
         table, _ = score_loaded(loaded, batches, (wanted,), True, config.share(len(loaded.stack)), timed)
     chosen = choose(

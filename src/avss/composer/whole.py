@@ -44,7 +44,7 @@ from avss.healing.state import Checkpoint
 from avss.models.forward import can_generate
 from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, check_search, make_plan
+from avss.plan import check_one_target, check_search, files_of, make_plan
 from avss.progress import MayGoOn, Stages, Timed, always, silent, until
 from avss.record import Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
@@ -132,9 +132,11 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         raise ConfigError("A prompt (`--prompt`) is blank. Give some words for the models to continue.")
     names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
     criteria = find_criteria([name for name in names if name != "explicit"])
-    read = [config.model.source, config.data.source, config.plan.from_search, config.heal and config.heal.source]
-    for task in (*config.tasks, config.plan.retention_task, config.search.task):
-        read += [task.data, task.shots_data] if task is not None else []
+    read = [config.model.source, config.data.source, *files_of(config.plan, config.search)]
+    read += [
+        config.heal and config.heal.source,
+        *(name for task in config.tasks for name in (task.data, task.shots_data)),
+    ]
     check_free(out, force=config.force, sources=read)
     timed = Timed(stages)
     # Before anything dear: a mistake in its name shall not cost a search.

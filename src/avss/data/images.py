@@ -44,7 +44,7 @@ def find_images(source: str | Path | Sequence[str | Path]) -> Images:
         DataError: Missing, no image by its ending, or a folder without any; or Pillow is not installed.
     """
     if importlib.util.find_spec("PIL") is None:
-        raise DataError("Reading images needs Pillow, which is not installed. Run `pip install 'avss-layers[images]'`.")
+        raise DataError("Reading images needs Pillow, which is not installed. Run `pip install pillow`.")
     if not isinstance(source, str | Path):
         files = tuple(file for one in source for file in find_images(one).files)
         if not files:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from avss.config import TaskConfig
 from avss.errors import ConfigError
 from avss.evaluation import choice, classification
-from avss.evaluation.labelled import label_words
+from avss.evaluation.labelled import asked_words, label_words
 from avss.forms import Form
 
 
@@ -56,7 +56,7 @@ def _choice(task: TaskConfig) -> tuple[str, int, tuple[tuple[str, ...], ...]]:
 def _classification(task: TaskConfig) -> tuple[str, int, tuple[tuple[str, ...], ...]]:
     """The same for a classification."""
     template = task.template or classification.DEFAULT_TEMPLATE
-    words = task.labels or label_words(classification.read(task), None)
+    words = asked_words(task.labels) if task.labels else label_words(classification.read(task), None)
     count = 1 + task.shots
     form = classification.EXAMPLE_BREAK.join([f"{template} {{{'|'.join(words)}}}"] * count)
     return form, template.count("{text}") * count, (words,) * count

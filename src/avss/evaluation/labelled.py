@@ -100,7 +100,7 @@ def label_words(data: Labelled, words: Sequence[str] | None) -> tuple[str, ...]:
     """
     if words is None:
         words = data.names or (DEFAULT_WORDS if data.num_labels == 2 else ())
-    words = tuple(asked for _, asked in map(_pair, words))
+    words = asked_words(words)
     if len(words) < data.num_labels or (data.names and len(words) != len(data.names)):
         raise TaskError(
             f"The data have {data.num_labels} labels, and the task names {len(words)} words for them "
@@ -111,6 +111,16 @@ def label_words(data: Labelled, words: Sequence[str] | None) -> tuple[str, ...]:
             f"The label words ({', '.join(f'`{word}`' for word in words)}) must be different and not blank."
         )
     return words
+
+
+def asked_words(words: Sequence[str]) -> tuple[str, ...]:
+    """What the model is asked for: of `data=word`, the second.
+
+    Example:
+        >>> asked_words(["neg=terrible", "great"])
+        ('terrible', 'great')
+    """
+    return tuple(asked for _, asked in map(_pair, words))
 
 
 def _pair(word: str) -> tuple[str, str]:

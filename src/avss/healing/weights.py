@@ -169,7 +169,7 @@ def _attach(model: Loaded, blocks: range, rank: int) -> Any:
         import peft
     except ImportError as error:
         raise ConfigError(
-            "Healing with `lora` needs peft, which is not installed. Run `pip install 'avss-layers[heal]'`, or choose "
+            "Healing with `lora` needs peft, which is not installed. Run `pip install peft`, or choose "
             "`--weights after`."
         ) from error
     from transformers.pytorch_utils import Conv1D

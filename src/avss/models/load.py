@@ -318,7 +318,8 @@ def load_model(
         head=found_head,
         source=str(source),
         revision=revision,
-        stored_dtype=stored if compute.itemsize >= stored.itemsize else compute,
+        # As it was, where what was computed in holds all its values: float16 and bfloat16 do not hold each other's.
+        stored_dtype=stored if torch.promote_types(stored, compute) == compute else compute,
         companions=_companions(location, options),
         stack_name=stack,
         limits=_limits_of(tokenizer),

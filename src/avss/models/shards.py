@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -442,29 +442,16 @@ def _copy_bytes(source: int, target: int, start: int, length: int) -> Iterator[i
 
 
 def check_copy(source: Checkpoint, rename: Callable[[str], str | None], written: Checkpoint) -> list[str]:
-    """What is wrong with a copy: a name, dtype or shape, or bytes at both ends of a tensor. Empty if nothing is."""
+    """What is wrong with a copy: a name, dtype or shape, or any byte. Empty if nothing is. Reads both in full."""
     wanted = _wanted(source, rename)
     problems = [f"`{name}` is missing" for name in wanted.keys() - written.tensors.keys()]
     problems += [f"`{name}` is left over" for name in written.tensors.keys() - wanted.keys()]
-    return sorted(problems) + _compare(source, written, wanted, _ends)
+    return sorted(problems) + compare_bytes(source, rename, written)
 
 
 def compare_bytes(source: Checkpoint, rename: Callable[[str], str | None], written: Checkpoint) -> list[str]:
-    """The tensors of a copy whose bytes differ from the original's, as sentences. Reads both in full."""
-    return _compare(source, written, _wanted(source, rename), _pieces)
-
-
-def _wanted(source: Checkpoint, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
-    return {new: tensor for tensor in source.tensors.values() if (new := rename(tensor.name)) is not None}
-
-
-def _compare(
-    source: Checkpoint,
-    written: Checkpoint,
-    wanted: dict[str, Tensor],
-    parts: Callable[[int], Iterable[tuple[int, int]]],
-) -> list[str]:
-    """Compares the named parts (offset, size) of every tensor that both have."""
+    """The tensors of both whose bytes, dtype or shape differ, as sentences. Reads both in full."""
+    wanted = _wanted(source, rename)
     old_file = {tensor.name: shard.path for shard in source.shards for tensor in shard.tensors}
     problems = []
     with contextlib.ExitStack() as stack:
@@ -482,10 +469,14 @@ def _compare(
                     problems.append(f"`{new.name}` has another dtype or shape than `{old.name}`")
                 elif any(
                     os.pread(one, size, old.start + place) != os.pread(two, size, new.start + place)
-                    for place, size in parts(new.num_bytes)
+                    for place, size in _pieces(new.num_bytes)
                 ):
                     problems.append(f"the bytes of `{new.name}` are not those of `{old.name}`")
     return sorted(problems)
+
+
+def _wanted(source: Checkpoint, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    return {new: tensor for tensor in source.tensors.values() if (new := rename(tensor.name)) is not None}
 
 
 def _pieces(num_bytes: int) -> Iterator[tuple[int, int]]:
