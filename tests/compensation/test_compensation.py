@@ -635,14 +635,13 @@ def test_cut_at_the_first_block_is_skipped_with_a_sentence():
     assert repaired.stack.block_class == loaded.stack.block_class
 
 
-def test_unknown_type_without_a_map_is_left_alone_with_a_sentence():
-    loaded = adopt(ARCHITECTURES["gemma2"]())
-    plan = without(len(loaded.stack), 2)
+def test_a_type_whose_blocks_have_no_map_in_common_is_left_alone_with_a_sentence():
+    loaded = adopt(tiny("JambaForCausalLM", "jamba")())
+    plan = without(len(loaded.stack), 0)
     smaller = cut(loaded, plan)
-    smaller.model.config.model_type = "unheard"
     repaired, story = compensate(loaded, smaller, plan, random_text())
     assert repaired is smaller
-    assert "`unheard`" in story.note
+    assert "`jamba`" in story.note
     assert "llama" in story.note
 
 
@@ -745,8 +744,9 @@ def test_other_heads_are_repaired_by_what_they_answer(name):
     repaired, story = compensate(loaded, smaller, plan, text, method="auto", rounds=2)
     assert story.applied, story.note
     assert story.measure == ("squared" if name == "bert-reward" else "kl")
-    assert story.before == pytest.approx(by_hand(name, loaded, smaller, split(text)[2]), rel=1e-4)
-    assert story.after == pytest.approx(by_hand(name, loaded, repaired, split(text)[2]), rel=1e-4)
+    # Outputs in float32 move a distance that small by some 1e-7, whatever its size.
+    for told, one in ((story.before, smaller), (story.after, repaired)):
+        assert told == pytest.approx(by_hand(name, loaded, one, split(text)[2]), rel=1e-4, abs=2e-7)
     assert story.after < story.before
 
 
