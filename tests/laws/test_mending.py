@@ -13,6 +13,7 @@ from tools.sweep.shrink import small_model
         ("BloomForCausalLM", "bloom", "passed"),
         ("DeepseekV3ForCausalLM", "deepseek_v3", "passed"),
         ("Gemma2ForCausalLM", "gemma2", "passed"),
+        ("EncoderDecoderModel", "encoder-decoder", "raw: Text alone does not reach"),
         ("GptOssForCausalLM", "gpt_oss", "passed"),
         ("Gemma3ForSequenceClassification", "gemma3", "raw: The repair was thrown away"),
         ("JambaForCausalLM", "jamba", "raw: Where the blocks"),

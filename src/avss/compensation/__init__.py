@@ -162,6 +162,11 @@ def _reason_against(method: CompensationMethod, smaller: Loaded, plan: Plan) -> 
         return "No block was removed, so there is nothing to repair."
     model_type = smaller.owner.model_type
     facts = find_projections(smaller)
+    if facts is None and model_type in PROJECTIONS:
+        return (
+            f"Text alone does not reach the blocks of this `{model_type}` where it stands, beside another part that "
+            "must be given its own, so the cut was left raw."
+        )
     if facts is None:
         return (
             f"Where the blocks of `{model_type}` write to the residual stream is not known, and a trial found no "

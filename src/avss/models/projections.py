@@ -88,7 +88,14 @@ PROJECTIONS: Mapping[str, Projections] = {
 
 
 def find_projections(loaded: Loaded) -> Projections | None:
-    """Where a model's blocks write: the facts about its type, or what a trial shows; None where neither fits."""
+    """Where a model's blocks write: the facts about its type, or what a trial shows; None where neither fits.
+
+    None too where words alone do not reach the blocks, as those of a decoder that is only run beside an encoder.
+    """
+    if loaded.owner is not loaded.model.config:
+        with _Trial.of(loaded) as trial:
+            if trial.plain is None:
+                return None
     facts = PROJECTIONS.get(loaded.owner.model_type)
     if facts is not None and all(_is_linear(loaded, path) for path in facts.writers):
         return facts
