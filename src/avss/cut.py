@@ -8,8 +8,8 @@ from torch import Tensor
 
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
 from avss.models.families import Family, facts_of
-from avss.models.load import Loaded, empty_model, fill
-from avss.models.proof import refuse_other_blocks, refuse_other_outputs
+from avss.models.load import Loaded, fill
+from avss.models.proof import build_smaller, refuse_other_outputs
 from avss.models.rewrite import rewrite_config, rewrite_generation
 from avss.record import Plan
 
@@ -36,14 +36,7 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
         )
     config = rewrite_config(loaded.model.config, stack, plan)
     family = facts_of(stack.owner(config).model_type)
-    try:
-        empty = empty_model(type(loaded.model), config)
-    except Exception as error:  # whatever a stranger's constructor raises
-        raise UnsupportedArchitectureError(
-            f"transformers cannot build this `{stack.owner(config).model_type}` model without these blocks: "
-            f"{' '.join(str(error).split())[:300]}."
-        ) from error
-    refuse_other_blocks(loaded.blueprint, empty, stack, plan)
+    empty = build_smaller(loaded.blueprint, config, stack, plan)
     state = remap(loaded.model.state_dict(), stack.path, plan, family)
     try:
         model = fill(empty, state)

@@ -8,7 +8,9 @@ import contextlib
 import itertools
 import os
 import shutil
+import socket
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def fresh_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     check_free(path, force=force)
     named, path = path, path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{os.getpid()}-", dir=path.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{_process()}-", dir=path.parent))
     try:
         yield partial
         _open_up(partial)
@@ -130,11 +132,18 @@ def _swap(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _process(pid: int | None = None) -> str:
+    """This process, or one of this machine, as a part of a file's name: several machines may share a file system."""
+    machine = zlib.crc32(socket.gethostname().encode())
+    return f"{machine:08x}.{os.getpid() if pid is None else pid}"
+
+
 def _sweep(path: Path) -> None:
-    """Removes what killed processes left beside `path`; a living process keeps its own."""
+    """Removes what killed processes left beside `path`; a living process keeps its own, one of another machine too."""
     for leftover in path.parent.glob(f".{path.name}{_MARK}*"):
-        pid = leftover.name.removeprefix(f".{path.name}{_MARK}").split("-")[0]
-        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+        owner = leftover.name.removeprefix(f".{path.name}{_MARK}").split("-")[0]
+        pid = owner.partition(".")[2]
+        if not pid.isdigit() or owner != _process(int(pid)) or psutil.pid_exists(int(pid)):
             continue
         if leftover.name.endswith("-old") and not path.exists():
             # Killed between the two renames of a replacement: the old output is still the truth.

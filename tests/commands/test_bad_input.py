@@ -1,6 +1,7 @@
 """Bad input gets one clear sentence and exit code 2: no traceback, and nothing written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,17 @@ def test_an_architecture_that_cannot_be_cut_is_refused_before_scoring(avss_comma
     answer = avss_command("inspect", tmp_path / "model")
     assert answer.code == 0
     assert "not cut" in answer.out
+
+
+@pytest.mark.parametrize("on_disk", ["--on-disk", "--in-memory"])
+def test_a_config_that_its_class_cannot_be_built_from(avss_command, llama_folder, tmp_path, on_disk):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": -3}))
+    arguments = ("prune", folder, "--blocks", 1, "--out", tmp_path / "x", "--quiet", on_disk)
+    refused(avss_command(*arguments), str(folder), "LlamaForCausalLM")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_criterion_that_does_not_exist_for_this_model_says_so(avss_command, llama_folder, text_file):

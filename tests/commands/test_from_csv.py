@@ -159,6 +159,7 @@ def test_a_bad_table_is_one_clear_sentence(avss_command, tmp_path, variance, spa
         (("--rule", "heap"), ("`heap`", "count, mass")),
         (("--fraction", 0.01), ("rounds to none",)),
         (("--fraction", 0.99), ("rounds to all",)),
+        (("--reference", "--rule", "mass"), ("`--rule mass`", "`--reference`")),
     ],
 )
 def test_bad_settings_are_refused(avss_command, tmp_path, arguments, parts):

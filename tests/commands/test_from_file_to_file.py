@@ -571,6 +571,24 @@ def test_the_original_is_found_beside_the_result(smaller, llama_folder, tmp_path
     assert report.against == str(tmp_path / llama_folder.name)
     assert report.passed
     assert len(report.checks) == 6
+    assert not report.notes
+
+
+@pytest.mark.usefixtures("one_process")
+def test_another_model_of_the_recorded_name_is_said_to_be_one_perhaps(smaller, llama_folder, tmp_path):
+    other = copy_of(llama_folder, tmp_path / llama_folder.name)
+    state = load_file(other / "model.safetensors")
+    save_file(
+        {key: tensor + 1 for key, tensor in state.items()}, other / "model.safetensors", metadata={"format": "pt"}
+    )
+    result = copy_of(smaller, tmp_path / "result")
+    report = avss.verify(result)
+    assert not report.passed
+    assert "found by its name in the record" in report.notes[-1]
+    assert "--against" in report.notes[-1]
+    named = avss.verify(result, against=other)
+    assert not named.passed
+    assert not named.notes
 
 
 def test_a_model_that_does_not_fit_is_not_run(smaller, llama_folder):

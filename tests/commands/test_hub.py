@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.support.gguf_files import write_gguf
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CODE = "import sys; sys.argv[0] = 'avss'; from avss.cli.main import main; main()"
 
@@ -38,6 +42,21 @@ def test_a_hub_id_and_a_revision_load_from_the_cache(tmp_path: Path, llama_folde
         done = offline(tmp_path, "inspect", "acme/tiny", "--json", "--quiet", *extra)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["model"]["source"] == "acme/tiny"
+
+
+def test_a_gguf_file_of_the_hub_is_not_mistaken_for_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = {blocks: write_gguf(tmp_path / f"{blocks}.gguf", num_blocks=blocks).read_bytes() for blocks in (3, 5)}
+    cached(tmp_path, "models", "acme", "tiny", {"model.gguf": files[5]})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("model.gguf").write_bytes(files[3])
+    for source, num_blocks in (("acme/tiny/model.gguf", 5), ("model.gguf", 3), (str(tmp_path / "5.gguf"), 5)):
+        done = offline(tmp_path, "inspect", source, "--json", "--quiet")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"]["num_blocks"] == num_blocks
+    done = offline(tmp_path, "inspect", "acme/tiny/other.gguf", "--quiet")
+    assert done.returncode == 2
+    assert "Cannot get `other.gguf` of `acme/tiny`" in done.stderr
 
 
 def test_a_hub_id_can_be_pruned_and_its_card_names_it(tmp_path: Path, llama_folder: Path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from avss.errors import OutputExistsError
-from avss.output import check_free, fresh_folder
+from avss.output import _process, check_free, fresh_folder
 
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path):
@@ -112,7 +113,7 @@ def test_an_unwritable_parent_is_refused_early(tmp_path: Path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from avss.output import check_free, fresh_folder
+from avss.output import _process, check_free, fresh_folder
 out = Path(sys.argv[1])
 with fresh_folder(out, force=True) as folder:
     (folder / "record.json").write_text("new")
@@ -144,7 +145,7 @@ def test_a_killed_process_leaves_the_old_or_nothing_and_the_next_one_sweeps(tmp_
 def test_a_process_killed_between_the_renames_is_undone(tmp_path: Path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = tmp_path / f".out.partial-{dead.pid}-abc-old"
+    left = tmp_path / f".out.partial-{_process(dead.pid)}-abc-old"
     left.mkdir()
     (left / "record.json").write_text("old")
     with pytest.raises(OutputExistsError), fresh_folder(tmp_path / "out"):
@@ -155,7 +156,7 @@ def test_a_process_killed_between_the_renames_is_undone(tmp_path: Path):
 def test_a_living_process_keeps_its_folder(tmp_path: Path):
     alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        theirs = tmp_path / f".out.partial-{alive.pid}-abc"
+        theirs = tmp_path / f".out.partial-{_process(alive.pid)}-abc"
         theirs.mkdir()
         with fresh_folder(tmp_path / "out") as folder:
             (folder / "record.json").write_text("x")
@@ -163,6 +164,19 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path):
     finally:
         alive.kill()
         alive.wait()
+
+
+def test_a_process_of_another_machine_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = socket.gethostname()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: f"not-{here}")
+        theirs = tmp_path / f".out.partial-{_process(dead.pid)}-abc"
+        theirs.mkdir()
+    with fresh_folder(tmp_path / "out") as folder:
+        (folder / "record.json").write_text("x")
+    assert theirs.exists()
 
 
 def test_pruning_killed_at_random_moments_never_leaves_half_a_model(llama_folder: Path, tmp_path: Path):

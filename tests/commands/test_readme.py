@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from avss.record import RunRecord
+from tests.support.gguf_files import write_gguf
+
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,6 +25,7 @@ def workplace(tmp_path, monkeypatch, llama_folder, text_file, choice_file, revie
         (tmp_path / name).write_bytes(file.read_bytes())
     for name in ("variance", "sparsity"):
         (tmp_path / f"{name}.csv").write_text(f"Layer,{name}\n0,0.5\n1,0.25\n2,0.75\n", encoding="utf-8")
+    write_gguf(tmp_path / "model.gguf")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -57,6 +61,19 @@ def test_every_python_block_of_the_readme_runs(workplace, llama_folder):
     for body in blocks("python"):
         code = body.replace(MODEL, str(llama_folder)).replace("samples=64", "samples=4, seq_len=16")
         exec(compile(code, "README", "exec"), {})
+
+
+def test_the_run_in_a_file_of_the_readme_runs(workplace, avss_command, llama_folder):
+    (body,) = blocks("toml")
+    (workplace / "run.toml").write_text(body.replace(MODEL, str(llama_folder)), encoding="utf-8")
+    small = ("--samples", "4", "--seq-len", "16", "--limit", "4", "--heal", "200 tokens")
+    answer = avss_command("run", "--config", "run.toml", *small)
+    assert answer.code == 0, answer.err
+    record = RunRecord.read(workplace / "result")
+    assert record.data is not None
+    assert record.data.num_sequences == 4  # the flag wins over the file
+    assert [cut.plan.method for cut in record.cuts] == ["block-influence"] * 3 + ["avss-paper"]
+    assert {m.task for m in record.dense} == {"choice:questions"}
 
 
 def test_the_make_targets_of_the_readme_exist():

@@ -301,6 +301,8 @@ def test_what_cannot_be_reproduced_is_refused(sentences, text_file):
         (("--reference", "--seq-len", 1), ("seq-len",)),
         (("--reference", "--batch-size", 0), ("batch-size",)),
         (("--reference", "--head", "encoder"), ("no loss",)),
+        (("--reference", "--sites", "all"), ("`--sites all`", "`--reference`")),
+        (("--reference", "--fraction", 0.5), ("`--fraction 0.5`", "`--reference`")),
     ],
 )
 def test_bad_settings_are_refused(avss_command, classifier_folder, review_file, arguments, parts):

@@ -22,6 +22,8 @@ from avss.plan import make_plan
 from avss.progress import Timed, silent
 from avss.record import BlockScores, Cut, ModelFacts, Plan, Retention, RunRecord, ScoreTable
 from tests.commands.test_bad_input import refused
+from tests.laws.test_every_architecture import tiny
+from tests.support.tokenizers import word_tokenizer
 
 SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2, "--quiet")
 
@@ -200,7 +202,7 @@ def test_the_loss_and_the_accuracy_of_a_task_can_be_the_objective(pruned, choice
     assert by_task.points[1].num_sequences == 12
 
 
-def test_the_best_sets_are_judged_again_after_a_repair(pruned, llama_folder, text_file):
+def test_the_best_sets_are_judged_again_after_a_repair(pruned, llama_folder, text_file, tmp_path):
     arguments = ("--select", "greedy", "--count", 2, "--protect", "none", "--compensate", "refit")
     record = pruned(*arguments)
     search, loaded = record.search, load_model(llama_folder)
@@ -214,6 +216,15 @@ def test_the_best_sets_are_judged_again_after_a_repair(pruned, llama_folder, tex
         plan = Plan(num_blocks=len(loaded.stack), removed=one.removed, method="explicit", rule="by hand")
         _, story = compensate(loaded, cut(loaded, plan), plan, batches, method="refit")
         assert (one.before, one.after) == pytest.approx((story.before, story.after), rel=1e-4)
+    # Another run that repairs takes the set that was best when repaired, one that does not the searched one.
+    worst = search.model_copy(update={"finalists": search.finalists[::-1]})
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(record.model_copy(update={"search": worst}).to_json())
+    again = pruned("--from-search", earlier, "--count", 2, "--compensate", "refit").cuts[0].plan
+    assert again.removed == worst.finalists[0].removed
+    assert "the best of 3 sets after a repair" in again.rule
+    assert pruned("--from-search", earlier, "--count", 2).cuts[0].plan.removed == search.points[1].removed
+    assert len(pruned("--from-search", earlier, "--count", 1, "--compensate", "refit").cuts[0].plan.removed) == 1
     assert pruned(*arguments, "--finalists", 1).search.finalists == ()
     assert pruned(*arguments[:-2]).search.finalists == ()
     assert pruned(*arguments, "--objective", "loss").search.finalists == ()
@@ -571,6 +582,30 @@ def test_a_mistake_in_a_task_costs_no_run(avss_command, llama_folder, text_file,
     assert not (tmp_path / "x").exists()
 
 
+def test_a_criterion_to_compare_with_is_refused_before_the_search(
+    avss_command, llama_folder, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choosing, "search_loaded", lambda *_, **__: pytest.fail("the search was begun"))
+    arguments = ("run", llama_folder, "--data", text_file, "--select", "greedy", "--count", 1, "--out", tmp_path / "x")
+    # A handful of tokens has no activation below 1e-5: this score is undefined.
+    few = ("--samples", 1, "--seq-len", 4, "--task", f"perplexity={text_file}", "--quiet")
+    refused(avss_command(*arguments, "--compare", "avss-reference", *few), "avss-reference", "undefined")
+    assert not (tmp_path / "x").exists()
+
+
+def test_rounds_are_compared_with_one_round_of_the_same_criterion(avss_command, llama_folder, text_file, tmp_path):
+    arguments = ("run", llama_folder, "--data", text_file, "--count", 3, "--criterion", "random", "--protect", "none")
+    tasks = ("--task", f"perplexity={text_file}", "--limit", 2, "--compare", "random", *SMALL)
+    found = []
+    for rounds in (1, 3):
+        out = tmp_path / str(rounds)
+        answer = avss_command(*arguments, "--score-rounds", rounds, *tasks, "--out", out)
+        assert answer.code == 0, answer.err
+        found.append([cut.plan.removed for cut in RunRecord.read(out).cuts])
+    (once,), (rounds, compared) = found
+    assert compared == once != rounds
+
+
 def test_rounds_go_with_a_size(pruned):
     dense = pruned("--count", 1)
     block = dense.model.num_parameters - parameters(dense)
@@ -580,6 +615,21 @@ def test_rounds_go_with_a_size(pruned):
     assert record.cuts[0].plan.removed == pruned(
         "--score-rounds", 2, "--count", 2, "--criterion", "update-norm"
     ).cuts[0].plan.removed  # fmt: skip
+
+
+def test_rounds_stop_where_fewer_blocks_are_enough(pruned, tmp_path):
+    """The first block of this model is smaller than the others: two blocks are enough whichever, another alone too."""
+    model = tiny("DeepseekV3ForCausalLM", "deepseek_v3", first_k_dense_replace=1)()
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    sizes = [sum(p.numel() for p in block.parameters()) for block in loaded.stack.blocks]
+    assert sizes[0] < sizes[-1]
+    limit = loaded.facts().num_parameters - sizes[-1]
+    arguments = ("--criterion", "last", "--protect", "none", "--max-params", limit)
+    for rounds in (1, 2):
+        record = pruned(*arguments, "--score-rounds", rounds, model=tmp_path / "model")
+        assert record.cuts[0].plan.removed == (len(sizes) - 1,)
 
 
 def test_a_retention_is_kept_with_few_free_blocks(pruned, text_file):

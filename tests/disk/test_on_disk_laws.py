@@ -126,6 +126,9 @@ def test_blocks_after_the_last_are_left_out_and_named(tmp_path):
     out = tmp_path / "disk"
     record = prune_on_disk(str(tmp_path / "model"), PlanConfig(blocks="1"), out=out, max_memory=NOTHING_RUN)
     assert "9 weights stored after the last block" in record.warnings[0]
+    facts = load_model(tmp_path / "model").facts()  # of what transformers loads
+    assert record.model.num_parameters == facts.num_parameters
+    assert record.model.num_block_parameters == facts.num_block_parameters
     assert {name.split(".")[2] for name in weights(out) if "layers" in name} == {"0", "1", "2", "3"}
 
 

@@ -117,10 +117,11 @@ Rule = Annotated[
     str,
     typer.Option(help="count, or mass: --fraction is then a share of the sum of scores.", rich_help_panel=_CHOICE),
 ]
+PROTECT = "Blocks that stay: auto (both ends, but for published selections), none, or a list such as 0,1,-1."
 Protect = Annotated[
     str,
     typer.Option(
-        help="Blocks that stay: auto (both ends, but for published selections), none, or a list such as 0,1,-1.",
+        help=PROTECT,
         rich_help_panel=_CHOICE,
     ),
 ]

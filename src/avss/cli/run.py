@@ -28,7 +28,7 @@ def command(
     blocks: opt.Blocks = None,
     contiguous: opt.Contiguous = False,
     rule: Annotated[str | None, typer.Option(help="count, or mass: a share of the sum.", show_default="count")] = None,
-    protect: Annotated[str | None, typer.Option(help="auto, none, or a list.", show_default="auto")] = None,
+    protect: Annotated[str | None, typer.Option(help=opt.PROTECT, show_default="auto")] = None,
     select: Annotated[
         str | None,
         typer.Option(help="scores, or a search: greedy, window, evolution.", show_default="scores"),

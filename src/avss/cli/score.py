@@ -10,6 +10,7 @@ from avss.cli import options as opt
 DEFAULT_CRITERIA = "avss,avss-paper,avss-product,block-influence,update-norm"
 
 _REFERENCE = "The published script"
+_FRACTION = 0.25
 
 
 def command(
@@ -27,7 +28,7 @@ def command(
     batch_size: opt.BatchSize = 8,
     seed: opt.AnySeed = None,
     first_token: opt.FirstToken = "keep",
-    fraction: float = typer.Option(0.25, help="Share of blocks whose choice the warnings speak of."),
+    fraction: float = typer.Option(_FRACTION, help="Share of blocks whose choice the warnings speak of."),
     sites: Annotated[
         str,
         typer.Option(help="Where in the blocks to look: block, attention, mlp, mlp-activation (a list), or all."),
@@ -61,6 +62,7 @@ def command(
 ) -> None:
     """Score every block of MODEL by each criterion, from one forward pass over the text or the images."""
     from avss import composer
+    from avss.config import refuse_unread
     from avss.criteria import find_criteria
     from avss.criteria.sites import find_sites
     from avss.errors import ConfigError
@@ -82,6 +84,11 @@ def command(
             raise ConfigError(
                 "`--reference` measures what the published script does; leave out `--criteria` and `--first-token`."
             )
+        elsewhere = {
+            "sites": None if sites == "block" else sites,
+            "fraction": None if fraction == _FRACTION else fraction,
+        }
+        refuse_unread(elsewhere, "criteria, which `--reference` measures none of")
         drawn = opt.given(samples=samples, seq_len=seq_len, seed=seed, weights=weights)
         _reproduce(model, data, {**loading, **drawn, "batch_size": batch_size}, out, force, json=json, quiet=quiet)
         return

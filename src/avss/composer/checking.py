@@ -152,6 +152,11 @@ def verify(
                         stack=stack,
                     )
                 checks.append(_compare_outputs(outputs, batch, whole, plan))
+            if against is None and not all(check.passed for check in checks):
+                notes.append(
+                    f"The original, `{original}`, was found by its name in the record. If that is another model of "
+                    "this name, name the one it was cut from with `--against`."
+                )
     return CheckReport(model=str(model), against=str(original), plan=plan, checks=tuple(checks), notes=tuple(notes))
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from avss.compensation import compensate
@@ -22,7 +22,7 @@ from avss.models.load import Loaded
 from avss.models.rewrite import pinned_blocks
 from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
 from avss.progress import MayGoOn, Timed, always
-from avss.record import BlockScores, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult, runs_of
+from avss.record import BlockScores, Finalist, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult, runs_of
 
 MOST = 0.5
 """Share of the blocks up to which a retention is kept, where no other is named."""
@@ -83,7 +83,8 @@ def choose(
     if config.from_search is not None:
         earlier = read_search(Path(config.from_search), loaded)
         sized = _Sized(loaded, config, tuple(earlier.protected), timed, task)
-        return sized.chosen(earlier.plan, most=sized.most_of(earlier), search=earlier)
+        chosen = sized.chosen(earlier.plan, most=sized.most_of(earlier), search=earlier)
+        return _as_repaired_before(chosen, earlier) if repairs and _goes_by_count(config) else chosen
     criterion = find_criteria([config.criterion])[0]
     protects_ends = criterion.protects_ends or config.select != "scores"
     config = with_pinned(config, loaded, protects_ends=protects_ends)
@@ -100,7 +101,7 @@ def choose(
     if config.select == "scores":
         scores = made(criterion)
         if config.score_rounds > 1:
-            how = {"repairs": repairs, "first_token": first_token}
+            how = {"repairs": repairs, "first_token": first_token, "is_enough": sized.is_enough}
             return Chosen(_by_rounds(loaded, config, most, criterion, _need(batches), scores, timed, **how))
 
         def by_scores(count: int) -> Plan:
@@ -128,11 +129,31 @@ def choose(
     if (screen := found.settings["screen"]) != search.screen:
         told = f"The budget of the search was too small to measure each block alone first: it went by `{screen}`."
         chosen = dataclasses.replace(chosen, warnings=(told, *chosen.warnings))
-    # A target that was measured or counted for one set says nothing of another, nor does KL of what was asked for.
-    by_count = config.min_retention is None and config.max_params is None and config.max_bytes is None
-    if repairs and by_count and search.objective == "kl" and search.finalists > 1:
+    if repairs and _goes_by_count(config) and search.objective == "kl" and search.finalists > 1:
         return _after_repair(loaded, chosen, found, text, table, config, search.finalists, timed, may_go_on)
     return chosen
+
+
+def _goes_by_count(config: PlanConfig) -> bool:
+    """Whether any set of that size will do: what was measured or counted for one says nothing of another."""
+    return config.min_retention is None and config.max_params is None and config.max_bytes is None
+
+
+def _as_repaired_before(chosen: Chosen, earlier: SearchResult) -> Chosen:
+    """The set that was best once it was repaired, where the earlier search repaired sets of this size."""
+    best = next(iter(earlier.finalists), None)
+    if best is None or len(best.removed) != len(chosen.plan.removed):
+        return chosen
+    return dataclasses.replace(chosen, plan=_best_of(chosen.plan, earlier.finalists))
+
+
+def _best_of(plan: Plan, finalists: Sequence[Finalist]) -> Plan:
+    return plan.model_copy(
+        update={
+            "removed": finalists[0].removed,
+            "rule": f"{plan.rule}; the best of {len(finalists)} sets after a repair ({finalists[0].source})",
+        }
+    )
 
 
 def _after_repair(
@@ -159,12 +180,7 @@ def _after_repair(
     finalists = judge_finalists(loaded, sets, batches, num_finalists, timed, may_go_on)
     if not finalists:
         return chosen
-    plan = chosen.plan.model_copy(
-        update={
-            "removed": finalists[0].removed,
-            "rule": f"{chosen.plan.rule}; the best of {len(finalists)} sets after a repair ({finalists[0].source})",
-        }
-    )
+    plan = _best_of(chosen.plan, finalists)
     return dataclasses.replace(chosen, plan=plan, search=found.model_copy(update={"finalists": finalists}))
 
 
@@ -305,6 +321,10 @@ class _Sized:
         left = self._facts.num_parameters - sum(sizes[block] for block in plan.removed)
         return self._most_parameters is not None and left <= self._most_parameters
 
+    def is_enough(self, removed: tuple[int, ...]) -> bool:
+        """Whether a target in parameters is reached without these blocks; never where the target is a count."""
+        return self._most_parameters is not None and self._fits(_partial(self.loaded, removed))
+
     def _count_for_parameters(self, limit: int, free: list[int]) -> int:
         self._refuse_fitting(limit)
         total, sizes = self._facts.num_parameters, self._block_parameters()
@@ -431,6 +451,7 @@ def _by_rounds(
     *,
     repairs: bool,
     first_token: bool,
+    is_enough: Callable[[tuple[int, ...]], bool],
 ) -> Plan:
     """Removes in rounds, and scores what is left before each; repaired by least squares first, where a repair follows.
 
@@ -438,8 +459,11 @@ def _by_rounds(
     """
     protected = protected_blocks(config.protect, len(loaded.stack), protects_ends=criterion.protects_ends)
     removed: tuple[int, ...] = ()
-    num_rounds, num_repaired = len(in_rounds(count, config.score_rounds)), 0
+    num_rounds, num_repaired = 0, 0
     for more in in_rounds(count, config.score_rounds):
+        if is_enough(removed):
+            break
+        num_rounds += 1
         if removed:
             plan = _partial(loaded, removed)
             smaller = cut(loaded, plan)
@@ -451,10 +475,15 @@ def _by_rounds(
             scores = score_loaded(smaller, batches, (criterion,), first_token, 0.25, timed)[0].scores[0]
         kept = [block for block in range(len(loaded.stack)) if block not in removed]
         guard = ",".join(str(kept.index(block)) for block in protected) or "none"
-        step = config.sized(more).model_copy(update={"protect": guard})
-        plan = make_plan(scores, step, protects_ends=False)
-        removed = tuple(sorted([*removed, *(kept[place] for place in plan.removed)]))
-    num = len(loaded.stack)
+        # With blocks of several sizes, fewer may reach a target in parameters than are enough whichever they are.
+        before = removed
+        for size in range(1, more + 1):
+            step = config.sized(size).model_copy(update={"protect": guard})
+            plan = make_plan(scores, step, protects_ends=False)
+            removed = tuple(sorted([*before, *(kept[place] for place in plan.removed)]))
+            if is_enough(removed):
+                break
+    num, count = len(loaded.stack), len(removed)
     return Plan(
         num_blocks=num,
         removed=removed,

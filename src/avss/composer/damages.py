@@ -46,7 +46,7 @@ def damage(
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
         stages: Where progress goes.
-        samples: Sequences.
+        samples: Sequences. A `DataConfig` has its own, and its own `batch_size`.
         batch_size: Sequences in a forward pass.
         **settings: `seq_len`, `seed`, `layout`.
 

@@ -333,13 +333,13 @@ def prune_on_disk(
         ):
             outline = ask("outline")
             path = find_stack_path(list(checkpoint.tensors), outline["num_blocks"], outline["stack"])
-            dense = _facts(source, revision, outline, checkpoint, path, outline["num_blocks"], folder)
+            surplus = _surplus(checkpoint, path, outline["num_blocks"])
+            dense = _facts(source, revision, outline, checkpoint, path, outline["num_blocks"], folder, surplus)
             plan, found = choose_unseen(config, dense, scores, seed, outline["pinned"])
             changes = tuple(
                 FieldChange.model_validate(change)
                 for change in ask("write_config", plan=plan.model_dump(mode="json"), folder=str(target))
             )
-            surplus = _surplus(checkpoint, path, outline["num_blocks"])
 
             def rename(name: str) -> str | None:
                 return None if name in surplus else plan.rename(name, path)
@@ -438,8 +438,11 @@ def _facts(
     path: str,
     num_blocks: int,
     folder: Path,
+    surplus: frozenset[str] = frozenset(),
 ) -> ModelFacts:
-    inside = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(f"{path}.")]
+    """A checkpoint in numbers; `surplus` is stored and not of the model, as `_surplus` found it."""
+    loaded = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in surplus}
+    inside = [tensor for name, tensor in loaded.items() if name.startswith(f"{path}.")]
     return ModelFacts(
         source=Path(source).name if Path(source).exists() else source,
         revision=revision,
@@ -449,9 +452,9 @@ def _facts(
         stack=outline["stack"],
         num_blocks=num_blocks,
         hidden_size=outline["hidden_size"],
-        num_parameters=checkpoint.num_values,
+        num_parameters=sum(math.prod(tensor.shape) for tensor in loaded.values()),
         num_block_parameters=sum(math.prod(tensor.shape) for tensor in inside),
-        checkpoint_bytes=checkpoint.num_bytes,
+        checkpoint_bytes=sum(tensor.num_bytes for tensor in loaded.values()),
         dtype=checkpoint.dtype,
         compute_dtype=checkpoint.dtype,
         device="disk",

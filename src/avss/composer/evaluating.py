@@ -60,7 +60,7 @@ def evaluate(
         tasks: `TaskConfig`s, or strings such as `"choice=piqa.jsonl"`; by default what suits the model's head.
         baseline: The dense model.
         tokenizer: For model objects.
-        loading: For models named: `head`, `dtype`, `device`, `revision` (the model's), `trust_remote_code`.
+        loading: For models named: `head`, `dtype`, `device`, `revision` (the model's), `stack`, `trust_remote_code`.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: For every task given as a string: `limit`, `seq_len`, ...; see `avss.config.TaskConfig`.
@@ -95,7 +95,7 @@ def evaluate(
         if told is None or told.plan.num_blocks != len(dense.stack):  # cut from another model than the baseline
             one = describe_cut(dense, loaded, as_loaded)
         else:
-            kept = {name: getattr(told, name) for name in ("compensation", "healing", "path", "verification")}
+            kept = {name: getattr(told, name) for name in ("compensation", "healing", "verification")}
             one = describe_cut(dense, loaded, told.plan).model_copy(update=kept)
         cuts = with_measurements((one,), results)
     record = begin_record(dense, command or f"avss.evaluate({loaded.source!r}, ...)", timed, None)

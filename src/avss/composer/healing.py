@@ -55,7 +55,8 @@ def heal(
         teacher: The dense model; by default the one named in the folder's record.
         data: The text to train on; a part of it is held out.
         budget: A time or a number of tokens: `30m`, `1h30m`, `500k`, `2M`, or `30m,2M`.
-        labels: For classifiers: the column of `data` that holds the labels; `label_weight` says how much they count.
+        labels: For classifiers: the column of `data` that holds the labels; `label_weight` says how much they count,
+            one half unless it is given.
         plan: The blocks removed, where the model carries no record.
         out: Folder for the checkpoint; it appears whole and verified, or not at all.
         force: Whether a folder that avss wrote may be replaced.

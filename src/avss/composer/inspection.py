@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from avss.composer.inputs import AnyModel, load
 from avss.errors import UnsupportedArchitectureError
-from avss.models.load import Loaded, empty_model
-from avss.models.proof import refuse_other_blocks
+from avss.models.load import Loaded
+from avss.models.proof import build_smaller
 from avss.models.rewrite import config_changes, find_family, pinned_blocks, rewrite_config
 from avss.models.stack import RejectedList, find_stacks
 from avss.record import FieldChange, ModelFacts, Plan
@@ -68,6 +68,14 @@ class Inspection:
 def inspect(model: AnyModel, *, tokenizer: "PreTrainedTokenizerBase | None" = None, **settings: Any) -> Inspection:
     """The block stacks found in a model, and every config field that a cut of the chosen one would change.
 
+    Args:
+        model: Hub id, folder, GGUF file, or a model object.
+        tokenizer: For a model object.
+        **settings: For a model named: `head`, `dtype`, `device`, `revision`, `trust_remote_code`; and `stack`.
+
+    Returns:
+        What was found, and why; it holds no model.
+
     Raises:
         ModelLoadError: The model cannot be read.
         UnsupportedArchitectureError: No block stack was found; the message lists what was.
@@ -118,7 +126,7 @@ def refuse_uncuttable(loaded: Loaded) -> None:
 def _try_cut(loaded: Loaded, plan: Plan) -> "PretrainedConfig":
     """The smaller config, once the blocks that it builds are known to be the old ones."""
     config = rewrite_config(loaded.model.config, loaded.stack, plan)
-    refuse_other_blocks(loaded.blueprint, empty_model(type(loaded.model), config), loaded.stack, plan)
+    build_smaller(loaded.blueprint, config, loaded.stack, plan)
     return config
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from avss.config import PlanConfig, build
+from avss.config import PlanConfig, build, refuse_unread
 from avss.data.layer_csv import read_layer_tables
 from avss.errors import InvalidPlanError
 from avss.output import fresh_folder
@@ -97,13 +97,15 @@ def from_csv(
         sparsity: CSV with a layer and a sparsity column.
         fraction: Share of the layers (`count`), or of the sum of all scores (`mass`, and `reference`).
         reference: Whether to do it as the published script does.
-        rule: `count`, or `mass`: the lowest scores while their sum stays within the share.
+        rule: `count`, or `mass`: the lowest scores while their sum stays within the share. `reference` has its own.
 
     Raises:
         DataError: A table is not what it must be; see `avss.data.layer_csv.read_layer_tables`.
         UserError: The fraction or the rule is not allowed.
     """
     build(PlanConfig, {"fraction": fraction, "rule": rule})
+    if reference and rule != "count":
+        refuse_unread({"rule": rule}, "scores that are sorted before they are summed, which `--reference` does not")
     layers, variances, sparsities = read_layer_tables(Path(variance), Path(sparsity) if sparsity is not None else None)
     scores = [one / share for one, share in zip(variances, sparsities, strict=True)]
     total = math.fsum(scores)

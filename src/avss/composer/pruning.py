@@ -123,6 +123,10 @@ def prune(
         stages: Where progress goes.
         **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`.
 
+    Returns:
+        The smaller model with its tokenizer, and the record of how it came to be. After a cut from file to file the
+        model is not in memory.
+
     Raises:
         UserError: Anything the caller can fix, in one sentence.
         VerificationError: The saved model was not what it should be; it has been withdrawn.

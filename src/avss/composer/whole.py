@@ -46,7 +46,7 @@ from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_search, files_of, make_plan
 from avss.progress import MayGoOn, Stages, Timed, always, silent, until
-from avss.record import Cut, Plan, RunRecord, ScoreTable
+from avss.record import BlockScores, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
 DEFAULT_PROMPTS = ("The three states of matter are", "Once upon a time, in a small village by the sea,")
@@ -111,6 +111,9 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         command: The command to note in the record.
         stages: Where progress goes.
 
+    Returns:
+        The record, as it stands in `config.out`.
+
     Raises:
         UserError: Anything the caller can fix, in one sentence; nothing has been written.
         VerificationError: The saved model was not what it should be; nothing has been published.
@@ -152,6 +155,8 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         rehearse(loaded, [*tasks, config.plan.retention_task, config.search.task])
     share = config.plan.share(len(loaded.stack))
     table, collected = score_loaded(loaded, batches, criteria, config.first_token, share, timed)
+    for name in config.compare:
+        _scores_by(name, table)  # refused before a search is paid for
     clock = _Clock(time.monotonic(), config.time or BEST_SECONDS, counts=config.quality == "best")
     chosen = choose(
         loaded,
@@ -167,7 +172,9 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         command=command or "avss.run(...)",
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
-    others = [_plan_by(name, same_size, table, loaded) for name in config.compare if name != chosen.plan.method]
+    others = [_plan_by(name, same_size, table, loaded) for name in config.compare]
+    # The criterion that chose needs no comparison with itself; in rounds it may have chosen other blocks.
+    others = [plan for plan in others if (plan.method, plan.removed) != (chosen.plan.method, chosen.plan.removed)]
     raw = cut(loaded, chosen.plan)
     versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, training, config, timed, clock)
     rivals = [cut(loaded, plan) for plan in others]
@@ -306,12 +313,16 @@ def _versions(
     return versions, checkpoint
 
 
-def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, loaded: Loaded) -> Plan:
+def _scores_by(criterion: str, table: ScoreTable) -> BlockScores:
     try:
-        scores = table[criterion]
+        return table[criterion]
     except KeyError as error:
         problem = next((text for text in table.warnings if f"`{criterion}`" in text), f"`{criterion}` was not scored.")
         raise DegenerateStatisticError(problem.removeprefix("Left out: ")) from error
+
+
+def _plan_by(criterion: str, config: PlanConfig, table: ScoreTable, loaded: Loaded) -> Plan:
+    scores = _scores_by(criterion, table)
     protects_ends = CRITERIA[criterion].protects_ends
     guarded = with_pinned(config, loaded, protects_ends=protects_ends)
     return make_plan(scores, guarded, protects_ends=protects_ends)

@@ -129,7 +129,9 @@ def run_afresh(
     Raises:
         FreshRunError: It could not be loaded or run.
     """
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    # By its whole path: transformers would take a file of that name in the working directory first.
+    by_path = {"gguf_file": str((folder / gguf_file).absolute())} if gguf_file else None
+    options: dict[str, Any] = by_path or {"use_safetensors": True}
     if trust_remote_code:
         options["trust_remote_code"] = True
     with tempfile.TemporaryDirectory() as place:

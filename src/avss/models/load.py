@@ -306,7 +306,7 @@ def load_model(
         model = _read_weights(location, model_class, config, spread=spread, options=options)
         tokenizer = _read_tokenizer(location, options)
     if location.gguf_file:
-        model, stored = _unquantise(model, file_bytes=_file_bytes(location, options))
+        model, stored = _unquantise(model, file_bytes=Path(location.gguf_file).stat().st_size)
     else:
         stored = model.dtype if spread is None else _stored_dtype(config, model)
     compute = _compute_dtype(dtype, stored, target) if spread is None else model.dtype
@@ -347,7 +347,7 @@ def load_empty(
 
     Raises:
         ConfigError: `head` is unknown.
-        ModelLoadError: The config cannot be read.
+        ModelLoadError: The config cannot be read, or no model built from it.
     """
     _check_choices(head, "auto")
     location = _locate(str(source), revision)
@@ -357,13 +357,20 @@ def load_empty(
     with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
         config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
         model_class, found = _model_class(config, head, trust_remote_code=trust_remote_code)
-        with accelerate.init_empty_weights(include_buffers=True):
-            # An auto class builds from a config by a method of its own.
-            model = (
-                model_class.from_config(config, trust_remote_code=trust_remote_code)
-                if hasattr(model_class, "from_config")
-                else model_class(config)
-            )
+        try:
+            with accelerate.init_empty_weights(include_buffers=True):
+                # An auto class builds from a config by a method of its own.
+                model = (
+                    model_class.from_config(config, trust_remote_code=trust_remote_code)
+                    if hasattr(model_class, "from_config")
+                    else model_class(config)
+                )
+        except Exception as error:  # the class of a model may raise anything at values it does not know
+            raise ModelLoadError(
+                f"`{source}` cannot be built as its config says: `{model_class.__name__}` stops with "
+                f"{type(error).__name__}: {first_line(error)}. Was the config made by another version of transformers, "
+                "or changed by hand?"
+            ) from error
         tokenizer = _read_tokenizer(location, options) if with_tokenizer else None
     return Loaded(
         model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision, stack_name=stack
@@ -397,6 +404,12 @@ def adopt(
 
 @dataclasses.dataclass(frozen=True)
 class _Location:
+    """Where a model is.
+
+    A GGUF file has its whole path: transformers takes a file of that name in the working directory before the one in
+    the folder that it is told of.
+    """
+
     name: str
     gguf_file: str | None
     is_local: bool
@@ -419,7 +432,7 @@ def _locate(source: str, revision: str | None) -> _Location:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelLoadError(f"`{source}` is not a GGUF file: it does not begin with `GGUF`. Is it whole?")
-        return _Location(name=str(path.parent), gguf_file=path.name, is_local=True)
+        return _Location(name=str(path.parent), gguf_file=str(path.absolute()), is_local=True)
     if path.is_dir():
         return _Location(name=str(path), gguf_file=_only_gguf(path), is_local=True)
     looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 2
@@ -427,14 +440,17 @@ def _locate(source: str, revision: str | None) -> _Location:
     if looks_local or (source.endswith(".gguf") and len(parts) != 3):
         raise ModelLoadError(f"There is no file or folder `{source}`. Give a hub id, a folder or a GGUF file.")
     if source.endswith(".gguf"):
-        return _Location(name="/".join(parts[:2]), gguf_file=parts[2], is_local=False)
+        name = "/".join(parts[:2])
+        try:
+            found = cached_file(name, parts[2], revision=revision)
+        except Exception as error:  # as many as there are ways not to reach a hub
+            raise ModelLoadError(
+                f"Cannot get `{parts[2]}` of `{name}`: {first_line(error)}. Check the hub id, the network and your "
+                "access."
+            ) from error
+        assert found is not None  # it raises where it finds nothing
+        return _Location(name=str(Path(found).parent), gguf_file=found, is_local=True)
     return _Location(name=source, gguf_file=None, is_local=False)
-
-
-def _file_bytes(location: _Location, options: Mapping[str, Any]) -> int:
-    name = cast(str, location.gguf_file)
-    path = cached_file(location.name, name, revision=options.get("revision")) or name
-    return Path(path).stat().st_size
 
 
 def _only_gguf(folder: Path) -> str | None:
@@ -442,7 +458,7 @@ def _only_gguf(folder: Path) -> str | None:
         return None
     files = sorted(file.name for file in folder.glob("*.gguf"))
     if len(files) == 1:
-        return files[0]
+        return str(folder.absolute() / files[0])
     if files:
         raise ModelLoadError(f"`{folder}` holds {len(files)} GGUF files: {', '.join(files)}. Name one of them.")
     raise ModelLoadError(f"`{folder}` holds no `config.json` and no GGUF file: it is not a model.")

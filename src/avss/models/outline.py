@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.families import facts_of
-from avss.models.load import Loaded, empty_model, load_empty, quiet_transformers
-from avss.models.proof import refuse_other_blocks
+from avss.models.load import Loaded, load_empty, quiet_transformers
+from avss.models.proof import build_smaller
 from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config, rewrite_generation
 from avss.record import FieldChange, Plan
 
@@ -87,7 +87,7 @@ class EmptyModel:
         smaller = rewrite_config(config, stack, plan)
         self._refuse_moved_weights(plan)
         # The blocks that the smaller config builds must be the old ones, in kind and settings.
-        refuse_other_blocks(self._loaded.model, empty_model(type(self._loaded.model), smaller), stack, plan)
+        build_smaller(self._loaded.model, smaller, stack, plan)
         changes = config_changes(config, smaller)
         smaller.architectures = [type(self._loaded.model).__name__]
         with quiet_transformers():

@@ -2,9 +2,8 @@
 
 The first is exact and needs no input: a block of the smaller model must have the modules, settings and computed buffers
 of the block it came from. That finds whatever is built by position (a norm that the first block lacks, a bias that only
-the last one adds, a decay computed from the index), in any architecture, listed or not. The second runs both models
-on a
-few tokens and finds what is decided by position only while computing.
+the last one adds, a decay computed from the index), in any architecture, listed or not. The second runs both models on
+a few tokens and finds what is decided by position only while computing.
 """
 
 import math
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.families import Family, facts_of
 from avss.models.forward import run_outputs
-from avss.models.load import Loaded
+from avss.models.load import Loaded, empty_model
 from avss.models.probe import probe_inputs
 from avss.models.stack import BlockStack, bypassed, hooked
 from avss.record import Plan
@@ -30,10 +29,32 @@ _PLACE_NAME = re.compile(r"_?(\w+_)?(idx|id|index|number|num|i)")
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 """Relative to the largest output: rounding only. The remapped weights run through the same kernels, so float32 is
-usually
-bit-equal; half precision may take other kernels for other shapes."""
+usually bit-equal; half precision may take other kernels for other shapes."""
 
 _Settings = bool | int | float | str | torch.dtype | tuple[Any, ...] | None
+
+
+def build_smaller(old: PreTrainedModel, config: PretrainedConfig, stack: BlockStack, plan: Plan) -> PreTrainedModel:
+    """The smaller model as its config builds it, without weights, once its blocks are known to be the old ones.
+
+    Args:
+        old: The original as its config builds it.
+        config: Of the smaller model.
+        stack: The original's stack.
+        plan: The blocks removed.
+
+    Raises:
+        UnsupportedArchitectureError: The class cannot be built so, or builds other blocks.
+    """
+    try:
+        smaller = empty_model(type(old), config)
+    except Exception as error:  # whatever a stranger's constructor raises
+        raise UnsupportedArchitectureError(
+            f"transformers cannot build this `{stack.owner(config).model_type}` model without these blocks: "
+            f"{' '.join(str(error).split())[:300]}."
+        ) from error
+    refuse_other_blocks(old, smaller, stack, plan)
+    return smaller
 
 
 def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: BlockStack, plan: Plan) -> None:
@@ -47,8 +68,7 @@ def refuse_other_blocks(old: PreTrainedModel, new: PreTrainedModel, stack: Block
 
     Raises:
         UnsupportedArchitectureError: A block, or a module around the stack, would be built differently; the message
-            says
-            which, and how.
+            says which, and how.
     """
     before, blocks = old.get_submodule(stack.path), new.get_submodule(stack.path)
     assert isinstance(before, nn.ModuleList)
