@@ -92,6 +92,7 @@ class Judge:
         if not len(batches):
             raise NoObservationsError("There is no sequence to measure damage on. Give some data.")
         self._loaded = loaded.tower()
+        self._loaded.check_float64()
         self._batches = tuple(batches)
         self._share = share
         self.holds_all = holds_all

@@ -58,10 +58,12 @@ def collect(
         on_batch: Called after each batch of each pass, for progress.
 
     Raises:
+        ConfigError: The model is on a device that does not compute in float64.
         NoObservationsError: There was no batch, or none had a target to predict.
         UnsupportedArchitectureError: The blocks are not residual blocks, or lack the parts a statistic looks at.
     """
     loaded = loaded.tower()
+    loaded.check_float64()
     wanted = tuple(dict.fromkeys(statistics))
     forward = tuple(one for one in wanted if one.probe in ("block", "stack"))
     backward = tuple(one for one in wanted if one.probe == "backward")

@@ -275,6 +275,12 @@ class PlanConfig(Settings):
         """The share of the blocks that the warnings of scores speak of: those to go, or one where a size decides."""
         return self.fraction or (self.count or 1) / num_blocks
 
+    @property
+    def takes_the_lowest(self) -> bool:
+        """Whether the blocks with the lowest scores go, a number of them: what resampling the scores speaks of."""
+        by_score = self.select == "scores" and self.blocks is None and self.from_search is None
+        return by_score and not self.contiguous and self.rule == "count" and self.score_rounds == 1
+
     def sized(self, count: int) -> Self:
         """The same with a count as the only target."""
         targets = dict.fromkeys((*TARGETS, "min_retention", "retention_task"))

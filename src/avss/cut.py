@@ -21,6 +21,7 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
     be measured side by side. Copy the model (`copy.deepcopy`) before training either.
 
     Raises:
+        ConfigError: The model is spread over several devices.
         InvalidPlanError: The plan was made for another number of blocks.
         UnsupportedArchitectureError: This architecture's cut is not proven, or not possible.
     """
@@ -29,6 +30,7 @@ def cut(loaded: Loaded, plan: Plan) -> Loaded:
         raise InvalidPlanError(
             f"The plan was made for {plan.num_blocks} blocks; this model has {len(stack)}. Make a plan for this model."
         )
+    loaded.check_one_device()
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise UnsupportedArchitectureError(
             "The model is loaded in a quantised format, and a cut would save the quantised weights as if they were the "

@@ -241,6 +241,7 @@ class StabilityTrial(FrozenValue):
         kendall: Kendall's tau with the criterion's scores from the largest draw of the first text, -1 to 1.
         overlap: Share of that draw's lowest `count` blocks that are lowest here too, 0 to 1.
         chosen: The lowest `count` here.
+        is_reference: Whether it is that draw itself.
     """
 
     criterion: str
@@ -250,6 +251,7 @@ class StabilityTrial(FrozenValue):
     kendall: float
     overlap: float
     chosen: tuple[int, ...]
+    is_reference: bool = False
 
 
 class StabilityStudy(FrozenValue):
@@ -266,9 +268,15 @@ class StabilityStudy(FrozenValue):
     model: ModelFacts | None = None
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row per criterion, text and size: mean and lowest tau, and mean overlap, over the seeds."""
+        """One row per criterion, text and size: mean and lowest tau, and mean overlap, over the seeds.
+
+        The draw that all are compared with is left out: it would be compared with itself. (Smaller amounts of the same
+        seed are parts of its text, which flatters them.)
+        """
         groups: dict[tuple[str, str, int], list[StabilityTrial]] = {}
         for trial in self.trials:
+            if trial.is_reference:
+                continue
             groups.setdefault((trial.criterion, trial.source, trial.num_sequences), []).append(trial)
         return [
             {
@@ -561,8 +569,8 @@ class DamageTable(FrozenValue):
         return None if self.dense_loss is None else math.exp(min(self.dense_loss, 700.0))
 
     def ranking(self) -> tuple[int, ...]:
-        """Block indices from the cheapest to lose to the dearest; ties by index."""
-        return tuple(sorted(range(self.num_blocks), key=lambda block: (self.values[block], block)))
+        """Block indices from the cheapest to lose to the dearest; ties by index, damage that is no number last."""
+        return tuple(sorted(range(self.num_blocks), key=lambda b: (math.isnan(self.values[b]), self.values[b], b)))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per block: index, distance, loss change and perplexity with standard errors, and the rank."""

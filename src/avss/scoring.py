@@ -1,6 +1,7 @@
 """Scores every block by every criterion from what one pass collected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,13 +131,20 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, count: int) -> tuple[str, ...]:
+def score_warnings(
+    scores: tuple[BlockScores, ...],
+    collected: Collected,
+    *,
+    count: int,
+    protected: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """What a reader should know before acting on these scores, one sentence each.
 
     Args:
         scores: The scores.
         collected: What they rest on.
         count: Number of blocks that would be removed (for the sets that are compared).
+        protected: Criterion -> blocks that stay in these sets.
     """
     warnings = []
     for one in scores:
@@ -152,11 +160,14 @@ def score_warnings(scores: tuple[BlockScores, ...], collected: Collected, *, cou
             )
         if one.without_first_token is not None:
             without = one.model_copy(update={"values": one.without_first_token})
-            other = sorted(without.ranking()[:count])
-            if other != lowest:
+            stay = set(protected.get(one.criterion, ()))
+            with_it, other = (
+                sorted([block for block in some.ranking() if block not in stay][:count]) for some in (one, without)
+            )
+            if other != with_it:
                 warnings.append(
                     f"`{one.criterion}` chooses other blocks when the first token of each sequence is left out: "
-                    f"{other} instead of {lowest}."
+                    f"{other} instead of {with_it}."
                 )
     return (*warnings, *_few_counts(scores, collected))
 

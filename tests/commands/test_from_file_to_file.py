@@ -383,9 +383,9 @@ def test_a_gguf_file_is_cut_as_it_lies_and_run(avss_command, gguf_file, tmp_path
 def test_warnings_speak_of_the_blocks_that_go(avss_command, gguf_file, text_file, tmp_path, monkeypatch, way):
     counts, real = [], scoring.score_warnings
 
-    def spied(*arguments, count):
+    def spied(*arguments, count, **more):
         counts.append(count)
-        return real(*arguments, count=count)
+        return real(*arguments, count=count, **more)
 
     monkeypatch.setattr("avss.composer.scores.score_warnings", spied)
     small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import avss
-from avss.composer import damage
+from avss import composer
+from avss.composer import comparison, damage
+from avss.config import DataConfig
+from avss.errors import ConfigError, DataError
 from avss.record import Comparison, DamageTable, RunRecord, StabilityStudy
 from tests.support.architectures import stored
 from tests.support.oracles import run, without_blocks
@@ -152,11 +155,67 @@ def test_stability_over_seeds_amounts_and_texts(avss_command, llama_folder, text
     assert len(study.trials) == 2 * 2 * 2 * 3
     first = study.trials[0]
     assert (first.num_sequences, first.seed, first.kendall, first.overlap) == (12, 0, 1, 1)
+    assert [trial for trial in study.trials if trial.is_reference] == [first, study.trials[1]]  # one a criterion
     assert all(-1 <= trial.kendall <= 1 and 0 <= trial.overlap <= 1 for trial in study.trials)
-    row = study.summary()[0]
-    same = [t for t in study.trials if (t.criterion, t.source, t.num_sequences) == ("avss", text_file.name, 12)]
-    assert row["kendall"] == pytest.approx(np.mean([trial.kendall for trial in same]))
+    rows = {(row["criterion"], row["source"], row["num_sequences"]): row for row in study.summary()}
+    for key, row in rows.items():
+        same = [t for t in study.trials if (t.criterion, t.source, t.num_sequences) == key and not t.is_reference]
+        assert row["num_seeds"] == len(same)
+        assert row["kendall"] == pytest.approx(np.mean([trial.kendall for trial in same]))
+    assert rows["avss", text_file.name, 12]["num_seeds"] == 1
+    assert rows["avss", "builtin", 12]["num_seeds"] == 2
     assert "Stability over seeds" in (out / "report.html").read_text()
+
+
+def test_draws_of_a_short_text_are_parts_of_it(llama_folder, tmp_path):
+    """Every draw of the whole is the same: it would agree with itself."""
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sees a dog and a dog sees the cat again. " * 8)
+    num = len(composer.calibration(composer.load(llama_folder), str(short), samples=99, seq_len=16).sequences)
+    assert 4 <= num < 20
+    study = avss.stability(llama_folder, str(short), criteria="update-norm", num_seeds=3, samples=20, seq_len=16)
+    whole = [trial for trial in study.trials if trial.num_sequences == num]
+    assert [(trial.seed, trial.is_reference) for trial in whole] == [(0, True)]
+    assert {trial.num_sequences for trial in study.trials} == {num, round(num / 2 + 1e-9), round(num / 4 + 1e-9)}
+    assert [row["num_seeds"] for row in study.summary()] == [3, 3]
+    with pytest.raises(ConfigError, match="compared with nothing"):
+        avss.stability(llama_folder, str(short), criteria="avss", num_seeds=2, sizes=(20,), samples=20, seq_len=16)
+
+
+def test_few_free_blocks_agree_with_themselves(llama_folder, text_file):
+    study = avss.stability(
+        llama_folder, str(text_file), criteria="block-influence", fraction=0.8, num_seeds=2, samples=6, seq_len=16
+    )
+    assert study.trials[0].is_reference
+    assert study.trials[0].overlap == 1
+
+
+def test_what_is_said_of_the_choice_is_said_of_the_blocks_that_may_go(llama_folder, text_file):
+    text = {"data": str(text_file), "samples": 8, "seq_len": 16}
+    record = avss.prune(llama_folder, count=2, criterion="update-norm", protect="0,1", **text).record
+    (sure,) = record.stability
+    assert set(sure.chosen) == set(record.cuts[0].plan.removed)
+    assert not {0, 1} & {*sure.chosen, *sure.closest}
+    for other in ({"contiguous": True, "count": 2}, {"rule": "mass", "fraction": 0.4}):
+        assert avss.prune(llama_folder, criterion="update-norm", **other, **text).record.stability == ()
+
+
+def test_damage_is_measured_on_other_sequences_than_the_scores(llama_folder, text_file, tmp_path):
+    """Also where both texts are one, or where one of several is short; and as they are read unless told otherwise."""
+    loaded = composer.load(llama_folder)
+    settings = DataConfig(source=str(text_file), samples=6, seq_len=16, seed=3)
+    for data in (settings, str(text_file)):
+        given = {} if isinstance(data, DataConfig) else {"samples": 6, "seq_len": 16, "seed": 3}
+        scoring, judging = comparison._parts(loaded, data, str(text_file), 4, given)
+        assert (len(scoring.sequences), len(judging.sequences)) == (6, 4)
+        assert (judging.facts.seq_len, judging.facts.seed) == (16, 3)
+        seen = {tuple(one.tolist()) for one in scoring.sequences}
+        assert not seen & {tuple(one.tolist()) for one in judging.sequences}
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sees a dog and " * 20)
+    num = len(composer.calibration(loaded, str(short), samples=99, seq_len=16).sequences)
+    with pytest.raises(DataError, match="nothing but sequences that are scored on"):
+        comparison._parts(loaded, str(short), str(short), 4, {"samples": num, "seq_len": 16})
 
 
 def test_scores_come_with_intervals_and_say_whether_the_text_suffices(llama_folder, text_file):

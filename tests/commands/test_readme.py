@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from avss.record import RunRecord
@@ -23,8 +24,6 @@ def workplace(tmp_path, monkeypatch, llama_folder, text_file, choice_file, revie
     """A folder with the files that the README names."""
     for name, file in {"text.txt": text_file, "questions.jsonl": choice_file, "reviews.csv": review_file}.items():
         (tmp_path / name).write_bytes(file.read_bytes())
-    for name in ("variance", "sparsity"):
-        (tmp_path / f"{name}.csv").write_text(f"Layer,{name}\n0,0.5\n1,0.25\n2,0.75\n", encoding="utf-8")
     write_gguf(tmp_path / "model.gguf")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -55,11 +54,19 @@ def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder)
         settings = (*small.get(line[0], ()), *(best if "--quality" in line else ()))
         answer = avss_command(*arguments, *settings)
         assert answer.code == 0, (line, answer.err)
+        if "--reference" in line and line[0] == "score":
+            # Of the few activations of a tiny model on a dozen sentences none is below 1e-5; of a real one some are.
+            table = pd.read_csv("published/published.csv")
+            sparsity = [name for name in table.columns if "sparsity" in name.lower()]
+            assert len(sparsity) >= 1
+            table[sparsity] = table[sparsity].clip(lower=1e-3)
+            table.to_csv("published/published.csv", index=False)
 
 
 def test_every_python_block_of_the_readme_runs(workplace, llama_folder):
     for body in blocks("python"):
         code = body.replace(MODEL, str(llama_folder)).replace("samples=64", "samples=4, seq_len=16")
+        code = code.replace('["perplexity=text.txt"]', '["perplexity=text.txt"], seq_len=16')
         exec(compile(code, "README", "exec"), {})
 
 

@@ -9,14 +9,14 @@ import avss
 from avss import composer
 from avss.ablation import Judge
 from avss.compensation import compensate
-from avss.composer import choosing, whole
+from avss.composer import choosing, finals, whole
 from avss.composer.choosing import read_search
 from avss.composer.evaluating import target_warnings
 from avss.composer.finals import judge_finalists
 from avss.composer.searching import passes_of_all, search_loaded
 from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
 from avss.cut import cut
-from avss.errors import ConfigError
+from avss.errors import ConfigError, UnsupportedArchitectureError
 from avss.models.load import load_model
 from avss.plan import make_plan
 from avss.progress import Timed, silent
@@ -676,6 +676,21 @@ def test_the_best_keeps_what_was_asked_for():
     assert best(plan=PlanConfig(count=2, select="scores"), compensate="none") == ("scores", "none")
     assert best(plan=PlanConfig(count=2, score_rounds=2), compensate="refit") == ("scores", "refit")
     assert best(plan=PlanConfig(count=2, criterion="avss")) == ("greedy", "auto")
+
+
+def test_a_set_that_cannot_go_is_no_finalist(llama_folder, text_file, monkeypatch):
+    loaded = load_model(llama_folder)
+    batches = composer.calibration(loaded, text_file, samples=6, seq_len=16, batch_size=2)
+
+    def refusing(given, plan):
+        if plan.removed == (1, 2):
+            raise UnsupportedArchitectureError("not these")
+        return cut(given, plan)
+
+    monkeypatch.setattr(finals, "cut", refusing)
+    sets = {(1, 2): "search", (2, 3): "runner-up", (1, 3): "avss"}
+    found = judge_finalists(loaded, sets, batches, 3, Timed(silent))
+    assert {one.removed for one in found} == {(2, 3), (1, 3)}
 
 
 @pytest.mark.parametrize(

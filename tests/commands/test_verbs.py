@@ -2,13 +2,18 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from avss import composer
 from avss.cli.execute import merge_flags
+from avss.composer.evaluating import choose_tasks
+from avss.config import TaskConfig
+from avss.errors import ConfigError
 from avss.record import RunRecord
 from tests.commands.test_bad_input import refused
 
@@ -254,6 +259,27 @@ def test_report_draws_a_record_again(avss_command, llama_folder, text_file, tmp_
     assert (out / "report.html").is_file()
     assert avss_command("report", out / "record.json", "--out", tmp_path / "again", "--quiet").code == 0
     assert (tmp_path / "again" / "scores.csv").read_text() == (out / "scores.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "tasks", "says"),
+    [
+        ("encoder", {"labels": ("neg", "pos")}, [], "`--labels 'neg'`"),
+        ("encoder", {"shots": 4}, [], "`--shots 4`"),
+        ("causal", {"shots_data": "train.csv"}, [], "solved examples"),
+        (
+            "causal",
+            {},
+            [TaskConfig(kind="choice", shots=5), TaskConfig(kind="classification")],
+            "`--shots 5` is for tasks of the kind `classification`",
+        ),
+    ],
+)
+def test_settings_that_no_task_reads_are_refused(head, settings, tasks, says, llama_folder, encoder_folder):
+    loaded = composer.load({"encoder": encoder_folder, "causal": llama_folder}[head])
+    assert loaded.head == head
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        choose_tasks(tasks, loaded, settings)
 
 
 def test_a_report_beside_another_record_is_refused(avss_command, llama_folder, text_file, tmp_path):

@@ -31,6 +31,19 @@ def test_no_answer_is_right(causal, broken, kind):
     assert kept.value == 0
 
 
+def test_an_embedding_that_is_no_number_is_near_nothing(encoder, prose):
+    model = copy.deepcopy(encoder.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    dense, other = evaluate_task(
+        [encoder, dataclasses.replace(encoder, model=model)], TaskConfig(kind="similarity", data=prose, limit=6)
+    )
+    assert math.isnan(other["cosine"].value)
+    choice = evaluate_task([dataclasses.replace(encoder, model=model)], TaskConfig(kind="choice", limit=6))[0]
+    assert choice["accuracy"].value == 0
+    assert np.isfinite(dense["neighbour_agreement"].value)
+
+
 def test_a_perplexity_that_is_no_number_is_warned_of(causal, broken):
     task = TaskConfig(kind="perplexity", limit=2, seq_len=16)
     dense, other = evaluate_task([causal, broken], task)

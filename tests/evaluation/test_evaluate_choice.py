@@ -193,6 +193,7 @@ PLAIN_ROW = {"question": "what", "choices": ["x", "y", "z"], "answer": 1}
         {"choices": ("x", "y", "z")},
         {"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": "2"},
         {"choices": {"text": ["x", "y", "z"], "label": [1, 2, 3]}, "answer": 2},
+        {"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": 2.0},
         {"choices": {"text": ["x", "y", "z"], "label": None}, "answer": 1},
         {"choices": {"text": np.array(["x", "y", "z"]), "label": np.array(["A", "B", "C"])}, "answer": "B"},
     ],

@@ -1,6 +1,7 @@
 """Perplexity, loss and divergence against plain loops; what must not change them; what is refused."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 
 from avss.config import TaskConfig
 from avss.data.batches import masked_places
+from avss.data.sources import read_texts
 from avss.errors import DataError, TaskError
-from avss.evaluation import evaluate_task, retention
+from avss.evaluation import evaluate_task, perplexity, retention
 from avss.evaluation.base import draw
 from avss.evaluation.probes import divergence
 from avss.models import predictions
@@ -116,6 +118,19 @@ def test_a_single_window_has_no_standard_error(causal, prose):
 def test_windows_are_lowered_to_what_the_model_takes(causal, prose):
     lowered = evaluate_task([causal], task(prose, seq_len=4096))[0]
     assert lowered.measurements == evaluate_task([causal], task(prose, seq_len=causal.max_len))[0].measurements
+
+
+def test_rows_of_a_running_text_are_joined_as_they_are(causal, tmp_path, monkeypatch):
+    """The protocol of WikiText: its blank rows are lines of the text."""
+    rows = ["", " the cat", "", "", "sees a dog", ""]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    seen = []
+    real = perplexity.windows
+    monkeypatch.setattr(perplexity, "windows", lambda *given: (seen.append(given[1]), real(*given))[1])
+    evaluate_task([causal], task(str(table), seq_len=4))
+    assert seen == ["\n\n".join(rows)]
+    assert read_texts(str(table)).texts == (" the cat", "sees a dog")
 
 
 def test_a_column_can_be_named(causal, tmp_path, prose):

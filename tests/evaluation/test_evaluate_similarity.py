@@ -6,15 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from avss.config import TaskConfig
 from avss.data.sources import read_texts
 from avss.errors import DataError, TaskError
 from avss.evaluation import evaluate_task, retention
-from avss.evaluation.embedding import cosine
+from avss.evaluation.embedding import cosine, embed, encode_texts
 from avss.evaluation.similarity import nearest
 from avss.models.load import adopt
-from tests.support.architectures import stored
+from tests.support.architectures import VOCAB, randomise, stored
+from tests.support.tokenizers import word_tokenizer
 
 
 def task(prose, **settings):
@@ -42,6 +44,20 @@ def plain_nearest(vectors):
         others = [(plain_cosine(one, other), -place) for place, other in enumerate(vectors) if place != index]
         found.append(-max(others)[1])
     return found
+
+
+def test_a_body_may_end_in_another_width_than_its_blocks(prose):
+    """Small OPT models project from and to embeddings narrower than their blocks."""
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=64, do_layer_norm_before=False, pad_token_id=0,
+    )  # fmt: skip
+    loaded = adopt(randomise(OPTForCausalLM(config)), word_tokenizer(adds="bos"))
+    assert loaded.hidden_size == 32
+    same, _ = evaluate_task([loaded, loaded], task(prose, batch_size=4))
+    (vectors,) = embed([loaded], encode_texts([loaded], ["the cat", "a dog sees"]), batch_size=2)
+    assert vectors.shape == (2, 16)
+    assert same.measurements
 
 
 @pytest.mark.parametrize("head", ["encoder", "masked", "classifier", "causal"])

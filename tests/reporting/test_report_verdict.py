@@ -59,6 +59,16 @@ def test_the_promise_is_judged_only_where_two_standard_errors_allow_it(record, r
     assert says in " ".join(verdict.sentences(record.model_copy(update={"cuts": (only,)})))
 
 
+def test_the_promise_is_not_compared_with_what_few_blocks_cost(record):
+    """The paper speaks of a quarter of the layers."""
+    few = record.cuts[0].model_copy(update={"plan": record.cuts[0].plan.model_copy(update={"removed": (12,)})})
+    loaded = record.cuts[0].plan.model_copy(update={"removed": (), "method": "model"})
+    for cut in (few, record.cuts[0].model_copy(update={"plan": loaded})):
+        text = " ".join(verdict.sentences(record.model_copy(update={"cuts": (cut,)})))
+        assert "it keeps" in text
+        assert "90 %" not in text
+
+
 def test_a_failed_verification_is_said_aloud(record):
     cut = record.cuts[0]
     proof = cut.verification.model_copy(update={"max_diff_bypass": 0.5})

@@ -59,3 +59,5 @@ def test_overlap_counts_the_cheapest():
     assert overlap((1, 2), damage) == 2
     assert overlap((1, 4), damage) == 1
     assert overlap((3,), damage) == 0
+    assert overlap((2,), [float("nan"), 0.5, 0.1]) == 1
+    assert overlap((0,), [float("nan"), 0.5, 0.1]) == 0

@@ -135,6 +135,16 @@ def test_folders_of_images_take_turns(tmp_path):
     assert torch.equal(both.sequences[1], parts[1].sequences[0])
 
 
+def test_every_part_of_unequal_texts_is_a_mixture(tmp_path):
+    parts = [batches_of(find_images(draw_images(tmp_path / name, num, seed=seed)), square) for seed, (name, num) in
+             enumerate({"one": 2, "other": 8}.items())]  # fmt: skip
+    both = interleave(parts)
+    first = {tuple(one.flatten().tolist()) for one in parts[0].sequences}
+    places = [place for place, one in enumerate(both.sequences) if tuple(one.flatten().tolist()) in first]
+    assert len(both.sequences) == 10
+    assert [place // 5 for place in places] == [0, 1]
+
+
 def test_images_of_two_shapes_fit_into_no_batch(tmp_path):
     one, other = (find_images(draw_images(tmp_path / name, num)) for name, num in (("one", 1), ("other", 2)))
     with pytest.raises(DataError, match="24 x 18 and 24 x 20"):

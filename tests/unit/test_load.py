@@ -13,13 +13,20 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+import avss
+from avss.ablation import Judge
+from avss.collect import collect
+from avss.compensation import compensate
+from avss.composer.inspection import refuse_uncuttable
+from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.errors import AvssError, ConfigError, ModelLoadError
 from avss.models.forward import run_outputs
-from avss.models.load import Loaded, _model_class, adopt, fingerprint, load_model, save_model
+from avss.models.load import Loaded, _model_class, adopt, fingerprint, in_dtype, load_model, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
 from avss.record import Plan
+from tests.laws.test_every_architecture import tiny
 from tests.support.architectures import ARCHITECTURES, POSITIONS, VOCAB, randomise, stored, token_batch
 from tests.support.oracles import run
 from tests.support.tokenizers import VOCABULARY, word_tokenizer
@@ -141,6 +148,55 @@ def test_a_class_with_its_own_code_and_any_name_loads_by_the_auto_class_it_names
     config.architectures = ["MyOmniThing"]
     with pytest.raises(ModelLoadError, match="`MyOmniThing` is not a class of transformers"):
         _model_class(config, "auto", trust_remote_code=False)
+
+
+def test_a_model_over_several_devices_is_scored_and_not_cut(llama, monkeypatch):
+    loaded = load_model(llama, device="cpu")
+    plan = Plan(num_blocks=5, removed=(1,), method="explicit", rule="by hand")
+    loaded.model.hf_device_map = {"": 0}
+    cut(loaded, plan)
+    loaded.model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    for refused in (lambda: cut(loaded, plan), lambda: refuse_uncuttable(loaded)):
+        with pytest.raises(ConfigError, match=r"spread over 0, 1.*--on-disk"):
+            refused()
+
+
+def test_a_device_without_float64_is_refused_where_that_is_needed(llama, monkeypatch):
+    loaded = load_model(llama, device="cpu")
+    batches = [(torch.tensor([[1, 2, 3]]), torch.ones((1, 3), dtype=torch.bool))]
+    plan = Plan(num_blocks=5, removed=(1,), method="explicit", rule="by hand")
+    smaller = cut(loaded, plan)
+    monkeypatch.setattr(type(loaded), "device", torch.device("mps"))
+    needs = find_criteria(["block-influence"])[0].needs
+    for use in (
+        lambda: collect(loaded, batches, needs),
+        lambda: Judge(loaded, batches),
+        lambda: compensate(loaded, smaller, plan, batches, method="refit"),
+    ):
+        with pytest.raises(ConfigError, match=r"float64.*--device cpu"):
+            use()
+
+
+def test_what_a_class_keeps_in_float32_is_stored_so(tmp_path):
+    """The biases that route tokens to experts: loaded in float32 whatever the model's dtype, and so are they saved."""
+    model = tiny("Glm4MoeForCausalLM", "glm4_moe", first_k_dense_replace=1)()
+    biases = {name: value for name, value in model.state_dict().items() if "e_score_correction_bias" in name}
+    assert biases
+    half = in_dtype(model, torch.bfloat16)
+    with torch.no_grad():
+        for name, value in half.state_dict().items():
+            if name in biases:
+                value.copy_(30 + 0.02 * torch.randn(value.shape))
+    half.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(stored[name].dtype == torch.float32 for name in biases)
+    loaded = load_model(tmp_path / "model", device="cpu")
+    assert (loaded.model.dtype, loaded.stored_dtype) == (torch.float32, torch.bfloat16)
+    save_model(loaded, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert {name: value.dtype for name, value in again.items()} == {name: value.dtype for name, value in stored.items()}
+    assert all(torch.equal(again[name], value) for name, value in stored.items())
+    avss.prune(str(tmp_path / "model"), blocks="3", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])

@@ -13,6 +13,7 @@ from avss.record import (
     SCHEMA_VERSION,
     BlockScores,
     Cut,
+    DamageTable,
     DataFacts,
     FieldChange,
     Measurement,
@@ -21,6 +22,7 @@ from avss.record import (
     Retention,
     RunRecord,
     ScoreTable,
+    SetDamage,
     Verification,
     runs_of,
 )
@@ -163,6 +165,12 @@ def test_wrong_plan_in_a_record_file_is_refused(tmp_path):
 
 
 # --- scores ---
+
+
+def test_damage_that_is_no_number_is_the_dearest():
+    blocks = tuple(SetDamage(removed=(block,), distance=one) for block, one in enumerate((math.nan, 0.5, 0.1, 0.3)))
+    table = DamageTable(measure="kl", blocks=blocks, num_blocks_run=1, num_blocks_naive=1)
+    assert table.ranking() == (2, 3, 1, 0)
 
 
 def test_ranking_goes_from_least_important_with_ties_by_index():

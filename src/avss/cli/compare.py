@@ -15,7 +15,9 @@ def command(
         typer.Option(help="Text or images to measure damage on.", show_default="other parts of the same"),
     ] = None,
     criteria: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
-    fraction: opt.Fraction = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of blocks, rounded half up.", show_default="0.25, without --count")
+    ] = None,
     count: opt.Count = None,
     protect: opt.Protect = "auto",
     samples: opt.Samples = 64,

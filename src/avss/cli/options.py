@@ -32,7 +32,12 @@ Head = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="To compute in: auto, float32, bfloat16 or float16.", rich_help_panel=_LOADING)
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps, or map (all GPUs).", rich_help_panel=_LOADING)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda, cuda:N, map (all GPUs), or mps (heals and evaluates only).", rich_help_panel=_LOADING
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_LOADING)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=_LOADING)
@@ -102,7 +107,10 @@ FirstToken = Annotated[
 
 _CHOICE = "Which blocks go"
 Criterion = Annotated[str, typer.Option(help="The criterion that chooses.", rich_help_panel=_CHOICE)]
-Fraction = Annotated[float | None, typer.Option(help="Share of blocks, rounded half up.", rich_help_panel=_CHOICE)]
+Fraction = Annotated[
+    float | None,
+    typer.Option(help="Share of blocks, rounded half up. This or another target is needed.", rich_help_panel=_CHOICE),
+]
 Count = Annotated[int | None, typer.Option(help="Number of blocks.", rich_help_panel=_CHOICE)]
 Blocks = Annotated[
     str | None, typer.Option(help="The blocks themselves, e.g. 3,12-15 (both ends count).", rich_help_panel=_CHOICE)
@@ -252,7 +260,8 @@ Task = Annotated[
     list[str] | None,
     typer.Option(
         "--task",
-        help="perplexity, choice, classification, similarity or speed; with its own data as kind=FILE. Repeatable.",
+        help="perplexity, choice, classification, similarity or speed; with its own data as kind=FILE. Repeatable. "
+        "Language models classify by the prompt of reviews; another stands in a config file, or in `avss evaluate`.",
         show_default="what suits the model",
     ),
 ]

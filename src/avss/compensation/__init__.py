@@ -29,6 +29,7 @@ from avss.data.batches import Batches
 from avss.models.load import Loaded
 from avss.models.predictions import measure_of
 from avss.models.projections import PROJECTIONS, find_projections
+from avss.models.shared_prefix import num_alone
 from avss.record import Compensation, CutRepair, Plan, runs_of
 
 METHODS = COMPENSATION_METHODS
@@ -78,17 +79,18 @@ def compensate(
         The repaired model, or `smaller` itself where nothing helped; and what was done.
 
     Raises:
-        ConfigError: An unknown method.
+        ConfigError: An unknown method, or a device that does not compute in float64.
         DataError: Too little text to fit to some of it and judge by the rest.
     """
     wanted = check_compensation(method)
+    original.check_float64()
     facts = find_projections(smaller)
     reason = _reason_against(wanted, smaller, plan)
     if reason or facts is None:
         return smaller, Compensation(method=method, note=reason)
     work = Workpiece.begin(original, smaller, plan, facts)
     fit, choose, judge = split(batches)
-    num_shared = max(0, plan.removed[0] - 1)
+    num_shared = min(max(0, plan.removed[0] - 1), num_alone(original))
     by_choice, by_judge = (Yardstick(original, text, num_shared) for text in (choose, judge))
     before = by_judge(smaller)
     runs = runs_of(plan.removed)

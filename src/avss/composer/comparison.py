@@ -1,5 +1,6 @@
 """`avss.compare`: how far can each criterion be trusted, here?"""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def compare(
     loaded = load(model, tokenizer, stack=stack)
     scoring, judging = _parts(loaded, data, damage_data, damage_samples, settings)
     share = config.fraction or (config.count or 1) / len(loaded.stack)
-    table, _ = score_loaded(loaded, scoring, wanted, True, share, stages)
+    table, _ = score_loaded(loaded, scoring, wanted, True, share, stages, protect=protect)
     plans = {one.criterion: _plan(one, config, loaded) for one in table.scores}
     draws = _draws(config, loaded, judging.facts.seed) if "random" in plans else []
     count = len(next(iter(plans.values())).removed)
@@ -121,10 +122,9 @@ def _parts(
     settings: Mapping[str, Any],
 ) -> tuple[Batches, Batches]:
     """What to score on, and what else to measure damage on."""
-    judged = {**settings, "samples": damage_samples, "batch_size": DAMAGE_BATCH_SIZE}
     if damage_data is not None:
-        whole = isinstance(damage_data, DataConfig)
-        return calibration(loaded, data, **settings), calibration(loaded, damage_data, **({} if whole else judged))
+        scoring = calibration(loaded, data, **settings)
+        return scoring, _unseen(loaded, damage_data, scoring, data, damage_samples, settings)
     if isinstance(data, DataConfig):
         data, settings = data.source, {**data.model_dump(exclude={"source"}), **settings}
     samples = int(settings.get("samples", DataConfig().samples))
@@ -140,6 +140,27 @@ def _parts(
     share = samples if num >= samples + damage_samples else round(num * samples / (samples + damage_samples))
     scoring, judging = everything.split(share)
     return scoring, judging.in_batches_of(DAMAGE_BATCH_SIZE)
+
+
+def _unseen(
+    loaded: Loaded,
+    damage_data: DataConfig | str | Sequence[str],
+    scoring: Batches,
+    data: DataConfig | str | Sequence[str],
+    damage_samples: int,
+    settings: Mapping[str, Any],
+) -> Batches:
+    """Sequences that are not scored on, read as those are unless `damage_data` has settings of its own."""
+    taken = len(scoring.sequences)
+    if isinstance(damage_data, DataConfig):
+        num = damage_data.samples
+        drawn = calibration(loaded, damage_data.model_copy(update={"samples": num + taken}))
+    else:
+        num = damage_samples
+        same = data.model_dump(exclude={"source"}) if isinstance(data, DataConfig) else {}
+        judged = {"samples": num + taken, "batch_size": DAMAGE_BATCH_SIZE}
+        drawn = calibration(loaded, damage_data, **{**same, **settings, **judged})
+    return drawn.other_than(scoring, num)
 
 
 def _plan(scores: BlockScores, config: PlanConfig, loaded: Loaded) -> Plan:
@@ -232,7 +253,7 @@ def _verdict(scores: BlockScores, alone: Sequence[Damage], cost: Damage) -> Crit
 
 
 def _floor(title: str, draws: Sequence[Damage]) -> CriterionVerdict:
-    ordered = sorted(draws, key=lambda one: one.mean)
+    ordered = sorted(draws, key=lambda one: (math.isnan(one.mean), one.mean))
     return CriterionVerdict(
         method="random",
         title=title,

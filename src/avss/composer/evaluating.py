@@ -111,21 +111,22 @@ def evaluate(
 
 def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: dict[str, Any]) -> tuple[TaskConfig, ...]:
     """The tasks as settings: those named, or what suits the model's head."""
-    if not tasks:
-        kinds = {
-            "causal": ("perplexity", "choice", "classification", "speed"),
-            "masked": ("perplexity", "similarity", "speed"),
-        }.get(loaded.head, ("similarity", "speed"))
-        return tuple(build(TaskConfig, {"kind": kind, **settings}) for kind in kinds)
-    found = with_own_names(
-        [task if isinstance(task, TaskConfig) else TaskConfig.parse(task, **settings) for task in tasks]
+    kinds = {
+        "causal": ("perplexity", "choice", "classification", "speed"),
+        "masked": ("perplexity", "similarity", "speed"),
+    }.get(loaded.head, ("similarity", "speed"))
+    found = (
+        with_own_names([task if isinstance(task, TaskConfig) else TaskConfig.parse(task, **settings) for task in tasks])
+        if tasks
+        else tuple(build(TaskConfig, {"kind": kind, **settings}) for kind in kinds)
     )
     for name, kinds in _READ_BY.items():
         # A flag is for all tasks: one that reads it is enough.
+        read = [getattr(task, name) for task in found if task.kind in kinds]
         unset = TaskConfig.model_fields[name].default
-        value = next((value for task in found if (value := getattr(task, name)) != unset), None)
-        if not any(task.kind in kinds for task in found):
-            refuse_unread({name: value}, f"tasks of the kind {' or '.join(f'`{kind}`' for kind in kinds)}")
+        unread = (value for task in found if (value := getattr(task, name)) != unset and value not in read)
+        what = f"tasks of the kind {' or '.join(f'`{kind}`' for kind in kinds)}"
+        refuse_unread({name: next(unread, None)}, what)
     for task in found:
         if not task.shots:
             refuse_unread({"shots_data": task.shots_data}, "solved examples, and none were asked for", "`--shots 4`")

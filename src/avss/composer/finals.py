@@ -4,6 +4,7 @@ What is best raw need not be best repaired: a repair mends one long gap better t
 round, as the model has it.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from avss.compensation import compensate, split
 from avss.compensation.divergence import Yardstick
 from avss.cut import cut
 from avss.data.batches import Batches
+from avss.errors import UnsupportedArchitectureError
 from avss.models.load import Loaded
 from avss.progress import MayGoOn, Timed, always
 from avss.record import Finalist, Plan
@@ -50,7 +52,8 @@ def judge_finalists(
         raw: dict[Removed, float] = {}
         for removed in sets:
             if not raw or may_go_on():
-                raw[removed] = measure(cut(loaded, _plan(loaded, removed)))
+                with contextlib.suppress(UnsupportedArchitectureError):  # a set that cannot go is no finalist
+                    raw[removed] = measure(cut(loaded, _plan(loaded, removed)))
         if len(raw) < 2:
             return ()  # nothing to choose from
         nearest = sorted(raw, key=lambda removed: raw[removed])[:num_finalists]

@@ -124,7 +124,16 @@ def prune_gguf(
         with timed("Loading the model"):
             loaded = load_model(path, head=head, device=device)
         batches = calibration(loaded, data, **settings)
-        table, _ = score_loaded(loaded, batches, (criterion,), True, config.share(file.num_blocks), timed)
+        table, _ = score_loaded(
+            loaded,
+            batches,
+            (criterion,),
+            True,
+            config.share(file.num_blocks),
+            timed,
+            protect=config.protect,
+            chooses=config.takes_the_lowest,
+        )
         plan = make_plan(table.scores[0], config, protects_ends=criterion.protects_ends)
     metadata_changes(file, plan)  # refuse before anything is written
     with fresh_folder(out, force=force) as folder:

@@ -117,8 +117,10 @@ def refuse_uncuttable(loaded: Loaded) -> None:
     """Refuses a model from which not even the example block can be removed, before any work is spent on it.
 
     Raises:
+        ConfigError: It is spread over several devices.
         UnsupportedArchitectureError: With the reason.
     """
+    loaded.check_one_device()
     find_family(loaded.model.config, loaded.stack)
     rewrite_config(loaded.model.config, loaded.stack, example_plan(loaded, removed=0))
 

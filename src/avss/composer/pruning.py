@@ -189,7 +189,16 @@ def prune(
     if scores is not None:
         table = ScoreTable(scores=(scores_of(scores, config.criterion).of(loaded.facts()),))
     elif batches is not None and config.blocks is None and config.from_search is None and config.select == "scores":
-        table, _ = score_loaded(loaded, batches, (wanted,), True, config.share(len(loaded.stack)), timed)
+        table, _ = score_loaded(
+            loaded,
+            batches,
+            (wanted,),
+            True,
+            config.share(len(loaded.stack)),
+            timed,
+            protect=config.protect,
+            chooses=config.takes_the_lowest,
+        )
     chosen = choose(
         loaded,
         config,

@@ -14,6 +14,7 @@ from avss.criteria.sites import SITES, find_sites, site_needs, site_values
 from avss.data.batches import Batches
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.models.load import Loaded
+from avss.models.rewrite import pinned_blocks
 from avss.output import fresh_folder
 from avss.plan import protected_blocks, rounded_half_up
 from avss.progress import Stages, silent
@@ -79,9 +80,24 @@ def score_loaded(
     fraction: float,
     stages: Stages,
     *,
+    protect: str = "auto",
+    chooses: bool = True,
     sites: tuple[str, ...] = (),
 ) -> tuple[ScoreTable, Collected]:
-    """Scores a loaded model; also returns what was collected, for whoever wants to score again or save it."""
+    """Scores a loaded model; also returns what was collected, for whoever wants to score again or save it.
+
+    Args:
+        loaded: The model.
+        batches: What it reads.
+        criteria: What to score by.
+        first_token: Whether the first token of each sequence counts.
+        fraction: Share of blocks whose choice the warnings speak of.
+        stages: Where progress goes.
+        protect: Blocks that stay in that choice, see `avss.plan.protected_blocks`; those that the architecture cannot
+            lose stay too.
+        chooses: Whether the lowest scores are what goes; else nothing is said about how sure that choice is.
+        sites: Where in the blocks to look as well.
+    """
     with stages("Scoring blocks") as advance:
         done = 0
         sites = () if sites == ("block",) else sites
@@ -98,6 +114,10 @@ def score_loaded(
         collected = collect(loaded, batches, needs, on_batch=on_batch)
     scores, problems = _defined(collected, criteria, first_token=first_token, seed=batches.facts.seed)
     count = max(1, rounded_half_up(fraction * len(loaded.stack)))  # as plans round
+    pinned = {pin.block for pin in pinned_blocks(loaded.model.config, loaded.stack)}
+    stay = {
+        one.criterion: tuple(sorted(pinned.union(guarded(one.criterion, len(loaded.stack), protect)))) for one in scores
+    }
     with stages("Resampling the data"):
         sure = [
             with_certainty(
@@ -105,20 +125,20 @@ def score_loaded(
                 CRITERIA[one.criterion],
                 one,
                 count=count,
-                protected=guarded(one.criterion, len(loaded.stack)),
+                protected=stay[one.criterion],
                 first_token=first_token,
                 seed=batches.facts.seed,
             )
             for one in scores
         ]
     unit = {"unit": batches.facts.unit}
-    stability = tuple(one.model_copy(update=unit) for _, one in sure if one is not None)
+    stability = tuple(one.model_copy(update=unit) for _, one in sure if one is not None and chooses)
     unsettled = (one.describe() for one in stability if not one.settled)
     table = ScoreTable(
         scores=tuple(one for one, _ in sure),
         model=loaded.facts(),
         data=batches.facts,
-        warnings=(*problems, *score_warnings(scores, collected, count=count), *unsettled),
+        warnings=(*problems, *score_warnings(scores, collected, count=count, protected=stay), *unsettled),
         stability=stability,
         sites=tuple(_figures(site, collected, first_token=first_token) for site in sites),
     )
@@ -134,9 +154,9 @@ def _figures(site: str, collected: Collected, *, first_token: bool) -> SiteFigur
     )
 
 
-def guarded(criterion: str, num_blocks: int) -> tuple[int, ...]:
-    """The blocks that a plan by this criterion leaves alone unless told otherwise."""
-    return protected_blocks("auto", num_blocks, protects_ends=CRITERIA[criterion].protects_ends)
+def guarded(criterion: str, num_blocks: int, protect: str = "auto") -> tuple[int, ...]:
+    """The blocks that a plan by this criterion leaves alone."""
+    return protected_blocks(protect, num_blocks, protects_ends=CRITERIA[criterion].protects_ends)
 
 
 def _defined(

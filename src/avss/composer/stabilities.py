@@ -15,7 +15,7 @@ from avss.composer.scores import DEFAULT_CRITERIA, guarded
 from avss.criteria import AbstractCriterion, find_criteria
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.output import fresh_folder
-from avss.plan import count_of_fraction
+from avss.plan import count_of_fraction, rounded_half_up
 from avss.progress import Stages, silent
 from avss.record import RunRecord, StabilityStudy, StabilityTrial
 from avss.scoring import score_blocks
@@ -52,8 +52,10 @@ def stability(
         data: One source or several; everything is compared with the first draw of the first.
         criteria: Names from `avss.CRITERIA`, or `all`.
         fraction: Share of blocks whose choice is compared.
-        num_seeds: Draws of each text.
-        sizes: Sequences to score on, beside all of them; by default a quarter and a half.
+        num_seeds: Draws of each text. Of a text with no more than `samples` sequences every draw is the same: all of it
+            is scored on once, and the draws are of a half and of a quarter.
+        sizes: Sequences to score on, beside all of them; by default a quarter and a half. Of a text with fewer than
+            `samples`, the same shares.
         samples: Sequences in a draw.
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
@@ -74,6 +76,7 @@ def stability(
     amounts = sorted({size for size in (*(sizes or (samples // 4, samples // 2)), samples) if size > 0}, reverse=True)
     if amounts[0] > samples:
         raise ConfigError(f"`--sizes {amounts[0]}` is more than the {samples} sequences of a draw (`--samples`).")
+    shares = [amount / samples for amount in amounts]
     loaded = load(model, tokenizer, stack=stack)
     count = count_of_fraction(fraction, len(loaded.stack))
     trials: list[StabilityTrial] = []
@@ -81,6 +84,7 @@ def stability(
     sources = [data] if isinstance(data, str) else list(data)
     shared = Counter(Path(source).name for source in sources)
     undefined: dict[str, str] = {}
+    drawn: set[frozenset[bytes]] = set()
     needs = [need for criterion in wanted for need in criterion.needs]
     with stages("Scoring on every draw") as advance:
         done, total = 0, len(sources) * num_seeds
@@ -89,7 +93,11 @@ def stability(
                 advance(done, total)
                 batches = calibration(loaded, source, samples=samples, seed=seed, **settings)
                 num = len(batches.sequences)
-                for size in dict.fromkeys(min(amount, num) for amount in amounts):
+                whole = frozenset(sequence.numpy().tobytes() for sequence in batches.sequences)
+                # Of a short text, the same shares of what there is.
+                for size in dict.fromkeys(max(1, rounded_half_up(share * num)) for share in shares):
+                    if size == num and whole in drawn:
+                        continue  # an earlier seed drew the same sequences: it would agree with itself
                     part = batches if size == num else batches.split(size)[0]
                     collected = collect(loaded, part, needs)
                     name = batches.facts.source
@@ -103,8 +111,11 @@ def stability(
                         except DegenerateStatisticError as error:
                             undefined[criterion.name] = str(error)
                             continue
+                        is_reference = criterion.name not in reference
                         reference.setdefault(criterion.name, values)
-                        trials.append(_trial(criterion, values, reference[criterion.name], count, name, seed, size))
+                        trial = _trial(criterion, values, reference[criterion.name], count, name, seed, size)
+                        trials.append(trial.model_copy(update={"is_reference": is_reference}))
+                drawn.add(whole)
                 done += 1
                 advance(done, total)
     for name, why in undefined.items():
@@ -112,6 +123,11 @@ def stability(
     trials = [trial for trial in trials if trial.criterion not in undefined]
     if not trials:
         raise DegenerateStatisticError(next(iter(undefined.values())))
+    if all(trial.is_reference for trial in trials):
+        raise ConfigError(
+            "One draw of one text and of one size is compared with nothing. Name more seeds, texts or sizes; a text "
+            "with no more sequences than `--samples` has one draw."
+        )
     return StabilityStudy(count=count, trials=tuple(trials), model=loaded.facts())
 
 
@@ -132,7 +148,7 @@ def _trial(
         seed=seed,
         num_sequences=num_sequences,
         kendall=kendall(values, reference),
-        overlap=len(set(chosen) & set(expected)) / count,
+        overlap=len(set(chosen) & set(expected)) / len(expected),
         chosen=chosen,
     )
 

@@ -1,11 +1,13 @@
 """`avss.run`: the whole path."""
 
 import dataclasses
-import time
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from avss.composer.choosing import choose, with_pinned
+from avss.composer.clock import Clock
 from avss.composer.evaluating import (
     choose_tasks,
     continuations,
@@ -17,6 +19,7 @@ from avss.composer.evaluating import (
 from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
+from avss.composer.provenance import versions as library_versions
 from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
@@ -45,7 +48,7 @@ from avss.models.forward import can_generate
 from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_search, files_of, make_plan
-from avss.progress import MayGoOn, Stages, Timed, always, silent, until
+from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
 
@@ -68,28 +71,11 @@ _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.35, 0.5
 repair solves for at each cut comes always: healing would need longer for the same."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Clock:
-    """The time for search, repair and healing: from the moment at which they begin.
-
-    Attributes:
-        began: That moment, of `time.monotonic`.
-        seconds: The time.
-        counts: Whether it bounds anything: only `quality = best` has such a time.
-    """
-
-    began: float
-    seconds: float
-    counts: bool
-
-    @property
-    def left(self) -> float:
-        """Seconds left; negative where more were taken."""
-        return self.began + self.seconds - time.monotonic()
-
-    def until(self, share: float) -> MayGoOn:
-        """Whether no more than this share of the time is over."""
-        return until(self.began + share * self.seconds) if self.counts else always
+def _key_of(config: RunConfig, loaded: Loaded, batches: Batches) -> str:
+    """16 hex digits over what a run's decisions depend on: same key, same run."""
+    settings = config.model_dump(mode="json", exclude={"out", "force"})
+    content = {"settings": settings, "model": loaded.facts().fingerprint, "text": batches.facts.content_hash}
+    return hashlib.sha256(json.dumps({**content, **library_versions()}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +140,20 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     with timed("Reading the tasks"):
         rehearse(loaded, [*tasks, config.plan.retention_task, config.search.task])
     share = config.plan.share(len(loaded.stack))
-    table, collected = score_loaded(loaded, batches, criteria, config.first_token, share, timed)
+    table, collected = score_loaded(
+        loaded,
+        batches,
+        criteria,
+        config.first_token,
+        share,
+        timed,
+        protect=config.plan.protect,
+        chooses=config.plan.takes_the_lowest,
+    )
     for name in config.compare:
         _scores_by(name, table)  # refused before a search is paid for
-    clock = _Clock(time.monotonic(), config.time or BEST_SECONDS, counts=config.quality == "best")
+    notes = checkpoints_beside(out) / f"{_key_of(config, loaded, batches)}.json"
+    clock = Clock(config.time or BEST_SECONDS, counts=config.quality == "best", notes=notes)
     chosen = choose(
         loaded,
         config.plan,
@@ -176,8 +172,8 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     # The criterion that chose needs no comparison with itself; in rounds it may have chosen other blocks.
     others = [plan for plan in others if (plan.method, plan.removed) != (chosen.plan.method, chosen.plan.removed)]
     raw = cut(loaded, chosen.plan)
+    rivals = [cut(loaded, plan) for plan in others]  # what cannot be cut is refused before the hours of healing
     versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, training, config, timed, clock)
-    rivals = [cut(loaded, plan) for plan in others]
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
     cuts = (*(version.told for version in versions), *told)
@@ -217,6 +213,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         (folder / "model" / "record.json").write_text(record.to_json(), encoding="utf-8")
         with timed("Drawing the report"):
             write_record(record, folder)
+    clock.forget()
     forget(checkpoint)
     return record
 
@@ -275,7 +272,7 @@ def _versions(
     training: Texts | None,
     config: RunConfig,
     timed: Timed,
-    clock: "_Clock",
+    clock: "Clock",
 ) -> tuple[list[_Version], Checkpoint | None]:
     """The states of the chosen cut, the last one first: it is the one that is saved; and healing's own state."""
     checkpoint = None
@@ -292,6 +289,7 @@ def _versions(
         for name in ("augment", "forms"):
             if getattr(heal, name) is None:
                 heal = heal.model_copy(update={name: getattr(config.data, name)})
+        clock.write_down()  # healing is what takes long, and is looked for again by the model that it begins with
         takes_the_rest = config.quality == "best" and "budget" not in heal.model_fields_set
         if takes_the_rest:
             heal = heal.model_copy(update={"budget": Budget(seconds=max(clock.left, 1.0))})

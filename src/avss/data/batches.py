@@ -109,6 +109,21 @@ class Batches:
         facts = _facts_of(changed, self.facts)
         return dataclasses.replace(self, sequences=tuple(changed), facts=facts, augmentation=None)
 
+    def other_than(self, known: "Batches", num_sequences: int) -> "Batches":
+        """The first sequences that are none of the known ones, so many at most.
+
+        Raises:
+            DataError: There is no other one.
+        """
+        seen = {one.numpy().tobytes() for one in known.sequences}
+        other = tuple(one for one in self.sequences if one.numpy().tobytes() not in seen)[:num_sequences]
+        if not other:
+            raise DataError(
+                f"`{self.facts.source}` holds nothing but {self.facts.unit} that are scored on, and damage is measured "
+                "on others. Give more text, or other text."
+            )
+        return dataclasses.replace(self, sequences=other, facts=_facts_of(other, self.facts))
+
     def split(self, num_sequences: int) -> "tuple[Batches, Batches]":
         """The first sequences and the rest, as batches of their own: to choose on some and measure on others.
 
@@ -289,6 +304,8 @@ def make_batches(
 def interleave(parts: Sequence[Batches]) -> Batches:
     """Several texts as one, their sequences taking turns: any part of it is a mixture. Or several folders of images.
 
+    Where one has fewer sequences than another, its turns are spread over the whole.
+
     Args:
         parts: At least one; made for the same model, with the same batch size.
 
@@ -299,8 +316,12 @@ def interleave(parts: Sequence[Batches]) -> Batches:
         return parts[0]
     source = ", ".join(part.facts.source for part in parts)
     check_one_size([part.facts.image_size for part in parts], source)
-    rounds = itertools.zip_longest(*(part.sequences for part in parts))
-    sequences = tuple(sequence for one in rounds for sequence in one if sequence is not None)
+    turns = sorted(
+        ((index + 0.5) / len(part.sequences), place, index)
+        for place, part in enumerate(parts)
+        for index in range(len(part.sequences))
+    )
+    sequences = tuple(parts[place].sequences[index] for _, place, index in turns)
     columns = list(dict.fromkeys(part.facts.column for part in parts if part.facts.column))
     names = {"source": source, "column": ", ".join(columns) or None}
     facts = _facts_of(sequences, parts[0].facts).model_copy(update=names)

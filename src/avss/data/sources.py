@@ -48,7 +48,7 @@ class Texts:
     """Texts and where they came from.
 
     Attributes:
-        texts: None of them empty.
+        texts: None of them empty, unless blank rows were asked for.
         source: As the user named it; a path by its last part.
         column: Column they were in, if there were columns.
         is_prose: True for a text file, which is one running text rather than a list of examples.
@@ -89,12 +89,13 @@ def split_sources(source: str | Path) -> tuple[str, ...]:
     return tuple(part.strip() for part in name.split(",") if part.strip()) or (name,)
 
 
-def read_texts(source: str | Path | Sequence[str], column: str | None = None) -> Texts:
+def read_texts(source: str | Path | Sequence[str], column: str | None = None, *, keep_blank: bool = False) -> Texts:
     """The texts of a source, or of several one after the other.
 
     Args:
         source: See the top of this file; or the texts themselves.
         column: Of every table among them that names none by `#column`; text files have no columns.
+        keep_blank: Whether blank rows of a table stay: where rows are lines of one running text, they are a part of it.
 
     Raises:
         DataError: Missing, unreadable, empty, or without the column.
@@ -104,7 +105,7 @@ def read_texts(source: str | Path | Sequence[str], column: str | None = None) ->
         if not texts:
             raise DataError("The list of texts is empty. Give at least one text that is not blank.")
         return Texts(texts=texts, source=f"{len(texts)} texts")
-    parts = [_read_one(part, column) for part in split_sources(source)]
+    parts = [_read_one(part, column, keep_blank=keep_blank) for part in split_sources(source)]
     if len(parts) == 1:
         return parts[0]
     is_prose = all(part.is_prose for part in parts)
@@ -115,7 +116,7 @@ def read_texts(source: str | Path | Sequence[str], column: str | None = None) ->
     )
 
 
-def _read_one(source: str, of_tables: str | None = None) -> Texts:
+def _read_one(source: str, of_tables: str | None = None, *, keep_blank: bool = False) -> Texts:
     name, column = split_column(source)
     path = _local_path(name)
     if path is not None and path.suffix.lower() in _TEXT_SUFFIXES:
@@ -130,8 +131,8 @@ def _read_one(source: str, of_tables: str | None = None) -> Texts:
     columns = dict.fromkeys(str(key) for row in rows[:_LOOKED_AT] for key in row)
     if column not in columns:
         raise DataError(f"`{_short(name)}`: {unknown_name('column', column, columns)}")
-    texts = tuple(value for row in rows if isinstance(value := row.get(column), str) and value.strip())
-    if not texts:
+    texts = tuple(value for row in rows if isinstance(value := row.get(column), str) and (keep_blank or value.strip()))
+    if not any(text.strip() for text in texts):
         raise DataError(f"The column `{column}` of `{_short(name)}` holds no text. Name another one with `#column`.")
     return Texts(texts=texts, source=_short(name), column=column)
 

@@ -48,22 +48,26 @@ def embed(
 ) -> list[np.ndarray]:
     """The embeddings `[N, D]` of tokenised texts by each model, float64, not normalised."""
     tokenizer = shared_tokenizer(models)
-    vectors = [np.empty((len(encoded), model.hidden_size)) for model in models]
+    vectors: list[np.ndarray | None] = [None] * len(models)
     poolings = [find_pooling(model) for model in models]
     steps = Steps(num_batches(len(encoded), batch_size) * len(models), on_step)
     for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id_of(tokenizer)):
-        for model, pooling, rows_ND in zip(models, poolings, vectors, strict=True):
+        for place, (model, pooling) in enumerate(zip(models, poolings, strict=True)):
             hidden_BTD = run_body(model, token_ids, keep).float()
-            rows_ND[chosen] = pooling(hidden_BTD, keep.to(hidden_BTD.device)).cpu().numpy()
+            pooled_BD = pooling(hidden_BTD, keep.to(hidden_BTD.device)).cpu().numpy()
+            rows_ND = vectors[place]
+            if rows_ND is None:  # a body may end in a projection to another width than its blocks'
+                rows_ND = vectors[place] = np.empty((len(encoded), pooled_BD.shape[1]))
+            rows_ND[chosen] = pooled_BD
             steps.advance()
-    return vectors
+    return [rows_ND for rows_ND in vectors if rows_ND is not None]
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The cosine of each row of `left` with the same row of `right`; both `[N, D]`. 0 where a vector is zero.
 
-    Exactly 1 for equal rows.
+    Exactly 1 for equal rows; nan where a vector holds one.
     """
     # The root of the product, not the product of the roots: for equal rows it is the sum of squares itself.
     norms = np.sqrt((left * left).sum(1) * (right * right).sum(1))
-    return np.divide((left * right).sum(1), norms, out=np.zeros(len(left)), where=norms > 0)
+    return np.divide((left * right).sum(1), norms, out=np.zeros(len(left)), where=norms != 0)

@@ -36,9 +36,10 @@ _Samples = dict[str, list[float]]
 def evaluate_perplexity(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
     r"""Perplexity by the protocol of the field.
 
-    The texts are joined with a blank line, tokenised once and cut into windows of `task.seq_len` tokens that do not
-    overlap (BOS included where the tokenizer adds it); the last, incomplete window is dropped. With a `limit`, a seeded
-    draw of the windows. A window's loss is the mean of $-\ln p(x_t | x_{<t})$ over its tokens from the second on.
+    The texts, blank rows of a table too, are joined with a blank line, tokenised once and cut into windows of
+    `task.seq_len` tokens that do not overlap (BOS included where the tokenizer adds it); the last, incomplete window is
+    dropped. With a `limit`, a seeded draw of the windows. A window's loss is the mean of $-\ln p(x_t | x_{<t})$ over
+    its tokens from the second on.
 
     Metrics of a causal model:
 
@@ -81,7 +82,7 @@ def _need_one_width(models: Sequence[Loaded]) -> None:
 
 
 def _probes(models: Sequence[Loaded], task: TaskConfig, tokenizer: Any) -> list[Probe]:
-    text = DOCUMENT_BREAK.join(read_texts(data_source(task), task.text_column).texts)
+    text = DOCUMENT_BREAK.join(read_texts(data_source(task), task.text_column, keep_blank=True).texts)
     seq_len = min(task.seq_len, max_len(models) or task.seq_len)
     if models[0].head == "causal":
         pieces = windows(tokenizer, text, seq_len)

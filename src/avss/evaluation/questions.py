@@ -122,11 +122,11 @@ def _index(value: Any, names: list[str]) -> int | None:
         return int(word) if digits.isascii() and digits.isdigit() else None
     if isinstance(value, bool | np.bool_):
         return None
-    if isinstance(value, int | np.integer):
-        return names.index(str(value)) if str(value) in names else int(value)
     # A column of integers with a gap somewhere comes out of a table as floats.
     if isinstance(value, float | np.floating) and float(value).is_integer():
-        return int(value)
+        value = int(value)
+    if isinstance(value, int | np.integer):
+        return names.index(str(value)) if str(value) in names else int(value)
     return None
 
 

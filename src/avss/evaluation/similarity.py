@@ -45,7 +45,7 @@ def evaluate_similarity(models: Sequence[Loaded], task: TaskConfig, on_step: OnS
 def nearest(vectors: np.ndarray) -> np.ndarray:
     """The index of each row's nearest other row by cosine, `[N]`; the first of equals."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    units = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms != 0)
     found = np.empty(len(units), dtype=np.int64)
     for start in range(0, len(units), _ROWS_AT_ONCE):
         similarity = units[start : start + _ROWS_AT_ONCE] @ units.T

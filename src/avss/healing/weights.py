@@ -9,6 +9,7 @@ from torch import nn
 from avss.errors import ConfigError
 from avss.models.forward import run_body
 from avss.models.load import Loaded, quiet_transformers
+from avss.models.shared_prefix import num_alone
 from avss.record import Plan
 
 Choice = Literal["all", "blocks", "after", "lora"]
@@ -60,7 +61,7 @@ def choose_weights(dense: Loaded, model: Loaded, plan: Plan, choice: Choice, *, 
         ConfigError: Adapters are asked for, and peft is not installed or finds no matrix in the blocks.
     """
     frozen = max(0, min(plan.removed, default=0) - LEAD) if choice in ("after", "lora") else 0
-    shared = _count_shared(dense, model, frozen) if frozen else 0
+    shared = min(_count_shared(dense, model, frozen), num_alone(dense)) if frozen else 0
     title = _TITLES[choice].format(rank=rank, lead=LEAD)
     if choice == "lora":
         adapters = _attach(model, range(frozen, len(model.stack)), rank)

@@ -207,6 +207,21 @@ def _last_full_attention(config: Mapping[str, Any], num_blocks: int) -> tuple[Pi
     return (Pinned(full[-1], "the last block with full attention; the config makes the last block one by force"),)
 
 
+def _cache_owners(config: Mapping[str, Any], num_blocks: int) -> tuple[Pinned, ...]:
+    """Without the block whose keys and values the last ones read, these would read those of another."""
+    kinds, shared = config.get("layer_types") or [], config.get("num_kv_shared_layers") or 0
+    if len(kinds) != num_blocks:
+        return ()
+    first = num_blocks - shared
+    owners = {kind: block for block, kind in enumerate(kinds[:first])}
+    read = [owners[kind] for kind in dict.fromkeys(kinds[first:]) if kind in owners]
+    return tuple(Pinned(block, "the last blocks read its keys and values") for block in read)
+
+
+def _all_of(*pins: Callable[[Mapping[str, Any], int], tuple[Pinned, ...]]) -> Callable[..., tuple[Pinned, ...]]:
+    return lambda config, num_blocks: tuple(pin for one in pins for pin in one(config, num_blocks))
+
+
 def _shared_caches(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The last `num_kv_shared_layers` blocks read the cache of an earlier block of their kind: one must be left."""
     kinds, shared = config.get("layer_types") or [], config.get("num_kv_shared_layers") or 0
@@ -390,14 +405,17 @@ FAMILIES: dict[str, Family] = {
         per_layer=("intermediate_size", "activation_sparsity_pattern"),
         packed=_PER_LAYER_EMBEDDINGS,
         adjust=_shared_caches,
+        pinned=_cache_owners,
     ),
     "gemma4_text": Family(
         roles=_KEEPER,
         packed=_PER_LAYER_EMBEDDINGS,
         adjust=_shared_caches,
-        pinned=_last_full_attention,
+        pinned=_all_of(_cache_owners, _last_full_attention),
     ),
-    "gemma4_unified_text": Family(roles=_KEEPER, pinned=_last_full_attention, adjust=_shared_caches),
+    "gemma4_unified_text": Family(
+        roles=_KEEPER, pinned=_all_of(_cache_owners, _last_full_attention), adjust=_shared_caches
+    ),
     "glm5_next_text": _SELECTIONS,
     "glm_moe_dsa": _SELECTIONS,
     "gpt2": Family(obstacle=_inverse_scaling),

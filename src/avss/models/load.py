@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -171,6 +172,32 @@ class Loaded:
         """Whether the part of the model that runs the stack takes images for its main input."""
         return not self.reads_text and self.tower().model.main_input_name == "pixel_values"
 
+    def check_float64(self) -> None:
+        """Refuses a device that does not compute in float64, in which statistics, damage and repairs add up.
+
+        Raises:
+            ConfigError: The model is on an Apple GPU.
+        """
+        if self.device.type == "mps":
+            raise ConfigError(
+                "Scores, damage and repairs are added up in float64, which Apple GPUs (`mps`) do not compute. Use the "
+                "CPU (`--device cpu`, or `model.to('cpu')`); healing and evaluation run on `mps`."
+            )
+
+    def check_one_device(self) -> None:
+        """Refuses a model that is spread over several devices: the smaller one is built on one.
+
+        Raises:
+            ConfigError: It is.
+        """
+        places = set(map(str, (getattr(self.model, "hf_device_map", None) or {}).values()))
+        if len(places) > 1:
+            raise ConfigError(
+                f"The model is spread over {', '.join(sorted(places))}, and a cut builds the smaller one on one. "
+                "Load it on one (`--device cpu`), or score it here (`avss score MODEL --device map --out scores`) and "
+                "cut it from file to file (`avss prune MODEL --on-disk --scores scores`)."
+            )
+
     def check_reads_text(self, what: str) -> None:
         """Refuses what reads text alone for a stack that reads images.
 
@@ -283,7 +310,7 @@ def load_model(
         head: `auto` takes the class named in the config; otherwise one of `HEADS`.
         dtype: Dtype to compute in. `auto`: the stored one on an accelerator; float32 on a CPU, where half precision is
             slow and nothing is lost by widening.
-        device: `auto` (first of CUDA, MPS, CPU), a torch device, or `map` to spread the model over all GPUs.
+        device: `auto` (CUDA, else the CPU), a torch device, or `map` to spread the model over all GPUs.
         revision: Hub branch, tag or commit.
         trust_remote_code: Whether code that comes with the model may run.
         stack: Which stack of blocks to work on: `auto`, or its name or path; see `avss.models.stack.find_stack`.
@@ -477,9 +504,8 @@ def _check_choices(head: str, dtype: str) -> None:
 def _find_device(device: str) -> torch.device:
     if device == "map":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
+    if device == "auto":  # not `mps`, see `Loaded.check_float64`
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -597,6 +623,11 @@ def _read_weights(
             "Only safetensors and GGUF weights are read; is the download whole?"
         ) from error
     _refuse_missing(model, info, location.name)
+    if any(value.device.type == "meta" for value in model.parameters()):
+        raise ModelLoadError(
+            f"`{location.name}` does not fit the GPUs: some of its weights would wait elsewhere (`--device map`), "
+            "where they cannot be read. Use `--device cpu`, or cut it from file to file (`--on-disk`)."
+        )
     return model
 
 
@@ -695,22 +726,35 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The same model with its weights in another dtype; the model itself where it has that dtype already.
 
     Assembled anew rather than converted in place: buffers that the constructor computes (Gemma's embedding scale,
-    rotary frequencies) must have the digits of the new dtype, as they have after a fresh load.
+    rotary frequencies) must have the digits of the new dtype, as they have after a fresh load. What the class keeps in
+    float32 beside half precision (the biases that route tokens to experts) is kept so, as a load would.
     """
     if model.dtype == dtype:
         return model
+    wide = _kept_wide(model, dtype)
     # One tensor for each storage, so that tied weights stay tied.
     recast: dict[int, Tensor] = {}
     state = model.state_dict()
-    for tensor in state.values():
+    for name, tensor in state.items():
         if tensor.data_ptr() not in recast:
-            recast[tensor.data_ptr()] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            to = torch.float32 if any(fnmatch.fnmatchcase(name, pattern) for pattern in wide) else dtype
+            recast[tensor.data_ptr()] = tensor.to(to) if tensor.is_floating_point() else tensor
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     other = assemble(type(model), config, {name: recast[tensor.data_ptr()] for name, tensor in state.items()})
     if getattr(model, "generation_config", None) is not None:
         other.generation_config = model.generation_config
     return other
+
+
+def _kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Patterns of the weights that transformers loads in float32 though the model is asked for in `dtype`."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [f"*{name}*" for name in names]
 
 
 def save_model(loaded: Loaded, folder: Path) -> None:

