@@ -35,7 +35,7 @@ Dtype = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="auto, cpu, cuda, cuda:N, map (all GPUs), or mps (heals and evaluates only).", rich_help_panel=_LOADING
+        help="auto, cpu, cuda, cuda:N, map (all GPUs), or mps (no scores, damage or repair).", rich_help_panel=_LOADING
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_LOADING)]

@@ -147,7 +147,7 @@ def _add(
         if dense_NV is not None and words is not None:
             samples["kl"].append(float(divergence(dense_NV, logits_NV, places_M).mean()))
             dense, other = (word[places_M] for word in words)
-            samples["top1_agreement"].append(float((dense == other).double().mean()))
+            samples["top1_agreement"].append(int((dense == other).sum()) / dense.numel())
 
 
 def _result(task: TaskConfig, samples: _Samples, *, masked: bool) -> TaskResult:

@@ -181,7 +181,7 @@ class Loaded:
         if self.device.type == "mps":
             raise ConfigError(
                 "Scores, damage and repairs are added up in float64, which Apple GPUs (`mps`) do not compute. Use the "
-                "CPU (`--device cpu`, or `model.to('cpu')`); healing and evaluation run on `mps`."
+                "CPU (`--device cpu`, or `model.to('cpu')`); healing and evaluation need no float64."
             )
 
     def check_one_device(self) -> None:
