@@ -654,12 +654,19 @@ class CurvePoint(SetDamage):
         cost: What the search made small, see `SearchResult.objective`; mean over sequences or items.
         cost_stderr: Its standard error.
         num_sequences: Sequences it was measured on; 0 for none.
+        refusal: Why this set cannot be cut out (the search found none of its size that can); None where it can be.
     """
 
     how: str
     cost: JsonFloat
     cost_stderr: JsonFloat | None = None
     num_sequences: int = 0
+    refusal: str | None = None
+
+    @property
+    def found_by(self) -> str:
+        """The step that found it, and whether it can be cut out."""
+        return self.how if self.refusal is None else f"{self.how}; cannot be cut"
 
 
 class Finalist(FrozenValue):

@@ -4,6 +4,8 @@ import itertools
 import json
 
 import pytest
+from tools.sweep.shrink import small_model
+from transformers import JambaForCausalLM
 
 import avss
 from avss import composer
@@ -17,7 +19,7 @@ from avss.composer.searching import passes_of_all, search_loaded
 from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
 from avss.cut import cut
 from avss.errors import ConfigError, UnsupportedArchitectureError
-from avss.models.load import load_model
+from avss.models.load import adopt, load_model
 from avss.plan import make_plan
 from avss.progress import Timed, silent
 from avss.record import BlockScores, Cut, ModelFacts, Plan, Retention, RunRecord, ScoreTable
@@ -738,3 +740,64 @@ def test_a_target_that_the_finished_model_misses_is_said():
     (said,) = target_warnings(PlanConfig(speedup=1.3), one(slow))
     assert "1.11 times as fast, and 1.3 were asked for" in said
     assert target_warnings(PlanConfig(speedup=1.12), one(slow)) == ()
+
+
+def jamba(tmp_path):
+    """Attention in every second block: only sets that leave it so can be cut."""
+    loaded = adopt(small_model(JambaForCausalLM, "jamba", attn_layer_period=2, attn_layer_offset=0))
+    loaded.model.save_pretrained(tmp_path / "jamba")
+    word_tokenizer().save_pretrained(tmp_path / "jamba")
+    return load_model(tmp_path / "jamba")
+
+
+def can_go(loaded, removed):
+    try:
+        cut(loaded, make_explicit(loaded, removed))
+    except UnsupportedArchitectureError:
+        return False
+    return True
+
+
+def make_explicit(loaded, removed):
+    return Plan(num_blocks=len(loaded.stack), removed=removed, method="explicit", rule="by hand")
+
+
+@pytest.mark.parametrize("objective", ["kl", "accuracy"])
+@pytest.mark.parametrize("select", ["greedy", "evolution", "window"])
+def test_a_search_finds_what_can_be_cut(select, objective, tmp_path, text_file, choice_file):
+    """Every set of every size is tried by `cut`: the search's can go wherever one can, and else it says so."""
+    loaded = jamba(tmp_path)
+    free = range(1, len(loaded.stack) - 1)
+    size = len(free) - 1
+    possible = {
+        size: [one for one in itertools.combinations(free, size) if can_go(loaded, one)] for size in range(1, size + 1)
+    }
+    assert any(possible.values())
+    assert not all(possible.values())
+    batches = composer.calibration(loaded, text_file, samples=4, seq_len=16, batch_size=2)
+    task = TaskConfig(kind="choice", data=str(choice_file), limit=4)
+    found = search_loaded(
+        loaded,
+        batches,
+        PlanConfig(count=size, select=select, contiguous=select == "window"),
+        SearchConfig(objective=objective, task=task if objective == "accuracy" else None, resume=False),
+        count=size,
+        protected=(0, len(loaded.stack) - 1),
+        prior=None,
+        stages=Timed(silent),
+    )
+    for point in found.points:
+        assert (point.refusal is None) == can_go(loaded, point.removed)
+        assert point.cost < 100
+        if select != "window":  # runs of neighbours only
+            assert (point.refusal is None) == bool(possible[len(point.removed)])
+    assert all(can_go(loaded, one.removed) for one in found.others)
+
+
+def test_a_size_of_which_no_set_can_go_is_refused_with_those_that_can(avss_command, text_file, tmp_path):
+    jamba(tmp_path)
+    out = tmp_path / "out"
+    options = ("--select", "greedy", "--data", text_file, "--out", out, *SMALL)
+    answer = avss_command("prune", tmp_path / "jamba", "--count", 1, *options)
+    refused(answer, "None of the sets of 1 block that were tried", "uneven distances", "Ask for more.")
+    assert not out.exists()

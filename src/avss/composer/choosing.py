@@ -16,10 +16,17 @@ from avss.config import PlanConfig, SearchConfig, TaskConfig
 from avss.criteria import AbstractCriterion, find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
-from avss.errors import ConfigError, DataError, DegenerateStatisticError, InvalidPlanError, TaskError
+from avss.errors import (
+    ConfigError,
+    DataError,
+    DegenerateStatisticError,
+    InvalidPlanError,
+    TaskError,
+    UnsupportedArchitectureError,
+)
 from avss.evaluation import evaluate_task, retention
 from avss.models.load import Loaded
-from avss.models.rewrite import pinned_blocks
+from avss.models.rewrite import pinned_blocks, refusal
 from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
 from avss.progress import MayGoOn, Timed, always
 from avss.record import BlockScores, Finalist, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult, runs_of
@@ -280,9 +287,10 @@ class _Sized:
         """
         config = self.config
         if config.min_retention is not None:
-            plan = self._largest_that_keeps(config.min_retention, plan_of, min(self._named_count or most, most))
+            sizes = self._sizes(plan_of, min(self._named_count or most, most))
+            plan = self._largest_that_keeps(config.min_retention, plan_of, sizes)
         elif self._most_parameters is not None:
-            fitting = (plan for size in range(1, most + 1) if self._fits(plan := plan_of(size)))
+            fitting = (plan for size in self._sizes(plan_of, most) if self._fits(plan := plan_of(size)))
             plan = next(fitting, None)
             if plan is None:
                 raise InvalidPlanError(
@@ -292,9 +300,37 @@ class _Sized:
             plan = _with_rule(plan, f"the fewest that leave at most {self._most_parameters:,} parameters")
         else:
             plan = plan_of(self._named_count or most)
+            if search is not None:
+                self._refuse_uncut(plan, plan_of, search)
             if config.speedup is not None:
                 plan = _with_rule(plan, f"for a speedup of {config.speedup:g}, estimated from measured latency")
         return Chosen(plan, search, _search_warnings(search, plan) if search is not None else ())
+
+    def _sizes(self, plan_of: Callable[[int], Plan], most: int) -> list[int]:
+        """The sizes whose plan can be cut out, as far as the config tells.
+
+        Raises:
+            UnsupportedArchitectureError: None of them can.
+        """
+        config, stack = self.loaded.model.config, self.loaded.stack
+        reasons = {size: refusal(config, stack, plan_of(size)) for size in range(1, most + 1)}
+        sizes = [size for size, reason in reasons.items() if reason is None]
+        if not sizes:
+            raise UnsupportedArchitectureError(f"None of the plans of 1 to {most} blocks can be cut: {reasons[1]}")
+        return sizes
+
+    def _refuse_uncut(self, plan: Plan, plan_of: Callable[[int], Plan], search: SearchResult) -> None:
+        """Refuses what the search could not find: a set of this size that can be cut out."""
+        count = len(plan.removed)
+        reason = search.points[count - 1].refusal
+        if reason is None:
+            return
+        sizes = [str(len(point.removed)) for point in search.points if point.refusal is None]
+        remedy = f"Sets of these sizes were found that can be: {', '.join(sizes)}" if sizes else "Ask for more"
+        raise UnsupportedArchitectureError(
+            f"None of the sets of {count} block{'s' if count > 1 else ''} that were tried can be cut; of the best of "
+            f"them: {reason} {remedy}."
+        )
 
     @property
     def _named_count(self) -> int | None:
@@ -383,7 +419,7 @@ class _Sized:
             raise ConfigError(f"The task `{task.kind}` has no retention. Use choice, classification or perplexity.")
         return task
 
-    def _largest_that_keeps(self, wanted: float, plan_of: Callable[[int], Plan], most: int) -> Plan:
+    def _largest_that_keeps(self, wanted: float, plan_of: Callable[[int], Plan], sizes: Sequence[int]) -> Plan:
         """The largest size whose cut keeps what is wanted, found by halving: retention is taken to fall with size."""
         task = self.retention_task()
         kept: dict[int, float] = {}
@@ -401,17 +437,19 @@ class _Sized:
                 advance(len(kept), None, f"{size} blocks: {found[0]:.1%}")
                 return found[0] >= wanted
 
-            low, high = 0, most + 1
+            low, high = 0, len(sizes) + 1
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (middle, high) if keeps(middle) else (low, middle)
+                low, high = (middle, high) if keeps(sizes[middle - 1]) else (low, middle)
         if low == 0:
-            plan = plan_of(1)
+            plan = plan_of(sizes[0])
+            number = "one block" if sizes[0] == 1 else f"{sizes[0]} blocks"
             raise InvalidPlanError(
-                f"No cut keeps {wanted:.1%} of `{task.kind}`: the best of one block (block {plan.describe()}) keeps "
-                f"{kept[1]:.1%}. Lower `--min-retention`, or cut it by `--blocks {plan.describe()}` and heal it."
+                f"No cut keeps {wanted:.1%} of `{task.kind}`: the best of {number} ({plan.describe()}) keeps "
+                f"{kept[sizes[0]]:.1%}. Lower `--min-retention`, or cut it by `--blocks {plan.describe()}` and heal it."
             )
-        return _with_rule(plan_of(low), f"the most that keep {wanted:.1%} of {task.kind}: {kept[low]:.1%} measured")
+        size = sizes[low - 1]
+        return _with_rule(plan_of(size), f"the most that keep {wanted:.1%} of {task.kind}: {kept[size]:.1%} measured")
 
 
 def _scores(

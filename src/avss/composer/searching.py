@@ -1,6 +1,7 @@
 """Search as the composer runs it: the judge, the budget and the file are wired together here."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,10 +20,11 @@ from avss.config import PlanConfig, SearchConfig, TaskConfig
 from avss.cut import cut
 from avss.data.batches import Batches
 from avss.data.sources import read_table
-from avss.errors import ConfigError, TaskError
+from avss.errors import ConfigError, TaskError, UnsupportedArchitectureError
 from avss.evaluation import evaluate_task
 from avss.evaluation.base import data_sources
 from avss.models.load import Loaded
+from avss.models.rewrite import refusal
 from avss.progress import Stages
 from avss.record import CurvePoint, Plan, SearchResult
 from avss.search import Budget, Curve, Ledger, Measure, Rules, find_curve
@@ -30,6 +32,10 @@ from avss.search.ledger import FloatArray, Removed
 
 _SHARE_OF_MEMORY = 0.25
 """Of the free memory, that the whole model's states and answers may take."""
+
+_UNCUT = 1e6
+"""Added to the cost of a set that no config can express: it loses to every one that can be cut, and such sets still
+compare among themselves, since a larger one that can be cut may be built from them."""
 
 
 def search_loaded(
@@ -75,7 +81,8 @@ def search_loaded(
 
     judge = Judge(loaded, batches, holds_all=bytes_to_hold(loaded, batches) <= _free_bytes(loaded) * _SHARE_OF_MEMORY)
     by_task = config.objective == "accuracy"
-    measure = _by_accuracy(loaded, config) if by_task else _by_judge(judge, config)
+    refused = _Refused(loaded)
+    measure = _by_accuracy(loaded, config, refused) if by_task else _by_judge(judge, config, refused)
     rules = Rules(
         count=count,
         free=tuple(block for block in range(num_blocks) if block not in protected),
@@ -111,14 +118,13 @@ def search_loaded(
 
         def on_best(size: int, removed: Removed, cost: float) -> None:
             nonlocal note
-            blocks = Plan(num_blocks=num_blocks, removed=tuple(sorted(removed)), method="", rule="").describe()
-            note = f"{size}: {cost:.4g} without {blocks}"
+            note = f"{size}: {cost - refused.penalty(removed):.4g} without {_plan(loaded, removed).describe()}"
             on_call()
 
         ledger.on_call = on_call
         curve = find_curve(plan.select, ledger, rules, on_best=on_best)
     config = config.model_copy(update={"screen": screen})
-    return _result(curve, ledger, loaded, batches, plan, config, judge, protected, command)
+    return _result(curve, ledger, loaded, batches, plan, config, judge, protected, command, refused)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +139,37 @@ class _Columns:
 _COLUMNS = _Columns()
 
 
-def _by_judge(judge: Judge, config: SearchConfig) -> Measure:
+def _plan(loaded: Loaded, removed: Removed) -> Plan:
+    return Plan(num_blocks=len(loaded.stack), removed=tuple(sorted(removed)), method="search", rule="")
+
+
+class _Refused:
+    """Knows which sets cannot be cut out of a model, and why: by its config, or by a cut that was tried."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._reasons: dict[Removed, str | None] = {}
+
+    def reason(self, removed: Removed) -> str | None:
+        """Why a set cannot go; None where it can as far as is known."""
+        if removed not in self._reasons:
+            loaded = self._loaded
+            self._reasons[removed] = refusal(loaded.model.config, loaded.stack, _plan(loaded, removed))
+        return self._reasons[removed]
+
+    def note(self, removed: Removed, reason: str) -> None:
+        """A cut was tried, and refused."""
+        self._reasons[removed] = reason
+
+    def penalty(self, removed: Removed) -> float:
+        """What is added to the cost of a set."""
+        return 0.0 if self.reason(removed) is None else _UNCUT
+
+
+def _by_judge(judge: Judge, config: SearchConfig, refused: _Refused) -> Measure:
     def measure(sets: Sequence[Removed], batches: Sequence[int]) -> list[FloatArray]:
         found = []
-        for one in judge.judge(sets, batches=batches):
+        for removed, one in zip(sets, judge.judge(sets, batches=batches), strict=True):
             nothing = np.full_like(one.distance, np.nan)
             loss = nothing if one.loss is None else one.loss
             dense = nothing if one.dense_loss is None else one.dense_loss
@@ -146,13 +179,13 @@ def _by_judge(judge: Judge, config: SearchConfig) -> Measure:
                     "`accuracy` with a task."
                 )
             cost = loss - dense if config.objective == "loss" else one.distance
-            found.append(np.stack([cost, one.distance, loss, dense], axis=1))
+            found.append(np.stack([cost + refused.penalty(removed), one.distance, loss, dense], axis=1))
         return found
 
     return measure
 
 
-def _by_accuracy(loaded: Loaded, config: SearchConfig) -> Measure:
+def _by_accuracy(loaded: Loaded, config: SearchConfig, refused: _Refused) -> Measure:
     """One minus the accuracy on a task, item by item. The cut models share the weights; only forwards cost."""
     if config.task is None:
         raise ConfigError(
@@ -161,15 +194,26 @@ def _by_accuracy(loaded: Loaded, config: SearchConfig) -> Measure:
         )
     task: TaskConfig = config.task
 
+    def wrong_of(model: Loaded) -> FloatArray:
+        (result,) = evaluate_task([model], task)
+        if "accuracy" not in result.samples:
+            raise TaskError(f"The task `{task.kind}` has no right answers to count. Use choice or classification.")
+        return 1 - result.samples["accuracy"]
+
+    @functools.cache
+    def num_items() -> int:
+        return len(wrong_of(loaded))
+
     def measure(sets: Sequence[Removed], batches: Sequence[int]) -> list[FloatArray]:
         del batches  # there is one: all items
         found = []
         for one in sets:
-            plan = Plan(num_blocks=len(loaded.stack), removed=tuple(sorted(one)), method="search", rule="")
-            (result,) = evaluate_task([cut(loaded, plan)], task)
-            if "accuracy" not in result.samples:
-                raise TaskError(f"The task `{task.kind}` has no right answers to count. Use choice or classification.")
-            wrong = 1 - result.samples["accuracy"]
+            try:
+                wrong = wrong_of(cut(loaded, _plan(loaded, one)))
+            except UnsupportedArchitectureError as error:
+                # It cannot be run, so nothing tells it from its kind.
+                refused.note(one, str(error))
+                wrong = np.full(num_items(), 1 + _UNCUT)
             nothing = np.full_like(wrong, np.nan)
             found.append(np.stack([wrong, nothing, nothing, nothing], axis=1))
         return found
@@ -187,9 +231,13 @@ def _result(
     judge: Judge,
     protected: Sequence[int],
     command: str,
+    refused: _Refused,
 ) -> SearchResult:
+    def point(removed: Removed, how: str) -> CurvePoint:
+        return _point(removed, how, ledger.known(removed), refused)
+
     sizes = sorted(curve.best)
-    measured = [ledger.known(curve.best[size]) for size in sizes]
+    measured = (ledger.known(curve.best[size]) for size in sizes)
     dense = [float(np.mean(rows[:, _COLUMNS.dense_loss])) for rows in measured if len(rows)]
     return SearchResult(
         created=now(),
@@ -200,11 +248,12 @@ def _result(
         measure=judge.measure,
         num_blocks=len(loaded.stack),
         protected=tuple(protected),
-        points=tuple(
-            _point(curve.best[size], curve.how[size], rows) for size, rows in zip(sizes, measured, strict=True)
-        ),
+        points=tuple(point(curve.best[size], curve.how[size]) for size in sizes),
         others=tuple(
-            _point(one, "runner-up", ledger.known(one)) for size in sizes for one in _others(ledger, curve, size)
+            point(one, "runner-up")
+            for size in sizes
+            for one in _others(ledger, curve, size)
+            if refused.reason(one) is None
         ),
         dense_loss=dense[-1] if dense and math.isfinite(dense[-1]) else None,
         num_blocks_run=ledger.num_blocks_run,
@@ -234,11 +283,11 @@ def _others(ledger: Ledger, curve: Curve, size: int) -> list[Removed]:
     return sorted(enough, key=lambda one: (ledger.mean(one), sorted(one)))[:_OTHERS]
 
 
-def _point(removed: Removed, how: str, rows: FloatArray) -> CurvePoint:
-    blocks = tuple(sorted(removed))
+def _point(removed: Removed, how: str, rows: FloatArray, refused: _Refused) -> CurvePoint:
+    blocks, reason = tuple(sorted(removed)), refused.reason(removed)
     if not len(rows):
-        return CurvePoint(removed=blocks, how=how, cost=math.nan, distance=math.nan, num_sequences=0)
-    cost, cost_error = mean_and_error(rows[:, 0])
+        return CurvePoint(removed=blocks, how=how, cost=math.nan, distance=math.nan, num_sequences=0, refusal=reason)
+    cost, cost_error = mean_and_error(rows[:, 0] - refused.penalty(removed))
     distance, error = mean_and_error(rows[:, _COLUMNS.distance])
     loss, dense = rows[:, _COLUMNS.loss], rows[:, _COLUMNS.dense_loss]
     change = mean_and_error(loss - dense) if np.isfinite(loss).all() else (None, None)
@@ -253,6 +302,7 @@ def _point(removed: Removed, how: str, rows: FloatArray) -> CurvePoint:
         loss_change_stderr=change[1],
         perplexity=None if change[0] is None else math.exp(min(float(loss.mean()), 700.0)),
         num_sequences=len(rows),
+        refusal=reason,
     )
 
 

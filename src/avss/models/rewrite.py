@@ -109,6 +109,15 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
     return smaller
 
 
+def refusal(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> str | None:
+    """Why no config can express the smaller model; None where one can. What its weights say is not asked."""
+    try:
+        rewrite_config(config, stack, plan)
+    except UnsupportedArchitectureError as error:
+        return str(error)
+    return None
+
+
 def _renumber_stages(owner: PretrainedConfig, raw: Mapping[str, Any], plan: Plan) -> None:
     """A backbone names the state after each block, `stem`, `stage1`, ...; its outputs stay after the same blocks."""
     taken = [place % (plan.num_blocks + 1) for place in raw.get("out_indices") or [plan.num_blocks]]

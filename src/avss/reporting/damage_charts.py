@@ -145,7 +145,7 @@ def _search_row(point: CurvePoint, *, by_task: bool) -> dict[str, Any]:
     return {
         "size": len(point.removed),
         "blocks": describe_blocks(point.removed),
-        "how": point.how,
+        "how": point.found_by,
         "value": value if known else None,
         "lower": None if spread is None else value - spread,
         "upper": None if spread is None else value + spread,

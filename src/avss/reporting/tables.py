@@ -259,7 +259,7 @@ def search_texts(search: SearchResult) -> tuple[list[str], list[list[str]]]:
     for point in search.points:
         value = (point.cost, point.cost_stderr) if by_task else (point.distance, point.stderr)
         texts = [str(len(point.removed)), describe_blocks(point.removed), numbers.with_error(*value)]
-        body.append([*texts, *([numbers.number(point.perplexity)] if has_loss else []), point.how])
+        body.append([*texts, *([numbers.number(point.perplexity)] if has_loss else []), point.found_by])
     return header, body
 
 
