@@ -447,6 +447,11 @@ class HealConfig(Settings):
     forms: Forms = None
     """Prompts that 15 % of the training sequences are read in (`DataConfig.forms`); no loss is on their own tokens.
     By default none; in a run, those of the calibration text."""
+    written: int | None = Field(default=None, ge=0)
+    """Prompts that the dense model writes the sentences of itself, for each form that asks for one of several answers
+    (`avss.models.writing`): trained on, and at the end the last map is solved for by them (`avss.healing.answers`). 0
+    for none, and the sentences of the text. By default 512 for models that can; of a budget of time in a tenth at
+    most."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the budget in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -7,7 +7,7 @@ the model will be asked with; what is right behind them, the dense model says.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,8 +19,14 @@ SHARE = 0.25
 HEALING_SHARE = 0.15
 """Of healing's: it takes longer, and running text pays for every one of them."""
 
+DOTS = "..."
+"""Stands for a sentence where a form is shown."""
+
 MIN_WORDS, MAX_WORDS = 3, 45
 """Words of a sentence that is put into a prompt."""
+
+Rows = Mapping[str, Sequence[tuple[str, ...]]]
+"""Form -> sentences to fill it with, as many in a row as it has room for."""
 
 _FIELD = re.compile(r"\{(text|[^{}\n]*\|[^{}\n]*)\}")
 _UNKNOWN = re.compile(r"\{\w*\}")
@@ -79,11 +85,19 @@ class Form:
 
     def filled(self, sentences: Sequence[str], draw: np.random.Generator) -> str:
         """The prompt with these sentences in it, `num_sentences` of them, and drawn answers."""
+        return "".join(self.pieces(sentences, draw))
+
+    def pieces(self, sentences: Sequence[str], draw: np.random.Generator) -> list[str]:
+        """The same, a piece for each of `parts`."""
         rest = iter(sentences)
-        return "".join(
+        return [
             part if isinstance(part, str) else part[int(draw.integers(len(part)))] if part else next(rest)
             for part in self.parts
-        )
+        ]
+
+    def shown(self, draw: np.random.Generator) -> str:
+        """The prompt with dots where sentences belong, and drawn answers."""
+        return self.filled([DOTS] * self.num_sentences, draw)
 
 
 def sentences_of(text: str) -> list[str]:
@@ -94,7 +108,12 @@ def sentences_of(text: str) -> list[str]:
         ['Rain fell all night.', 'The river rose by a metre.']
     """
     pieces = (piece.strip() for piece in _SENTENCE_END.split(text))
-    return [piece for piece in pieces if MIN_WORDS <= _num_words(piece) <= MAX_WORDS]
+    return [piece for piece in pieces if is_fit(piece)]
+
+
+def is_fit(sentence: str) -> bool:
+    """Whether a sentence is of a fit length for a prompt, and is not the dots that stand for one."""
+    return MIN_WORDS <= _num_words(sentence) <= MAX_WORDS and any(map(str.isalpha, sentence))
 
 
 def _num_words(text: str) -> int:

@@ -1026,6 +1026,26 @@ class HealingStep(FrozenValue):
     text_loss: JsonFloat | None = None
 
 
+class AnswerFit(FrozenValue):
+    """What came of the last solve, for the choice among the answers of prompts.
+
+    Attributes:
+        num_prompts: That the dense model wrote and that were asked; a quarter of them is held out.
+        before: Mean KL divergence of the choice from the dense model's on those held out, nats, before the solve.
+        after: The same after it.
+        text_before: The objective on held-out text before it.
+        text_after: The same after it.
+        kept: Whether the solution stayed: choices nearer, and the text's objective no more than a hundredth higher.
+    """
+
+    num_prompts: int
+    before: JsonFloat
+    after: JsonFloat
+    text_before: JsonFloat
+    text_after: JsonFloat
+    kept: bool
+
+
 class Healing(FrozenValue):
     """What healing by training did.
 
@@ -1043,6 +1063,7 @@ class Healing(FrozenValue):
         data: The training text.
         held_out: The held-out text.
         settings: As given, with what `auto` became.
+        answers: The last solve; None where prompts ask for no choice, or the model wrote none.
     """
 
     objective: str
@@ -1058,11 +1079,12 @@ class Healing(FrozenValue):
     data: DataFacts
     held_out: DataFacts
     settings: dict[str, Any] = Field(default_factory=dict)
+    answers: AnswerFit | None = None
 
     @property
     def kept(self) -> bool:
         """Whether any weight changed: not where training only did harm."""
-        return self.best_step > 0
+        return self.best_step > 0 or (self.answers is not None and self.answers.kept)
 
     @property
     def before(self) -> HealingStep:

@@ -9,9 +9,10 @@ import torch
 import transformers
 from tools.sweep.shrink import small_model
 
+import avss.healing as room
 import avss.healing.loop as loop_room
 import avss.healing.pair as pair_room
-from avss.config import HealConfig
+from avss.config import Budget, HealConfig
 from avss.cut import cut
 from avss.data.sources import Texts
 from avss.errors import ConfigError, DataError, InvalidPlanError, NumericalError, UnsupportedArchitectureError
@@ -21,7 +22,7 @@ from avss.healing.objectives import find_objective
 from avss.healing.pace import Pace, learning_rate_factor
 from avss.healing.pair import Pair
 from avss.healing.state import Checkpoint
-from avss.healing.text import prepare_text
+from avss.healing.text import HealingText, prepare_text
 from avss.healing.weights import choose_weights
 from avss.models.load import adopt, in_dtype
 from avss.models.shell import with_narrow_maps
@@ -756,6 +757,67 @@ def test_healing_on_prompts_is_in_the_record(patient, text, small):
     assert prepared.augmentation is not None
     assert prepared.augmentation.form_share == HEALING_SHARE
     assert all(np.isfinite(point.loss) for point in healing.losses)
+    assert healing.settings["written"] == room.NUM_WRITTEN
+
+
+@pytest.mark.parametrize(("forms", "written"), [(("a cat {text}",), None), (("a cat {text} {sees|runs}",), 0)])
+def test_nothing_is_written_where_nothing_is_chosen_or_none_is_wanted(patient, text, small, forms, written):
+    one = patient()
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="1k", forms=forms, written=written))
+    assert healing.settings["written"] == 0
+    assert healing.answers is None
+
+
+def test_the_dense_model_writes_what_stands_in_the_prompts(patient, text, small, tmp_path, monkeypatch):
+    one, calls = patient(), []
+    form = "the cat {text} a dog {sees|runs}"
+
+    def writes(loaded, forms, **how):
+        calls.append((tuple(forms), how["count"], how["seed"]))
+        return {form: (("bird bird bird bird",),)}
+
+    monkeypatch.setattr(room, "write_rows", writes)
+    seen = []
+    batch_of = HealingText.batch
+    monkeypatch.setattr(HealingText, "batch", lambda self, drawn: seen.append(batch_of(self, drawn)) or seen[-1])
+    settings = small(budget="4k", forms=(form, "a cat {text}"), written=5, seed=3, augment=0.0, seq_len=24)
+    heal(one.dense, one.smaller, one.plan, text, settings, checkpoint_folder=tmp_path)
+    assert calls == [((form,), 5, 3)]
+    read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.token_ids)
+    assert "the cat bird bird bird bird a dog" in read
+    # A run that goes on reads what was written.
+    heal(one.dense, one.smaller, one.plan, text, settings, checkpoint_folder=tmp_path)
+    assert len(calls) == 1
+
+
+def test_writing_is_part_of_the_budget(patient, text, small, monkeypatch):
+    """A tenth of the time at most, and what it took is gone when training begins."""
+    one, now, asked = patient(), [0.0], []
+    form = "the cat {text} a dog {sees|runs}"
+
+    def writes(loaded, forms, *, may_go_on, **how):
+        while may_go_on():
+            asked.append(now[0])
+            now[0] += 30
+        return {}
+
+    monkeypatch.setattr(room, "write_rows", writes)
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    settings = small(budget=Budget(seconds=1000), forms=(form,), seq_len=24)
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, settings, clock=clock)
+    assert 60 <= asked[-1] <= 110
+    assert healing.validation[0].seconds >= asked[-1]
+    assert healing.seconds <= 1000
+
+
+def test_prompts_to_write_are_refused_without_any(patient, text, small):
+    one = patient()
+    with pytest.raises(ConfigError, match=r"prompts, and none were named.*--form"):
+        heal(one.dense, one.smaller, one.plan, text, small(written=5))
 
 
 # --- adapters ---
@@ -763,8 +825,6 @@ def test_healing_on_prompts_is_in_the_record(patient, text, small):
 
 def test_merged_adapters_answer_as_the_model_with_adapters(patient, text, small, monkeypatch):
     pytest.importorskip("peft")
-    import avss.healing as room
-
     monkeypatch.setattr(weights, "LEAD", 1)
     one, seen = patient("gpt2"), {}
     token_ids = torch.arange(5, 17)[None]

@@ -2,10 +2,16 @@
 
 import pytest
 
-from avss.record import Compensation, CutRepair, Healing
+from avss.record import AnswerFit, Compensation, CutRepair, Healing
 from avss.reporting.card import render_card
 from avss.reporting.page import render_page
-from avss.reporting.repair import COMPENSATION_COLUMNS, as_healed, compensation_rows, compensation_sentences
+from avss.reporting.repair import (
+    COMPENSATION_COLUMNS,
+    answers_sentence,
+    as_healed,
+    compensation_rows,
+    compensation_sentences,
+)
 
 HELPED = CutRepair(
     start=12, stop=19, method="refit", ridge=0.01, error_before=0.61, error_after=0.31, divergence_before=1.04,
@@ -61,3 +67,14 @@ def test_page_and_card_tell_it_and_the_raw_cut_does_not(record, repair):
 def test_a_record_from_before_the_share_was_kept_is_told_too(settings, share):
     healing = Healing.model_construct(settings={"augment": 0.5, "forms": ["Topic of {text}:"], **settings})
     assert as_healed(healing).startswith(f" ({share} of the sequences drawn for the prompt `Topic of {{text}}:`")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_last_solve_is_told_with_what_became_of_it(kept):
+    fit = AnswerFit(num_prompts=512, before=0.066, after=0.0463, text_before=1.3765, text_after=1.3768, kept=kept)
+    said = answers_sentence(fit)
+    for part in ("512 prompts", "0.066 -> 0.0463", "1.377"):
+        assert part in said
+    assert ("solved for" in said) == kept
+    assert ("thrown away" in said) == (not kept)
+    assert answers_sentence(None) == ""

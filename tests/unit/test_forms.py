@@ -15,7 +15,7 @@ from avss.data.augment import Augmentation, Prompts, augmentation
 from avss.errors import ConfigError, DataError
 from avss.evaluation import choice, classification
 from avss.evaluation.forms import task_forms
-from avss.forms import Form, sentences_of
+from avss.forms import DOTS, Form, is_fit, sentences_of
 from tests.support.tokenizers import word_tokenizer
 
 FORM = "the cat {text} a dog {cat|bird|dog}"
@@ -79,6 +79,18 @@ def test_sentences_are_the_pieces_between_full_stops_and_lines_of_a_fit_length()
     assert sentences_of(text) == ["One two three.", "Six seven eight?", "= Nine ten =", longest, "A version 2.5 is out"]
 
 
+@pytest.mark.parametrize(
+    ("sentence", "fits"), [("It works well.", True), (DOTS, False), ("1 2 3 4", False), ("Too short", False)]
+)
+def test_a_sentence_for_a_prompt_has_words(sentence, fits):
+    assert is_fit(sentence) == fits
+
+
+def test_a_form_is_shown_with_dots_and_an_answer():
+    shown = {Form.parse(FORM).shown(np.random.default_rng(seed)) for seed in range(20)}
+    assert shown == {f"the cat ... a dog {word}" for word in ("cat", "bird", "dog")}
+
+
 # --- windows ---
 
 
@@ -102,6 +114,39 @@ def test_a_window_is_cut_off_at_its_length(length):
     assert whole is not None
     assert part is not None
     assert torch.equal(part, whole[:length])
+
+
+def test_given_rows_fill_a_form_in_place_of_the_text():
+    rows = {FORM: [("a dog sees .",), ("the old bird sees .",)]}
+    window = Prompts(WORDS, [FORM, "a bird {text}"], rows).window(SENTENCES[:1], 200, np.random.default_rng(0))
+    assert window is not None
+    text = WORDS.decode(window)
+    assert "the cat a dog sees" in text
+    assert "the cat the old bird sees" in text
+    assert text.count("a bird the bird sees") == 1  # the other form takes the text's own, while there are any
+
+
+def test_what_is_asked_ends_before_the_answer_and_names_the_first_tokens():
+    rows = {FORM: [("a dog sees .",), ("the old bird sees .",)], "a bird {text}": [("the bird sees .",)]}
+    asked = Prompts(WORDS, [FORM, "a bird {text}"], rows).asked(np.random.default_rng(0))
+    words = tuple(ids_of(word)[0] for word in ("cat", "bird", "dog"))
+    assert [one.words for one in asked] == [words, words]
+    expected = [[WORDS.bos_token_id, *ids_of(f"the cat {row} a dog")] for (row,) in rows[FORM]]
+    assert [one.token_ids.tolist() for one in asked] == expected
+
+
+def test_answers_that_begin_alike_are_not_asked_for():
+    form = "{text} {a cat|a dog}"
+    assert Prompts(WORDS, [form], {form: [("a dog sees .",)]}).asked(np.random.default_rng(0)) == []
+
+
+def test_given_sentences_are_rewritten_too():
+    rows = {FORM: [("the old bird sees .",)] * 400}
+    plain, other = (Augmentation(WORDS, share, "packed", [FORM], rows=rows).asked((0,)) for share in (0.0, 0.5))
+    assert len({tuple(one.token_ids.tolist()) for one in plain}) == 1
+    assert len({tuple(one.token_ids.tolist()) for one in other}) > 1
+    again = Augmentation(WORDS, 0.5, "packed", [FORM]).with_rows(rows).asked((0,))
+    assert all(torch.equal(one.token_ids, two.token_ids) for one, two in zip(other, again, strict=True))
 
 
 def test_a_form_with_more_room_than_sentences_left_gives_way_to_another():

@@ -75,6 +75,15 @@ def command(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
+    written: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts that the dense model writes itself for each --form with answers; trained on, and solved for "
+            "at the end.",
+            show_default="512; 0 for none",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Of the adapters of lora.", show_default="32", rich_help_panel=_TRAINING)
     ] = None,
@@ -117,6 +126,7 @@ def command(
         hidden_weight=hidden_weight,
         augment=augment,
         forms=opt.forms(form),
+        written=written,
         rank=rank,
         precision=precision,
         recompute=recompute,

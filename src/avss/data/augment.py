@@ -6,8 +6,9 @@ the dense model says what is right for whatever comes out. Likewise some of it i
 (`avss.forms`).
 """
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from avss.data.batches import Layout, leading_ids, tokenise
 from avss.errors import ConfigError
-from avss.forms import SHARE, Form, sentences_of
+from avss.forms import SHARE, Form, Rows, sentences_of
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
 _BLANKS = re.compile(r"(?<=\S) {2,}")
@@ -45,43 +46,100 @@ DEFAULT_SHARE = 0.5
 """Of the sequences of a model that continues text, where none is asked for (measured, see docs/log.md)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt up to the place where one of several answers is asked for.
+
+    Attributes:
+        token_ids: `[T]`; the answer would be next.
+        words: The token that each answer begins with, all different.
+    """
+
+    token_ids: Tensor
+    words: tuple[int, ...]
+
+
 class Prompts:
     """Windows of prompts.
 
     Args:
         tokenizer: Of the model.
         forms: The prompts' forms, see `Form.parse`; one is drawn for each prompt.
+        rows: What fills forms in place of the sentences of the text, where there is any for a form.
 
     Raises:
         ConfigError: A form is none.
     """
 
-    def __init__(self, tokenizer: Any, forms: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, forms: Sequence[str], rows: Rows | None = None) -> None:
         self._forms = [Form.parse(form) for form in forms]
+        self._rows = {Form.parse(form): some for form, some in (rows or {}).items() if some}
         self._tokenizer = tokenizer
         lead, end = leading_ids(tokenizer), tokenizer.eos_token_id
         self._lead = torch.tensor(lead, dtype=torch.long)
         # Each prompt is a text of its own, as texts stand side by side in pretraining.
         self._break = torch.tensor([end, *lead], dtype=torch.long) if isinstance(end, int) else None
 
-    def window(self, sentences: Sequence[str], num_tokens: int, draw: np.random.Generator) -> Tensor | None:
-        """Prompts one after the other, `[T]`, cut off at `num_tokens`; None where the sentences fill no prompt."""
+    def window(
+        self,
+        sentences: Sequence[str],
+        num_tokens: int,
+        draw: np.random.Generator,
+        written: Callable[[str], str] = lambda sentence: sentence,
+    ) -> Tensor | None:
+        """Prompts one after the other, `[T]`, cut off at `num_tokens`; None where the sentences fill no prompt.
+
+        Args:
+            sentences: Of a text, as they will stand there.
+            num_tokens: Most tokens.
+            draw: Decides.
+            written: How a given row's sentence will stand there.
+        """
         rest = list(sentences)
         found: list[Tensor] = []
         length = 0
         while length < num_tokens:
-            fitting = [form for form in self._forms if form.num_sentences <= len(rest)]
+            fitting = [form for form in self._forms if form in self._rows or form.num_sentences <= len(rest)]
             if not fitting:
                 break
             form = fitting[int(draw.integers(len(fitting)))]
-            prompt = form.filled(rest[: form.num_sentences], draw)
-            rest = rest[form.num_sentences :]
+            rows = self._rows.get(form)
+            if rows is None:
+                taken, rest = rest[: form.num_sentences], rest[form.num_sentences :]
+            else:
+                taken = [written(sentence) for sentence in rows[int(draw.integers(len(rows)))]]
+            prompt = form.filled(taken, draw)
             between = self._lead if not found else self._break
             if between is None:
                 between = tokenise(self._tokenizer, "\n\n")
             found += [between, tokenise(self._tokenizer, prompt)]
             length += len(found[-1]) + len(between)
         return torch.cat(found)[:num_tokens] if found else None
+
+    def asked(
+        self, draw: np.random.Generator, written: Callable[[str], str] = lambda sentence: sentence
+    ) -> list[Asked]:
+        """A prompt of each given row up to its first answer, where each answer begins with a token of its own."""
+        found = []
+        for form, rows in self._rows.items():
+            first = next((place for place, part in enumerate(form.parts) if part and not isinstance(part, str)), None)
+            for row in rows if first is not None else ():
+                before = "".join(form.pieces([written(sentence) for sentence in row], draw)[:first])
+                # A blank belongs to the word behind it.
+                head = tokenise(self._tokenizer, before.rstrip(" "))
+                next_tokens = [
+                    _next_token(tokenise(self._tokenizer, before + answer), head) for answer in form.parts[first or 0]
+                ]
+                words = tuple(token for token in next_tokens if token is not None)
+                if len(head) and len(set(words)) == len(next_tokens):
+                    found.append(Asked(torch.cat([self._lead, head]), words))
+        return found
+
+
+def _next_token(token_ids: Tensor, head: Tensor) -> int | None:
+    """The token behind a beginning; None where the text does not begin so, or ends there."""
+    begins = len(token_ids) > len(head) and torch.equal(token_ids[: len(head)], head)
+    return int(token_ids[len(head)]) if begins else None
 
 
 class Augmentation:
@@ -95,25 +153,54 @@ class Augmentation:
         forms: Forms of prompts (`avss.forms.Form`); an attribute too. Where there are any, a quarter of the
             sequences (`form_share`) is drawn for them first. For `packed` windows.
         form_share: That quarter, or another share; an attribute too.
+        rows: See `Prompts`.
 
     Raises:
         ConfigError: A form is none.
     """
 
     def __init__(
-        self, tokenizer: Any, share: float, layout: Layout, forms: Sequence[str] = (), *, form_share: float = SHARE
+        self,
+        tokenizer: Any,
+        share: float,
+        layout: Layout,
+        forms: Sequence[str] = (),
+        *,
+        form_share: float = SHARE,
+        rows: Rows | None = None,
     ) -> None:
         self.share, self.forms = share, tuple(forms)
         self.form_share = form_share
-        self._tokenizer, self._layout = tokenizer, layout
+        self._tokenizer = tokenizer
+        self._layout: Layout = layout
         self._lead = torch.tensor(leading_ids(tokenizer) if layout == "packed" else [], dtype=torch.long)
         self._special = set(tokenizer.all_special_ids)
-        self._prompts = Prompts(tokenizer, forms) if forms else None
+        self._prompts = Prompts(tokenizer, forms, rows) if forms else None
 
     def __call__(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor:
         """The sequence `[T]` as it is, rewritten or as prompts, a function of it and the seed; never longer."""
         prompts = self.as_prompts(token_ids, seed)
         return self.rewritten(token_ids, seed) if prompts is None else prompts
+
+    def with_rows(self, rows: Rows) -> "Augmentation":
+        """The same with given sentences in its forms."""
+        return Augmentation(
+            self._tokenizer, self.share, self._layout, self.forms, form_share=self.form_share, rows=rows
+        )
+
+    def asked(self, seed: tuple[int, ...]) -> list[Asked]:
+        """The given rows as prompts, up to their answers, some sentences rewritten; see `Prompts.asked`."""
+        draw = np.random.default_rng((*seed, 3))
+        return [] if self._prompts is None else self._prompts.asked(draw, self._written(draw))
+
+    def _written(self, draw: np.random.Generator) -> Callable[[str], str]:
+        """How a sentence is written: as it is or, for a share of them, in another writing that leaves some of it."""
+
+        def written(sentence: str) -> str:
+            other = rewrite(sentence, draw) if draw.random() < self.share else sentence
+            return other if other.strip() else sentence
+
+        return written
 
     def as_prompts(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor | None:
         """Prompts of the sequence's sentences, some of them rewritten; None where it was not drawn, or has none."""
@@ -126,7 +213,8 @@ class Augmentation:
             rewrite(sentence, draw) if draw.random() < self.share else sentence
             for sentence in sentences_of(self._text(token_ids))
         ]
-        return self._prompts.window([one for one in sentences if one.strip()], len(token_ids), draw)
+        kept = [one for one in sentences if one.strip()]
+        return self._prompts.window(kept, len(token_ids), draw, self._written(draw))
 
     def rewritten(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor:
         """The sequence in another writing, or as it is."""

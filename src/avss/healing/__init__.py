@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from avss.config import HealConfig, as_given, refuse_unread
 from avss.data.sources import Texts
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
+from avss.forms import Form, Rows
+from avss.healing.answers import fit_answers
 from avss.healing.loop import Loop, Report
 from avss.healing.objectives import find_objective
 from avss.healing.pace import Clock
@@ -21,6 +24,7 @@ from avss.healing.text import prepare_text
 from avss.healing.weights import Choice, choose_weights, merge
 from avss.models.load import Loaded, dtype_name, in_dtype
 from avss.models.predictions import label_answers
+from avss.models.writing import can_write, write_rows
 from avss.record import Healing, Plan
 
 LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
@@ -29,6 +33,11 @@ it; adapters take the usual factor more."""
 
 TASK_LEARNING_RATES: dict[Choice, float] = {"all": 3e-5, "blocks": 3e-5, "after": 3e-5, "lora": 1e-4}
 """The same for classifiers, whose answers are few and whose sentences are short (docs/log.md)."""
+
+NUM_WRITTEN = 512
+"""Prompts of each form that the dense model writes, where no number is asked for."""
+_SHARE_OF_TIME, _LAST_SOLVE = 0.1, 0.03
+"""Shares of a budget of time: for writing, at most, and set aside for the last solve."""
 
 
 def heal(
@@ -80,7 +89,10 @@ def heal(
     if smaller.pad_id is None:
         found["micro_batch_size"] = 1
     share = text.augmentation.share if text.augmentation is not None else 0.0
-    config = config.model_copy(update=found | {"augment": share})
+    choosing = [form for form in config.forms or () if Form.parse(form).answers]
+    writes = bool(choosing) and can_write(dense)
+    written = (NUM_WRITTEN if config.written is None else config.written) if writes else 0
+    config = config.model_copy(update=found | {"augment": share, "written": written})
     choice: Choice = "after" if config.weights == "auto" else config.weights
     of_task = smaller.head not in ("causal", "masked", "encoder", "seq2seq")
     rate = config.learning_rate or (TASK_LEARNING_RATES if of_task else LEARNING_RATES)[choice]
@@ -105,6 +117,10 @@ def heal(
         recompute=config.recompute,
         precision=precision,
     )
+    begun = clock()
+    if written:
+        text = text.with_rows(_written(pair, choosing, config, checkpoint, report, clock))
+    set_aside = _LAST_SOLVE * (config.budget.seconds or 0.0) if written else 0.0
     objective = find_objective(pair, model, config, has_labels=labels is not None)
     loop = Loop(
         pair,
@@ -114,11 +130,17 @@ def heal(
         config,
         learning_rate=rate,
         checkpoint=checkpoint,
+        spent=clock() - begun + set_aside,
         report=report,
         clock=clock,
     )
     outcome = loop.run()
     merge(trained)
+    answers = None
+    if prompts := text.asked():
+        for parameter in model.model.parameters():
+            parameter.requires_grad_(False)
+        answers = fit_answers(pair, dense, model, objective, text, prompts)
     settings = config.model_dump(mode="json") | {
         "weights": choice,
         "learning_rate": rate,
@@ -134,9 +156,35 @@ def heal(
         data=text.facts,
         held_out=text.held_out_facts,
         settings=settings,
+        answers=answers,
         **{field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)},
     )
     return _rounded(model, smaller), healing, checkpoint
+
+
+def _written(
+    pair: Pair, forms: Sequence[str], config: HealConfig, checkpoint: Checkpoint | None, report: Report, clock: Clock
+) -> Rows:
+    """What the dense model writes into forms; of a budget of time, in a tenth of it at most."""
+    rows = checkpoint.read_rows() if checkpoint is not None else None
+    if rows is not None:
+        return rows
+    limit = math.inf
+    # Several processes must read the same prompts, so none of them stops at a time of its own.
+    if config.budget.seconds is not None and Team().size == 1:
+        limit = clock() + _SHARE_OF_TIME * config.budget.seconds
+    with pair.autocast():
+        rows = write_rows(
+            pair.dense,
+            forms,
+            count=config.written or 0,
+            seed=config.seed,
+            may_go_on=lambda: clock() < limit,
+            on_step=lambda done, total: report(0, None, f"{done} of {total} prompts written"),
+        )
+    if checkpoint is not None and Team().leads:
+        checkpoint.write_rows(rows)
+    return rows
 
 
 def _check_pair(dense: Loaded, smaller: Loaded, plan: Plan) -> None:
@@ -167,6 +215,8 @@ def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> Non
 
     if config.weights != "lora":
         refuse("rank", f"adapters, and `--weights {config.weights}` trains none", "`--weights lora`")
+    if not config.forms:
+        refuse("written", "prompts, and none were named", "`--form`")
     head, predicts_words = smaller.head, smaller.head in ("causal", "masked")
     if head == "encoder" or (head == "classifier" and label_answers(smaller.model.config) == "numbers"):
         refuse("temperature", f"predicted words or labels, and this `{head}` predicts none")

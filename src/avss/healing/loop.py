@@ -58,6 +58,8 @@ class Loop:
     Its state after any step is a function of the models, the text and the settings: nothing is drawn but from seeds,
     so a run that goes on from a checkpoint gives the same weights as one that was never interrupted. (The budget must
     be in tokens for that: how many steps fit a time is the machine's affair.)
+
+    `spent` seconds of the budget are gone when it begins.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Loop:
         *,
         learning_rate: float,
         checkpoint: Checkpoint | None = None,
+        spent: float = 0.0,
         report: Report = lambda done, total, note: None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -78,7 +81,7 @@ class Loop:
         self._batch_size = text.facts.batch_size
         self._team = Team()
         self._optimiser = _optimiser(trained, config, learning_rate)
-        self._pace = Pace(config.budget)
+        self._pace = Pace(config.budget, seconds=spent)
         self._dense_held_out: list[tuple[Batch, Tensor]] = []
         self._steps = 0
         self._losses: list[HealingStep] = []

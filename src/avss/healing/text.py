@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avss.config import HealConfig
-from avss.data.augment import Augmentation, augmentation
+from avss.data.augment import Asked, Augmentation, augmentation
 from avss.data.batches import (
     DOCUMENT_BREAK,
     Layout,
@@ -23,7 +23,7 @@ from avss.data.batches import (
 )
 from avss.data.sources import Texts
 from avss.errors import DataError
-from avss.forms import HEALING_SHARE
+from avss.forms import HEALING_SHARE, Rows
 from avss.models.load import Loaded
 from avss.record import DataFacts
 
@@ -111,6 +111,15 @@ class HealingText:
         # The answers in prompts are drawn: no text's own words.
         batch.words[[not is_text for _, is_text in read]] = -100
         return batch
+
+    def with_rows(self, rows: Rows) -> "HealingText":
+        """The same with given sentences in its prompts, where there are any for a form."""
+        assert self.augmentation is not None
+        return dataclasses.replace(self, augmentation=self.augmentation.with_rows(rows))
+
+    def asked(self) -> list[Asked]:
+        """The given sentences as prompts, up to their answers."""
+        return [] if self.augmentation is None else self.augmentation.asked((self.seed,))
 
     def _read(self, sequence: Tensor, seed: tuple[int, ...]) -> tuple[Tensor, bool]:
         """A training sequence as it is read, and whether that is text rather than prompts."""

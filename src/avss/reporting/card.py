@@ -9,7 +9,7 @@ import jinja2
 from avss.record import Cut, RunRecord
 from avss.reporting import numbers, tables, verdict
 from avss.reporting.page import index_runs, safe_url
-from avss.reporting.repair import as_healed, rewritten
+from avss.reporting.repair import answers_sentence, as_healed, rewritten
 
 _CLASSES = {
     "causal": ("AutoModelForCausalLM", "text-generation"),
@@ -117,6 +117,7 @@ _TEMPLATES = jinja2.Environment(
 )
 _TEMPLATES.filters |= {
     "plain": _plain,
+    "answers_sentence": answers_sentence,
     "as_healed": as_healed,
     "rewritten": rewritten,
     "prose": _prose,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from avss.forms import SHARE
-from avss.record import Compensation, CutRepair, Healing
+from avss.record import AnswerFit, Compensation, CutRepair, Healing
 from avss.reporting import numbers
 
 COMPENSATION_COLUMNS = ("cut", "method", "ridge", "error", "divergence", "kept")
@@ -63,6 +63,18 @@ def as_healed(healing: Healing) -> str:
     """The same about the text of a healing."""
     settings = healing.settings
     return rewritten(settings.get("augment") or 0.0, settings.get("forms") or (), form_share_of(healing))
+
+
+def answers_sentence(answers: AnswerFit | None) -> str:
+    """What is said of the last solve; empty where there was none."""
+    if answers is None:
+        return ""
+    kept = "its last map was then solved for" if answers.kept else "a last solve was thrown away"
+    return (
+        f"For the choice among the answers of {answers.num_prompts} prompts that the dense model wrote, {kept}: KL "
+        f"{answers.before:.3g} -> {answers.after:.3g} nats on those held out, the text's objective "
+        f"{answers.text_before:.4g} -> {answers.text_after:.4g}."
+    )
 
 
 def form_share_of(healing: Healing) -> float:

@@ -5,7 +5,7 @@ import math
 
 from avss.record import Comparison, Cut, Measurement, ModelFacts, RunRecord, Verification, describe_blocks
 from avss.reporting import numbers, tables
-from avss.reporting.repair import as_healed, compensation_sentences, form_share_of
+from avss.reporting.repair import answers_sentence, as_healed, compensation_sentences, form_share_of
 
 PROMISE = 0.9
 _NEAR_A_QUARTER = 0.2
@@ -183,11 +183,13 @@ def _healing_sentences(cut: Cut) -> list[str]:
     spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
     if healing.num_steps == 0:
         return ["There was no time for a single step of healing; the weights are as they were before it."]
+    told = [answers_sentence(healing.answers)] if healing.answers is not None else []
     if healing.best_step == 0:
-        return [f"Healing {spent} made held-out text no better; the weights are as they were before it."]
+        weights = "its weights were thrown away" if healing.kept else "the weights are as they were before it"
+        return [f"Healing {spent} made held-out text no better; {weights}.", *told]
     before, after = healing.before, healing.after
     found = f"{numbers.number(before.loss)} -> {numbers.number(after.loss)} on held-out text"
-    return [f"It was healed by training {healing.weights}, {spent}: {healing.objective}, {found}."]
+    return [f"It was healed by training {healing.weights}, {spent}: {healing.objective}, {found}.", *told]
 
 
 def _language_sentences(record: RunRecord, cut: Cut) -> list[str]:
