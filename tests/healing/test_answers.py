@@ -140,13 +140,27 @@ def test_the_solution_is_that_of_stacked_least_squares():
         aims = np.concatenate([(dense - logits)[rows] / np.sqrt(rows.sum()), np.zeros((306, 3))])
         return np.linalg.lstsq(system, aims, rcond=None)[0]
 
-    held = np.arange(80) % 4 == 0
-    errors = [(((dense - logits)[held] - inputs[held] / scale @ slow(~held, ridge)) ** 2).mean() for ridge in RIDGES]
+    judges, held = np.arange(80) % 4 == 0, np.arange(80) % 4 == 1
+    errors = [
+        (((dense - logits)[held] - inputs[held] / scale @ slow(~held & ~judges, ridge)) ** 2).mean() for ridge in RIDGES
+    ]
     best = RIDGES[int(np.argmin(errors))]
-    expected = np.linalg.pinv(derivative) @ (slow(np.ones(80, bool), best) / scale[:, None]).T
+    expected = np.linalg.pinv(derivative) @ (slow(~judges, best) / scale[:, None]).T
     tensors = (torch.tensor(one) for one in (inputs, logits, dense, derivative))
     found = answers._solution(answers._Read(*tensors), torch.tensor(text))
     assert np.allclose(found.numpy(), expected, atol=1e-8)
+
+
+def test_nothing_is_fitted_to_the_prompts_that_judge():
+    draw = np.random.default_rng(1)
+    read = answers._Read(*(torch.tensor(draw.normal(size=size)) for size in ((80, 6), (80, 3), (80, 3), (3, 5))))
+    text = torch.tensor(draw.normal(size=(300, 6)))
+    found = answers._solution(read, text)
+    other = read.dense.clone()
+    other[::4] += 100.0
+    assert torch.equal(answers._solution(dataclasses.replace(read, dense=other), text)[0], found[0])
+    other[1::4] += 100.0
+    assert not torch.equal(answers._solution(dataclasses.replace(read, dense=other), text)[0], found[0])
 
 
 def test_what_harms_the_text_is_undone(ready, monkeypatch):

@@ -301,7 +301,7 @@ class _Sized:
         else:
             plan = plan_of(self._named_count or most)
             if search is not None:
-                self._refuse_uncut(plan, plan_of, search)
+                self._refuse_uncut(plan, search)
             if config.speedup is not None:
                 plan = _with_rule(plan, f"for a speedup of {config.speedup:g}, estimated from measured latency")
         return Chosen(plan, search, _search_warnings(search, plan) if search is not None else ())
@@ -319,7 +319,7 @@ class _Sized:
             raise UnsupportedArchitectureError(f"None of the plans of 1 to {most} blocks can be cut: {reasons[1]}")
         return sizes
 
-    def _refuse_uncut(self, plan: Plan, plan_of: Callable[[int], Plan], search: SearchResult) -> None:
+    def _refuse_uncut(self, plan: Plan, search: SearchResult) -> None:
         """Refuses what the search could not find: a set of this size that can be cut out."""
         count = len(plan.removed)
         reason = search.points[count - 1].refusal

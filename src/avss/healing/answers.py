@@ -4,13 +4,14 @@ A step of training sees one or two places where an answer is asked for, and what
 rest: after half an hour all answers may still lie on one side. What would tell them apart is there, though, in what the
 last block's last linear map $W$ reads. So it is solved for, from all prompts at once:
 
-$$V = \arg\min_V \frac1N \sum_i |P V m_i - P (d_i - z_i)|^2 + \frac{\gamma}{M} \sum_j |V m_j|^2 + \lambda |V|^2,
+$$V = \arg\min_V \frac1N \sum_i |V m_i - (d_i - z_i)|^2 + \frac{\gamma}{M} \sum_j |V m_j|^2 + \lambda |V|^2,
 \qquad W' = W + P^+ V$$
 
 with $m$ what the map reads at the places of answers ($i$) and everywhere in running text ($j$), $z$ and $d$ both
 models' logits of the answers' first tokens, and $P$ the mean derivative of these with respect to what the map writes;
 logits are taken less their mean, since only differences choose. $\gamma$ keeps running text as it is, $\lambda$ is
-chosen on prompts held out, and what does not bring the choices nearer there, or harms the held-out text, is undone.
+chosen on a quarter of the prompts. Another quarter, which nothing is fitted to, judges: what does not bring the choices
+nearer there, or harms the held-out text, is undone.
 
 Shape letters: N prompts, M tokens of text, A answers, F inputs of the map, D hidden, T tokens.
 """
@@ -41,7 +42,7 @@ LEAST = 32
 MOST_INPUTS = 16_384
 """Inputs of the map above which the normal equations take too much memory."""
 _EVERY = 4
-"""Every fourth prompt is held out."""
+"""Every fourth prompt judges, the one behind it chooses the ridge."""
 _TEXT = 16
 """Sequences of running text, at most."""
 _HARM = 0.01
@@ -85,10 +86,9 @@ def fit_answers(
     assert isinstance(weight, nn.Parameter)
     start = weight.detach().clone()
     found = {words: reader.read(some) for words, some in kinds.items()}
-    held_out = {words: one.part(held=True) for words, one in found.items()}
-    before = _mean(one.divergence() for one in held_out.values())
+    before = _mean(one.part(_judges(one)).divergence() for one in found.values())
     for words, one in found.items():
-        others = [other.inputs for name, other in found.items() if name != words]
+        others = [other.part(~_judges(other)).inputs for name, other in found.items() if name != words]
         _add(module, _solution(one, torch.cat([kept_text, *others])))
     after = _mean(reader.read(some[::_EVERY]).divergence() for some in kinds.values())
     after_text = held_out_text.measured()
@@ -122,10 +122,8 @@ class _Read:
     dense: Tensor
     derivative: Tensor
 
-    def part(self, *, held: bool) -> "_Read":
-        """The prompts held out, every fourth, or the others."""
-        is_held = torch.arange(len(self.inputs)) % _EVERY == 0
-        chosen = is_held if held else ~is_held
+    def part(self, chosen: Tensor) -> "_Read":
+        """Some of the prompts, by a mask `[N]`."""
         return dataclasses.replace(
             self, inputs=self.inputs[chosen], logits=self.logits[chosen], dense=self.dense[chosen]
         )
@@ -133,6 +131,11 @@ class _Read:
     def divergence(self) -> float:
         """Mean KL divergence of the choices among the answers from the dense model's, nats."""
         return float(distance("choice", self.dense, self.logits).mean())
+
+
+def _judges(read: _Read) -> Tensor:
+    """The prompts that nothing is fitted to, as a mask `[N]`."""
+    return torch.arange(len(read.inputs)) % _EVERY == 0
 
 
 class _Reader:
@@ -205,7 +208,9 @@ def _solution(read: _Read, text_MF: Tensor) -> Tensor:
     """What to add to the map, `[D, F]`."""
     scale = (read.inputs.square().mean(0) + text_MF.square().mean(0)).sqrt().clamp(min=1e-12)
     ruled_out = GAMMA * _gram(text_MF / scale)
-    fit, choose = read.part(held=False), read.part(held=True)
+    judges = _judges(read)
+    chooses = judges.roll(1)
+    fit, choose = read.part(~judges & ~chooses), read.part(chooses)
 
     def solved(one: _Read) -> Callable[[float], Tensor]:
         features = one.inputs / scale
@@ -218,7 +223,7 @@ def _solution(read: _Read, text_MF: Tensor) -> Tensor:
         for ridge in RIDGES
     }
     best = min(RIDGES, key=errors.__getitem__)
-    answers_FA = solved(read)(best) / scale[:, None]
+    answers_FA = solved(read.part(~judges))(best) / scale[:, None]
     return torch.linalg.pinv(read.derivative, rtol=1e-6) @ answers_FA.T
 
 
