@@ -45,12 +45,15 @@ def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMe
     return found
 
 
-def check_augment(share: float | None, forms: Sequence[str] | None = None, *, repairs: bool) -> None:
+def check_augment(
+    share: float | None, forms: Sequence[str] | None = None, written: int | None = None, *, repairs: bool
+) -> None:
     """Whether another writing, or the form of prompts, can be meant for some of the text.
 
     Args:
         share: Of the sequences to read in another writing, as the user gave it; None for none given.
         forms: Of prompts, as the user gave them; None for none given.
+        written: Prompts that the dense model is to write, as the user gave it; None for none given.
         repairs: Whether anything is repaired or healed, which is all that reads it.
 
     Raises:
@@ -61,7 +64,7 @@ def check_augment(share: float | None, forms: Sequence[str] | None = None, *, re
     forms = as_forms(forms)
     if not repairs:
         refuse_unread(
-            {"augment": share, "forms": forms or None},
+            {"augment": share, "forms": forms or None, "written": written},
             "the text of a repair or of healing, and neither was asked for",
             "`--compensate auto`",
         )
@@ -230,6 +233,11 @@ class DataConfig(Settings):
     nothing): sentences of the text in forms such as `Review: {text}\\nSentiment: {negative|positive}`
     (`avss.forms`). By default those of the tasks in a run, of whose data nothing gets in but the names of labels,
     else none; `none` for none. For models that continue text. The finalists of a search are judged on them too."""
+    written: int | None = Field(default=None, ge=0)
+    """Prompts that the dense model writes the sentences of itself, for each form that asks for one of several answers
+    (`avss.models.writing`): a repair reads them in place of sentences of the text and ends with a solve for the choice
+    among the answers (`avss.compensation.answers`); healing likewise, where its own settings say nothing. 0 for none.
+    By default 512 for models that can."""
 
 
 class PlanConfig(Settings):
@@ -449,9 +457,9 @@ class HealConfig(Settings):
     By default none; in a run, those of the calibration text."""
     written: int | None = Field(default=None, ge=0)
     """Prompts that the dense model writes the sentences of itself, for each form that asks for one of several answers
-    (`avss.models.writing`): trained on, and at the end the last map is solved for by them (`avss.healing.answers`). 0
-    for none, and the sentences of the text. By default 512 for models that can; of a budget of time in a tenth at
-    most."""
+    (`avss.models.writing`): trained on, and at the end the last map is solved for by them
+    (`avss.compensation.answers`). 0 for none, and the sentences of the text. By default 512 for models that can; of a
+    budget of time in a tenth at most. In a run, those of the repair."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the budget in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -100,6 +100,16 @@ class Form:
         return self.filled([DOTS] * self.num_sentences, draw)
 
 
+def choosing_forms(forms: Sequence[str]) -> list[str]:
+    """Those that ask for one of several answers.
+
+    Example:
+        >>> choosing_forms(["Topic of {text}:", "Review: {text} {negative|positive}"])
+        ['Review: {text} {negative|positive}']
+    """
+    return [form for form in forms if Form.parse(form).answers]
+
+
 def sentences_of(text: str) -> list[str]:
     r"""The sentences and lines of a text that are of a fit length for a prompt, in order.
 

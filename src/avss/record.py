@@ -966,6 +966,26 @@ class CutRepair(FrozenValue):
     note: str = ""
 
 
+class AnswerFit(FrozenValue):
+    """What came of the last solve, for the choice among the answers of prompts.
+
+    Attributes:
+        num_prompts: That were asked, of sentences that the dense model wrote; a quarter of them is held out.
+        before: Mean KL divergence of the choice from the dense model's on those held out, nats, before the solve.
+        after: The same after it.
+        text_before: Mean KL divergence on held-out text before it, nats a token.
+        text_after: The same after it.
+        kept: Whether the solution stayed: choices nearer, and the text no more than a hundredth further off.
+    """
+
+    num_prompts: int
+    before: JsonFloat
+    after: JsonFloat
+    text_before: JsonFloat
+    text_after: JsonFloat
+    kept: bool
+
+
 class Compensation(FrozenValue):
     """What repair without training did to a cut, and what it brought.
 
@@ -983,6 +1003,7 @@ class Compensation(FrozenValue):
         cuts: One entry per run of removed blocks, in order.
         num_swept: Blocks from the first cut on that were fitted to the dense stream, one after the other.
         steps: Step size of each round towards the dense model's predictions; empty where there was none.
+        answers: The last solve; None where prompts ask for no choice, or the model wrote none.
         weights: Names of the smaller model's weights that changed.
         note: Why nothing was done or kept; else empty.
     """
@@ -999,6 +1020,7 @@ class Compensation(FrozenValue):
     cuts: tuple[CutRepair, ...] = ()
     num_swept: int = 0
     steps: tuple[float, ...] = ()
+    answers: AnswerFit | None = None
     weights: tuple[str, ...] = ()
     note: str = ""
 
@@ -1024,26 +1046,6 @@ class HealingStep(FrozenValue):
     seconds: float
     loss: JsonFloat
     text_loss: JsonFloat | None = None
-
-
-class AnswerFit(FrozenValue):
-    """What came of the last solve, for the choice among the answers of prompts.
-
-    Attributes:
-        num_prompts: That the dense model wrote and that were asked; a quarter of them is held out.
-        before: Mean KL divergence of the choice from the dense model's on those held out, nats, before the solve.
-        after: The same after it.
-        text_before: The objective on held-out text before it.
-        text_after: The same after it.
-        kept: Whether the solution stayed: choices nearer, and the text's objective no more than a hundredth higher.
-    """
-
-    num_prompts: int
-    before: JsonFloat
-    after: JsonFloat
-    text_before: JsonFloat
-    text_after: JsonFloat
-    kept: bool
 
 
 class Healing(FrozenValue):

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -242,6 +243,83 @@ def test_a_repair_reads_windows_of_the_form_asked_for(avss_command, llama_folder
 def test_a_form_that_nothing_reads_or_that_is_none_is_refused(
     avss_command, llama_folder, words, message, text_file, tmp_path
 ):
+    answer = avss_command("prune", llama_folder, "--blocks", 2, *words, "--data", text_file, "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert message in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def _sentences(loaded, forms, *, count, seed, may_go_on, on_step):
+    """In place of a model's own writing, which on random weights is seldom fit."""
+    words = loaded.tokenizer.get_vocab()
+    draw = np.random.default_rng(seed)
+    names = sorted(word for word in words if word.isalpha())
+    return {form: tuple((" ".join(draw.choice(names, size=5)),) for _ in range(count)) for form in forms}
+
+
+def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    from avss.composer import pruning
+
+    calls, read = [], []
+    monkeypatch.setattr(pruning, "write_rows", lambda *given, **how: calls.append(how) or _sentences(*given, **how))
+    real = pruning.compensate_cut
+    monkeypatch.setattr(
+        pruning, "compensate_cut", lambda *given, **how: read.append((given[3], how["prompts"])) or real(*given, **how)
+    )
+    words = ("prune", llama_folder, "--blocks", 2, "--compensate", "auto", "--data", text_file, "--form", FORM,
+             "--form", "a {text}", "--augment", 0, *SMALL)  # fmt: skip
+    answer = avss_command(*words, "--written", 60, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert [how["count"] for how in calls] == [60]
+    record = RunRecord.read(tmp_path / "out")
+    found = record.cuts[0].compensation.answers
+    assert found.num_prompts == 60 == len(read[0][1])
+    said = "solved for" if found.kept else "thrown away"
+    for text in ((tmp_path / "out" / "README.md").read_text(), render_page(record), answer.out):
+        assert "answers of 60 prompts" in text.replace("\n", " ")
+        assert said in text
+    # The same sentences stand in the text that is fitted to.
+    loaded = avss.load(str(llama_folder), device="cpu")
+    read_text = " ".join(loaded.tokenizer.decode(one) for one in read[0][0].sequences)
+    rows = _sentences(loaded, [FORM], count=60, seed=0, may_go_on=None, on_step=None)[FORM]
+    assert any(sentence in read_text for (sentence,) in rows)
+    answer = avss_command(*words, "--written", 0, "--out", tmp_path / "none")
+    assert answer.code == 0, answer.err
+    assert len(calls) == 1
+    assert RunRecord.read(tmp_path / "none").cuts[0].compensation.answers is None
+
+
+def test_a_whole_run_writes_its_prompts_once(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    from avss.composer import pruning, whole
+
+    calls, given = [], []
+    monkeypatch.setattr(pruning, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    real = whole.heal_cut
+    monkeypatch.setattr(whole, "heal_cut", lambda *some, **how: given.append(how["rows"]) or real(*some, **how))
+    words = ("run", llama_folder, "--heal", "2k", "--count", 1, "--data", text_file, "--task", "speed", "--form", FORM)
+    answer = avss_command(*words, "--compensate", "auto", "--written", 50, *SMALL, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert [how["count"] for how in calls] == [50]
+    assert [len(rows[FORM]) for rows in given] == [50]
+    cuts = RunRecord.read(tmp_path / "out").cuts
+    assert cuts[0].compensation.answers.num_prompts == cuts[0].healing.answers.num_prompts
+    # Without a repair that reads them, healing writes its own.
+    answer = avss_command(*words, "--written", 0, *SMALL, "--out", tmp_path / "raw")
+    assert answer.code == 0, answer.err
+    assert given[1] is None
+    assert RunRecord.read(tmp_path / "raw").cuts[0].healing.settings["written"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--written", 5), "neither was asked for"),
+        (("--written", 5, "--compensate", "auto"), "prompts, and none were named"),
+        (("--written", 5, "--form", FORM, "--compensate", "refit"), "a repair by `auto`"),
+        (("--written", -1, "--form", FORM, "--compensate", "auto"), "greater than or equal to 0"),
+    ],
+)
+def test_prompts_that_nothing_would_read_are_refused(avss_command, llama_folder, words, message, text_file, tmp_path):
     answer = avss_command("prune", llama_folder, "--blocks", 2, *words, "--data", text_file, "--out", tmp_path / "out")
     assert answer.code == 2
     assert message in answer.err

@@ -12,6 +12,7 @@ from tools.sweep.shrink import small_model
 import avss.healing as room
 import avss.healing.loop as loop_room
 import avss.healing.pair as pair_room
+from avss.compensation.answers import LEAST
 from avss.config import Budget, HealConfig
 from avss.cut import cut
 from avss.data.sources import Texts
@@ -26,6 +27,7 @@ from avss.healing.text import HealingText, prepare_text
 from avss.healing.weights import choose_weights
 from avss.models.load import adopt, in_dtype
 from avss.models.shell import with_narrow_maps
+from avss.models.writing import NUM_WRITTEN
 from avss.record import HealingStep, Plan
 from tests.support.architectures import ARCHITECTURES
 from tests.support.oracles import hook_count, largest_difference, run, state_copy
@@ -757,7 +759,7 @@ def test_healing_on_prompts_is_in_the_record(patient, text, small):
     assert prepared.augmentation is not None
     assert prepared.augmentation.form_share == HEALING_SHARE
     assert all(np.isfinite(point.loss) for point in healing.losses)
-    assert healing.settings["written"] == room.NUM_WRITTEN
+    assert healing.settings["written"] == NUM_WRITTEN
 
 
 @pytest.mark.parametrize(("forms", "written"), [(("a cat {text}",), None), (("a cat {text} {sees|runs}",), 0)])
@@ -788,6 +790,31 @@ def test_the_dense_model_writes_what_stands_in_the_prompts(patient, text, small,
     # A run that goes on reads what was written.
     heal(one.dense, one.smaller, one.plan, text, settings, checkpoint_folder=tmp_path)
     assert len(calls) == 1
+
+
+def test_what_is_written_already_is_not_written_again(patient, text, small, monkeypatch):
+    one = patient()
+    form = "the cat {text} a dog {sees|runs}"
+    monkeypatch.setattr(room, "write_rows", None)
+    settings = small(budget="1k", forms=(form,), seq_len=24)
+    draw = np.random.default_rng(0)
+    rows = {form: tuple((" ".join(draw.choice(WORDS, size=5)),) for _ in range(60))}
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, settings, rows=rows)
+    assert healing.answers is not None
+    assert healing.answers.num_prompts == 60
+
+
+def test_healing_ends_with_a_solve_for_the_answers(patient, text, small):
+    one = patient()
+    settings = small(budget="1k", forms=("the cat {text} a dog {sees|likes}",), seq_len=24, written=120)
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, settings)
+    found = healing.answers
+    assert found is not None
+    assert found.num_prompts >= LEAST
+    assert all(parameter.requires_grad for parameter in healed.model.parameters())
+    without, other, _ = heal(one.dense, one.smaller, one.plan, text, settings.model_copy(update={"written": 0}))
+    assert other.answers is None
+    assert not torch.equal(run(healed.model, torch.arange(5, 15)[None]), run(without.model, torch.arange(5, 15)[None]))
 
 
 def test_writing_is_part_of_the_budget(patient, text, small, monkeypatch):

@@ -42,8 +42,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up. A room may import from lower levels only; rooms of one level do not know each other."""
 
-NEIGHBOURS = frozenset({("criteria", "statistics")})
-"""Imports within a level that are allowed."""
+NEIGHBOURS = frozenset({("criteria", "statistics"), ("healing", "compensation")})
+"""Imports within a level that are allowed: criteria name what they need, and healing ends with a solve."""
 
 NOTEBOOK = ("record", "reporting.notebook")
 """The one import that points up (docs/decisions): a value shows itself. Inside a method only."""

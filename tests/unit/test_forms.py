@@ -140,11 +140,18 @@ def test_answers_that_begin_alike_are_not_asked_for():
     assert Prompts(WORDS, [form], {form: [("a dog sees .",)]}).asked(np.random.default_rng(0)) == []
 
 
-def test_given_sentences_are_rewritten_too():
+def test_given_rows_are_asked_as_they_are_and_in_another_writing():
     rows = {FORM: [("the old bird sees .",)] * 400}
     plain, other = (Augmentation(WORDS, share, "packed", [FORM], rows=rows).asked((0,)) for share in (0.0, 0.5))
+    assert len(plain) == 400
     assert len({tuple(one.token_ids.tolist()) for one in plain}) == 1
     assert len({tuple(one.token_ids.tolist()) for one in other}) > 1
+    assert 500 < len(other) < 800  # one in seven stays as it is
+    for number in range(400):
+        first, *rest = (one.token_ids for one in other if one.row == number)
+        assert torch.equal(first, plain[number].token_ids)
+        assert len(rest) <= 1
+        assert not any(torch.equal(one, first) for one in rest)
     again = Augmentation(WORDS, 0.5, "packed", [FORM]).with_rows(rows).asked((0,))
     assert all(torch.equal(one.token_ids, two.token_ids) for one, two in zip(other, again, strict=True))
 

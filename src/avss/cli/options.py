@@ -85,6 +85,15 @@ Form = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
+Written = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompts that the dense model writes itself for each --form with answers; a repair ends with a solve for "
+        "them, and healing trains on them too.",
+        show_default="512; 0 for none",
+        rich_help_panel=_TEXT,
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Sequences, or images.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
 AnySamples = Annotated[

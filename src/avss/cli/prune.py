@@ -46,6 +46,7 @@ def command(
     seed: opt.Seed = 0,
     augment: opt.Augment = None,
     form: opt.Form = None,
+    written: opt.Written = None,
     stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
@@ -99,7 +100,7 @@ def command(
     check_search(build(SearchConfig, search), plan, repairs=compensate != "none")
     find_criteria([criterion])
     check_compensation(compensate)
-    check_augment(augment, opt.forms(form), repairs=compensate != "none")
+    check_augment(augment, opt.forms(form), written, repairs=compensate != "none")
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":
@@ -119,7 +120,7 @@ def command(
     check_compensation(compensate, in_memory=in_memory)
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-    text |= opt.given(augment=augment, forms=opt.forms(form))
+    text |= opt.given(augment=augment, forms=opt.forms(form), written=written)
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:

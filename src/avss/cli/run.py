@@ -82,6 +82,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
     augment: opt.Augment = None,
     form: opt.Form = None,
+    written: opt.Written = None,
     first_token: Annotated[str | None, typer.Option(help="keep or drop.", show_default="keep")] = None,
     stack: Annotated[str | None, typer.Option(help="Stack of blocks to work on.", show_default="auto")] = None,
     head: Annotated[str | None, typer.Option(help="What to load it as.", show_default="auto")] = None,
@@ -117,6 +118,7 @@ def command(
                 seed=seed,
                 augment=augment,
                 forms=opt.forms(form),
+                written=written,
             ),
             "plan": opt.given(
                 criterion=criterion,

@@ -1,13 +1,15 @@
 """Repair without training: weights of the kept blocks are solved for, and the checkpoint stays a stock one.
 
-    original + plan + text --cut--> raw cut --solve at each cut--> --rounds towards the predictions--> repaired model
+    original + plan + text --cut--> raw cut --solve at each cut--> --rounds towards the predictions-->
+        --last solve for the answers of prompts, where there are some--> repaired model
 
 The calibration text is dealt out in three: most of it is fitted, an eighth chooses ridges and steps, an eighth judges.
 Nothing is kept that does not bring the predictions nearer to the dense model's on text it was not fitted to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from avss.compensation.answers import settle_answers
 from avss.compensation.divergence import Yardstick
 from avss.compensation.least_squares import (
     Readings,
@@ -25,6 +27,7 @@ from avss.compensation.streams import num_tokens, split
 from avss.compensation.sweep import sweep as sweep_blocks
 from avss.compensation.workpiece import Workpiece
 from avss.config import COMPENSATION_METHODS, CompensationMethod, check_compensation
+from avss.data.augment import Asked
 from avss.data.batches import Batches
 from avss.models.load import Loaded
 from avss.models.predictions import measure_of
@@ -51,6 +54,7 @@ def compensate(
     batches: Batches,
     *,
     method: str = "auto",
+    prompts: Sequence[Asked] = (),
     rounds: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     may_go_on: Callable[[], bool] = lambda: True,
@@ -62,8 +66,9 @@ def compensate(
     - `scale`: one number a cut (Prune&Comp).
     - `sweep`: the MLP's output projection of every kept block from the first cut on, each to the dense stream.
     - `steer`: a few rounds that bring the predictions nearer, over all output projections from the first cut on.
-    - `auto`: at each cut the better of `refit` and `linear`, or neither; then `steer`. Not `sweep`:
-      it lowers every error of the stream and, as measured, brings the answers no nearer (docs/log.md).
+    - `auto`: at each cut the better of `refit` and `linear`, or neither; then `steer`; then, where there are prompts,
+      a last solve for the choice among their answers. Not `sweep`: it lowers every error of the stream and, as
+      measured, brings the answers no nearer (docs/log.md).
 
     Args:
         original: The dense model.
@@ -71,6 +76,7 @@ def compensate(
         plan: The blocks removed.
         batches: Calibration text, dealt out in three.
         method: One of `METHODS`.
+        prompts: What asks for one of several answers, for the last solve of `auto` (`avss.compensation.answers`).
         rounds: Rounds of `steer`, at most; by default six, and more where there is more text for them.
         on_step: Called with steps done and steps in all, for progress.
         may_go_on: Asked before each round: what is not begun is left out.
@@ -96,7 +102,8 @@ def compensate(
     runs = runs_of(plan.removed)
     num_rounds = (rounds_for(fit) if rounds is None else rounds) if wanted in ("auto", "steer") else 0
     sweeps = wanted == "sweep"
-    total = len(runs) + sweeps + num_rounds
+    settles = wanted == "auto" and bool(prompts)
+    total = len(runs) + sweeps + num_rounds + settles
     done = 0
 
     def advance() -> None:
@@ -118,6 +125,7 @@ def compensate(
         if num_rounds
         else []
     )
+    answers = settle_answers(work, prompts, fit.sequences, by_choice) if settles else None
     on_step(total, total)
     story = Compensation(
         method=method,
@@ -130,6 +138,7 @@ def compensate(
         cuts=tuple(repairs),
         num_swept=num_swept,
         steps=tuple(steps),
+        answers=answers,
     )
     if not work.changed:
         return smaller, story.model_copy(update={"note": "No repair brought the predictions nearer; the cut is raw."})
@@ -137,7 +146,8 @@ def compensate(
     if not after < before:
         note = f"The repair was thrown away: on held-out text it took the divergence from {before:.4g} to {after:.4g}."
         kept_out = tuple(repair.model_copy(update={"applied": False}) for repair in repairs)
-        return smaller, story.model_copy(update={"note": note, "cuts": kept_out})
+        undone = None if answers is None else answers.model_copy(update={"kept": False})
+        return smaller, story.model_copy(update={"note": note, "cuts": kept_out, "answers": undone})
     return work.smaller, story.model_copy(update={"after": after, "weights": tuple(work.changed)})
 
 
@@ -261,4 +271,4 @@ _SOLVED: dict[CompensationMethod, tuple[Solved, ...]] = {
     "auto": ("refit", "linear"),
 }
 
-__all__ = ["METHODS", "ROUNDS", "compensate", "rounds_for"]
+__all__ = ["METHODS", "ROUNDS", "Workpiece", "Yardstick", "compensate", "rounds_for", "settle_answers"]

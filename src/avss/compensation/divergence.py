@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from avss.data.batches import Batches
-from avss.models.forward import model_inputs, takes
+from avss.models.forward import last_states, model_inputs, takes
 from avss.models.load import Loaded
 from avss.models.predictions import answers_of, distance
 from avss.models.shell import HeadShell, KnownBlock, with_blocks
-from avss.models.stack import body_of
 
 
 def divergence(
@@ -110,15 +109,13 @@ class Yardstick:
         """Last hidden states of models with a head for words, else what `divergence` compares."""
         if not self._by_head:
             return _outputs(dataclasses.replace(loaded, model=model), token_ids, keep, None)[0]
-        body: Any = body_of(model)
-        return body(**model_inputs(loaded, token_ids, keep, part=body))[0]
+        return last_states(dataclasses.replace(loaded, model=model), token_ids, keep)
 
 
 def _outputs(loaded: Loaded, token_ids: Tensor, keep: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Logits or last hidden states, and the positions they stand for (None for all)."""
     if answers_of(loaded) == "states":
-        body: Any = body_of(loaded.model)
-        hidden = body(**model_inputs(loaded, token_ids, keep, part=body))[0]
+        hidden = last_states(loaded, token_ids, keep)
         return (hidden, None) if places is None else (hidden[:, places.to(hidden.device)], places)
     inputs = model_inputs(loaded, token_ids, keep)
     if places is not None and takes(loaded.model, "logits_to_keep"):

@@ -22,16 +22,20 @@ from avss.config import (
     check_augment,
     check_compensation,
     parse_bytes,
+    refuse_unread,
     seeded,
 )
 from avss.criteria import find_criteria
 from avss.cut import cut
+from avss.data.augment import Asked
 from avss.data.batches import Batches
 from avss.errors import ConfigError, unknown_name
 from avss.evaluation import rehearse
+from avss.forms import Rows, choosing_forms
 from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
+from avss.models.writing import NUM_WRITTEN, can_write, write_rows
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_plain, check_search, files_of
 from avss.progress import MayGoOn, Stages, Timed, always, silent
@@ -121,7 +125,7 @@ def prune(
         stack: Which stack of blocks: `auto`, or its name or path.
         command: The command to note in the record.
         stages: Where progress goes.
-        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`.
+        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, `written`.
 
     Returns:
         The smaller model with its tokenizer, and the record of how it came to be. After a cut from file to file the
@@ -155,7 +159,8 @@ def prune(
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("file_format", file_format, ["safetensors", "gguf"]))
     build(DataConfig, settings)  # a name that nothing reads is a mistake, whether or not text is needed
-    check_augment(settings.get("augment"), settings.get("forms"), repairs=compensate != "none")
+    check_augment(settings.get("augment"), settings.get("forms"), settings.get("written"), repairs=compensate != "none")
+    check_written(settings, compensate)
     (wanted,) = find_criteria([config.criterion])
     if hard.screen != "damage":
         find_criteria([hard.screen])
@@ -212,7 +217,9 @@ def prune(
     raw = cut(loaded, chosen.plan)
     smaller, story = raw, None
     if batches is not None and compensate != "none":
-        smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed)
+        wanted_prompts = data.written if isinstance(data, DataConfig) else settings.get("written")
+        rows = prompt_rows(loaded, batches, wanted_prompts, timed) if compensate == "auto" else {}
+        smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed, rows=rows)
     one = describe_cut(loaded, smaller, chosen.plan).model_copy(update={"compensation": story})
     record = begin_record(loaded, command, timed, table)
     record = record.model_copy(
@@ -231,6 +238,19 @@ def prune(
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record, loaded=smaller)
+
+
+def check_written(settings: Mapping[str, Any], compensate: str) -> None:
+    """Whether prompts that the dense model is to write (`written`) would be read, in a cut that is not healed.
+
+    Raises:
+        ConfigError: They would not.
+    """
+    asked = {"written": settings.get("written")}
+    if not settings.get("forms"):
+        refuse_unread(asked, "prompts, and none were named", "`--form`")
+    if compensate != "auto":
+        refuse_unread(asked, "a repair by `auto`, which was not asked for", "`--compensate auto`")
 
 
 def _check_reads_text(loaded: Loaded, plan: PlanConfig, search: SearchConfig, compensate: str) -> None:
@@ -254,6 +274,29 @@ def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
     return Cut(plan=plan, model=smaller.facts(), changes=config_changes(original.model.config, smaller.model.config))
 
 
+def prompt_rows(
+    loaded: Loaded, batches: Batches, wanted: int | None, timed: Timed, may_go_on: MayGoOn = always
+) -> Rows:
+    """What the dense model writes into those of the text's prompts that ask for one of several answers.
+
+    Args:
+        loaded: The dense model.
+        batches: The text.
+        wanted: Prompts of each form; None for the usual number.
+        timed: Where progress goes.
+        may_go_on: Asked before each batch of them but the first of each form.
+
+    Returns:
+        Nothing where no prompt asks so, or the model cannot write.
+    """
+    count = NUM_WRITTEN if wanted is None else wanted
+    forms = choosing_forms(batches.augmentation.forms if batches.augmentation is not None else ())
+    if not (forms and count and can_write(loaded)):
+        return {}
+    with timed("Writing prompts") as advance:
+        return write_rows(loaded, forms, count=count, seed=batches.facts.seed, may_go_on=may_go_on, on_step=advance)
+
+
 def repair(
     original: Loaded,
     raw: Loaded,
@@ -262,12 +305,28 @@ def repair(
     method: str,
     timed: Timed,
     may_go_on: MayGoOn = always,
+    rows: Rows | None = None,
 ) -> tuple[Loaded, Compensation]:
-    """Repairs a cut without training, and tells how it went. The raw cut is left as it was."""
+    """Repairs a cut without training, and tells how it went. The raw cut is left as it was.
+
+    With `rows`, prompts of the text are filled with these, and `auto` ends with a solve for their answers.
+    """
     rewriting = batches.augmentation
+    prompts: list[Asked] = []
+    if rows and rewriting is not None:
+        rewriting = rewriting.with_rows(rows)
+        batches = dataclasses.replace(batches, augmentation=rewriting)
+        prompts = rewriting.asked((batches.facts.seed,))
     with timed("Repairing the cut") as advance:
         model, story = compensate_cut(
-            original, raw, plan, batches.rewritten(), method=method, on_step=advance, may_go_on=may_go_on
+            original,
+            raw,
+            plan,
+            batches.rewritten(),
+            method=method,
+            prompts=prompts,
+            on_step=advance,
+            may_go_on=may_go_on,
         )
     if rewriting is not None and story.fit_tokens:
         story = story.model_copy(update={"augment": rewriting.share, "forms": rewriting.forms})

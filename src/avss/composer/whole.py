@@ -20,11 +20,12 @@ from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.provenance import versions as library_versions
-from avss.composer.pruning import describe_cut, repair, save_verified
+from avss.composer.pruning import describe_cut, prompt_rows, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
 from avss.config import (
     Budget,
+    DataConfig,
     HealConfig,
     PlanConfig,
     RunConfig,
@@ -42,6 +43,7 @@ from avss.data.sources import Texts, read_texts
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.evaluation import rehearse
 from avss.evaluation.forms import task_forms
+from avss.forms import Rows
 from avss.healing import heal as heal_cut
 from avss.healing.state import Checkpoint
 from avss.models.forward import can_generate
@@ -66,9 +68,9 @@ _SEARCH_SHARE = 0.2
 _FINALISTS_FROM = 1200.0
 """Seconds in all below which no finalists are repaired: each costs what a minute or two of healing brings more with."""
 
-_FINALISTS_UNTIL, _REPAIR_UNTIL = 0.35, 0.5
-"""Shares of that time after which no further finalist is looked at, and no further round of the repair begun. What the
-repair solves for at each cut comes always: healing would need longer for the same."""
+_FINALISTS_UNTIL, _WRITTEN_UNTIL, _REPAIR_UNTIL = 0.35, 0.4, 0.5
+"""Shares of that time after which no further finalist is looked at, no further prompt written, and no further round of
+the repair begun. What the repair solves for at each cut comes always: healing would need longer for the same."""
 
 
 def _key_of(config: RunConfig, loaded: Loaded, batches: Batches) -> str:
@@ -107,7 +109,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     search = config.search
     config = _at_its_best(config)
     repairs = config.compensate != "none" or config.heal is not None
-    check_augment(config.data.augment, config.data.forms, repairs=repairs)
+    check_augment(config.data.augment, config.data.forms, config.data.written, repairs=repairs)
     out = Path(config.out)
     check_one_target(config.plan)
     check_search(search, config.plan, repairs=config.compensate != "none")
@@ -277,8 +279,12 @@ def _versions(
     """The states of the chosen cut, the last one first: it is the one that is saved; and healing's own state."""
     checkpoint = None
     versions = [_Version(raw, describe_cut(loaded, raw, plan))]
+    rows: Rows | None = None
+    if config.compensate == "auto":
+        rows = prompt_rows(loaded, batches, config.data.written, timed, clock.until(_WRITTEN_UNTIL))
     if config.compensate != "none":
-        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed, clock.until(_REPAIR_UNTIL))
+        in_time = clock.until(_REPAIR_UNTIL)
+        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed, in_time, rows)
         told = describe_cut(loaded, repaired, plan).model_copy(update={"compensation": story})
         if story.applied:
             versions.insert(0, _Version(repaired, told))
@@ -286,7 +292,7 @@ def _versions(
             versions = [_Version(raw, told)]
     if config.heal is not None and training is not None:
         heal = config.heal
-        for name in ("augment", "forms"):
+        for name in ("augment", "forms", "written"):
             if getattr(heal, name) is None:
                 heal = heal.model_copy(update={name: getattr(config.data, name)})
         clock.write_down()  # healing is what takes long, and is looked for again by the model that it begins with
@@ -300,6 +306,7 @@ def _versions(
                 plan,
                 training,
                 heal,
+                rows=rows if _asks_the_same(heal, config.data) else None,
                 budget_name=f"the rest of {clock.seconds:g} seconds" if takes_the_rest else None,
                 checkpoint_folder=checkpoints_beside(Path(config.out)),
                 report=lambda done, total, note: advance(done, total, note),
@@ -309,6 +316,11 @@ def _versions(
         )
         versions.insert(0, _Version(healed, told))
     return versions, checkpoint
+
+
+def _asks_the_same(heal: HealConfig, data: DataConfig) -> bool:
+    """Whether healing reads the prompts of the repair, and what was written for these is written for it too."""
+    return heal.forms == data.forms and heal.written == data.written
 
 
 def _scores_by(criterion: str, table: ScoreTable) -> BlockScores:

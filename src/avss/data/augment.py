@@ -53,10 +53,12 @@ class Asked:
     Attributes:
         token_ids: `[T]`; the answer would be next.
         words: The token that each answer begins with, all different.
+        row: Which of the rows fills it: prompts of one row differ in their writing alone.
     """
 
     token_ids: Tensor
     words: tuple[int, ...]
+    row: int
 
 
 class Prompts:
@@ -119,21 +121,30 @@ class Prompts:
     def asked(
         self, draw: np.random.Generator, written: Callable[[str], str] = lambda sentence: sentence
     ) -> list[Asked]:
-        """A prompt of each given row up to its first answer, where each answer begins with a token of its own."""
+        """Prompts of each given row up to the first answer, where each answer begins with a token of its own.
+
+        Args:
+            draw: Of what stands in a prompt beside its sentences.
+            written: Another writing of a sentence; each row is asked in it too where it differs.
+        """
         found = []
         for form, rows in self._rows.items():
             first = next((place for place, part in enumerate(form.parts) if part and not isinstance(part, str)), None)
-            for row in rows if first is not None else ():
-                before = "".join(form.pieces([written(sentence) for sentence in row], draw)[:first])
-                # A blank belongs to the word behind it.
-                head = tokenise(self._tokenizer, before.rstrip(" "))
-                next_tokens = [
-                    _next_token(tokenise(self._tokenizer, before + answer), head) for answer in form.parts[first or 0]
-                ]
-                words = tuple(token for token in next_tokens if token is not None)
-                if len(head) and len(set(words)) == len(next_tokens):
-                    found.append(Asked(torch.cat([self._lead, head]), words))
+            for number, row in enumerate(rows if first is not None else ()):
+                for sentences in dict.fromkeys((row, tuple(map(written, row)))):
+                    before = "".join(form.pieces(sentences, draw)[:first])
+                    one = self._asked(before, form.parts[first or 0], number)
+                    found += [one] if one is not None else []
         return found
+
+    def _asked(self, before: str, answers: Sequence[str], row: int) -> Asked | None:
+        # A blank belongs to the word behind it.
+        head = tokenise(self._tokenizer, before.rstrip(" "))
+        next_tokens = [_next_token(tokenise(self._tokenizer, before + answer), head) for answer in answers]
+        words = tuple(token for token in next_tokens if token is not None)
+        if not len(head) or len(set(words)) != len(next_tokens):
+            return None
+        return Asked(torch.cat([self._lead, head]), words, row)
 
 
 def _next_token(token_ids: Tensor, head: Tensor) -> int | None:
@@ -189,15 +200,17 @@ class Augmentation:
         )
 
     def asked(self, seed: tuple[int, ...]) -> list[Asked]:
-        """The given rows as prompts, up to their answers, some sentences rewritten; see `Prompts.asked`."""
+        """The given rows as prompts, up to their answers: as they are and, where some are rewritten, rewritten too."""
+        if self._prompts is None:
+            return []
         draw = np.random.default_rng((*seed, 3))
-        return [] if self._prompts is None else self._prompts.asked(draw, self._written(draw))
+        return self._prompts.asked(draw, self._written(draw, float(self.share > 0)))
 
-    def _written(self, draw: np.random.Generator) -> Callable[[str], str]:
+    def _written(self, draw: np.random.Generator, share: float) -> Callable[[str], str]:
         """How a sentence is written: as it is or, for a share of them, in another writing that leaves some of it."""
 
         def written(sentence: str) -> str:
-            other = rewrite(sentence, draw) if draw.random() < self.share else sentence
+            other = rewrite(sentence, draw) if draw.random() < share else sentence
             return other if other.strip() else sentence
 
         return written
@@ -214,7 +227,7 @@ class Augmentation:
             for sentence in sentences_of(self._text(token_ids))
         ]
         kept = [one for one in sentences if one.strip()]
-        return self._prompts.window(kept, len(token_ids), draw, self._written(draw))
+        return self._prompts.window(kept, len(token_ids), draw, self._written(draw, self.share))
 
     def rewritten(self, token_ids: Tensor, seed: tuple[int, ...]) -> Tensor:
         """The sequence in another writing, or as it is."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from avss.compensation import Workpiece, Yardstick, settle_answers
 from avss.config import HealConfig, as_given, refuse_unread
 from avss.data.sources import Texts
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
-from avss.forms import Form, Rows
-from avss.healing.answers import fit_answers
+from avss.forms import Rows, choosing_forms
 from avss.healing.loop import Loop, Report
 from avss.healing.objectives import find_objective
 from avss.healing.pace import Clock
@@ -22,9 +22,10 @@ from avss.healing.state import Checkpoint, run_key
 from avss.healing.team import Team
 from avss.healing.text import prepare_text
 from avss.healing.weights import Choice, choose_weights, merge
-from avss.models.load import Loaded, dtype_name, in_dtype
+from avss.models.load import Loaded, dtype_name, has_bfloat16, in_dtype
 from avss.models.predictions import label_answers
-from avss.models.writing import can_write, write_rows
+from avss.models.projections import find_projections
+from avss.models.writing import NUM_WRITTEN, can_write, write_rows
 from avss.record import Healing, Plan
 
 LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
@@ -34,8 +35,8 @@ it; adapters take the usual factor more."""
 TASK_LEARNING_RATES: dict[Choice, float] = {"all": 3e-5, "blocks": 3e-5, "after": 3e-5, "lora": 1e-4}
 """The same for classifiers, whose answers are few and whose sentences are short (docs/log.md)."""
 
-NUM_WRITTEN = 512
-"""Prompts of each form that the dense model writes, where no number is asked for."""
+_KEPT_TEXT, _JUDGING_TOKENS = 16, 8192
+"""Sequences that the last solve keeps the answers of, and tokens of the held-out text that judge it, at most."""
 _SHARE_OF_TIME, _LAST_SOLVE = 0.1, 0.03
 """Shares of a budget of time: for writing, at most, and set aside for the last solve."""
 
@@ -48,6 +49,7 @@ def heal(
     config: HealConfig,
     *,
     labels: Sequence[int] | None = None,
+    rows: Rows | None = None,
     checkpoint_folder: Path | None = None,
     budget_name: str | None = None,
     report: Report = lambda done, total, note: None,
@@ -66,6 +68,7 @@ def heal(
         texts: Text to train on, a part of which is held out.
         config: Budget, weights, learning rate ...
         labels: For classifiers: one a text; `config.label_weight` says how much they count.
+        rows: What the dense model wrote for `config.forms` already; None to let it write what is wanted.
         checkpoint_folder: Where the state of an unfinished run is kept, and looked for; None to keep none.
         budget_name: What the budget is called in the name of that state, where it is what a clock has left: a run that
             was killed is found again though less is left.
@@ -89,7 +92,7 @@ def heal(
     if smaller.pad_id is None:
         found["micro_batch_size"] = 1
     share = text.augmentation.share if text.augmentation is not None else 0.0
-    choosing = [form for form in config.forms or () if Form.parse(form).answers]
+    choosing = choosing_forms(config.forms or ())
     writes = bool(choosing) and can_write(dense)
     written = (NUM_WRITTEN if config.written is None else config.written) if writes else 0
     config = config.model_copy(update=found | {"augment": share, "written": written})
@@ -119,7 +122,9 @@ def heal(
     )
     begun = clock()
     if written:
-        text = text.with_rows(_written(pair, choosing, config, checkpoint, report, clock))
+        if rows is None:
+            rows = _written(dense, choosing, config, checkpoint, report, clock)
+        text = text.with_rows(rows)
     set_aside = _LAST_SOLVE * (config.budget.seconds or 0.0) if written else 0.0
     objective = find_objective(pair, model, config, has_labels=labels is not None)
     loop = Loop(
@@ -138,9 +143,11 @@ def heal(
     merge(trained)
     answers = None
     if prompts := text.asked():
-        for parameter in model.model.parameters():
-            parameter.requires_grad_(False)
-        answers = fit_answers(pair, dense, model, objective, text, prompts)
+        work = Workpiece.begin(dense, model, plan, find_projections(model))
+        kept_text = [text.train[index] for _, index in text.drawn(0, min(_KEPT_TEXT, len(text.train)))]
+        measure = Yardstick(dense, text.held_out_batches().first(_JUDGING_TOKENS), 0)
+        answers = settle_answers(work, prompts, kept_text, measure, precision=pair.autocast)
+        model = work.smaller
     settings = config.model_dump(mode="json") | {
         "weights": choice,
         "learning_rate": rate,
@@ -163,7 +170,7 @@ def heal(
 
 
 def _written(
-    pair: Pair, forms: Sequence[str], config: HealConfig, checkpoint: Checkpoint | None, report: Report, clock: Clock
+    dense: Loaded, forms: Sequence[str], config: HealConfig, checkpoint: Checkpoint | None, report: Report, clock: Clock
 ) -> Rows:
     """What the dense model writes into forms; of a budget of time, in a tenth of it at most."""
     rows = checkpoint.read_rows() if checkpoint is not None else None
@@ -173,15 +180,14 @@ def _written(
     # Several processes must read the same prompts, so none of them stops at a time of its own.
     if config.budget.seconds is not None and Team().size == 1:
         limit = clock() + _SHARE_OF_TIME * config.budget.seconds
-    with pair.autocast():
-        rows = write_rows(
-            pair.dense,
-            forms,
-            count=config.written or 0,
-            seed=config.seed,
-            may_go_on=lambda: clock() < limit,
-            on_step=lambda done, total: report(0, None, f"{done} of {total} prompts written"),
-        )
+    rows = write_rows(
+        dense,
+        forms,
+        count=config.written or 0,
+        seed=config.seed,
+        may_go_on=lambda: clock() < limit,
+        on_step=lambda done, total: report(0, None, f"{done} of {total} prompts written"),
+    )
     if checkpoint is not None and Team().leads:
         checkpoint.write_rows(rows)
     return rows
@@ -228,18 +234,8 @@ def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> Non
 def _precision(wanted: str, device: torch.device) -> torch.dtype | None:
     """The dtype to compute products in; None for the weights' own."""
     if wanted == "auto":
-        wanted = "bfloat16" if _has_bfloat16(device) else "float32"
+        wanted = "bfloat16" if has_bfloat16(device) else "float32"
     return torch.bfloat16 if wanted == "bfloat16" else None
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the machine multiplies in bfloat16, rather than imitates it, which is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        abilities = torch.cpu.get_capabilities()
-        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16"))
-    return False
 
 
 def _own_copy(smaller: Loaded) -> torch.nn.Module:

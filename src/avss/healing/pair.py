@@ -76,11 +76,6 @@ class Pair:
         # (index in the smaller model, original index): the state after an original block is compared with itself.
         self._compared = [(plan.index_map[block], block) for block in compared]
 
-    @property
-    def dense(self) -> Loaded:
-        """The dense model as it runs here, under `autocast`."""
-        return self._dense
-
     def run_dense(self, batch: Batch) -> Tensor:
         """The dense model's answer alone, without gradient."""
         with self.autocast(), torch.no_grad():

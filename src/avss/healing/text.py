@@ -14,6 +14,7 @@ from avss.config import HealConfig
 from avss.data.augment import Asked, Augmentation, augmentation
 from avss.data.batches import (
     DOCUMENT_BREAK,
+    Batches,
     Layout,
     content_hash,
     masked_places,
@@ -116,6 +117,10 @@ class HealingText:
         """The same with given sentences in its prompts, where there are any for a form."""
         assert self.augmentation is not None
         return dataclasses.replace(self, augmentation=self.augmentation.with_rows(rows))
+
+    def held_out_batches(self) -> Batches:
+        """The held-out sequences as calibration text, one at a time."""
+        return Batches(self.held_out, 1, self.pad_id, self.held_out_facts.model_copy(update={"batch_size": 1}))
 
     def asked(self) -> list[Asked]:
         """The given sentences as prompts, up to their answers."""

@@ -67,8 +67,7 @@ def cache_name(model: PreTrainedModel) -> str | None:
     return next((name for name in ("past_key_values", "cache_params", "state") if takes(model, name)), None)
 
 
-@torch.inference_mode()
-def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
+def last_states(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
     """The last hidden state, `[B, T, D]`, without computing the head (a sixth of the time for small models).
 
     Args:
@@ -78,6 +77,12 @@ def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor 
     """
     body = body_of(loaded.model)
     return body(**model_inputs(loaded, batch, keep, part=body))[0]
+
+
+@torch.inference_mode()
+def run_body(loaded: Loaded, batch: Tensor | Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
+    """`last_states` without a gradient: the fastest way to them."""
+    return last_states(loaded, batch, keep)
 
 
 OUTPUT_NAMES = ("logits", "logits_per_text", "prediction_logits", "last_hidden_state")

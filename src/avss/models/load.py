@@ -258,6 +258,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the machine multiplies in bfloat16, rather than imitates it, which is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16"))
+    return False
+
+
 def _short_source(source: str) -> str:
     path = Path(source)
     return path.name if path.exists() else source

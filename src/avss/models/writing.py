@@ -7,6 +7,7 @@ the dense model says what is right behind it (as LLM-QAT does for quantisation: 
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from avss.forms import Form, is_fit
-from avss.models.load import Loaded
+from avss.models.load import Loaded, has_bfloat16
+from avss.models.shell import with_narrow_maps
 
+NUM_WRITTEN = 512
+"""Prompts of each form, where no number is asked for."""
 BATCH = 64
 """Prompts written side by side."""
 NUM_TOKENS = 40
@@ -59,7 +63,7 @@ def write_rows(
     draw = np.random.default_rng(seed)
     found: dict[str, list[tuple[str, ...]]] = {form: [] for form in forms}
     devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _padding_left(loaded.tokenizer):
+    with torch.random.fork_rng(devices=devices), _padding_left(loaded.tokenizer), _fast(loaded) as loaded:
         torch.manual_seed(seed)
         for turn in range(-(-_TRIES * count // BATCH)):
             for name in found:
@@ -120,6 +124,17 @@ def _lines(loaded: Loaded, texts: Sequence[str]) -> list[str]:
         text = str(tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)).strip("\ufffd").strip()
         lines.append(text.partition("\n")[0].strip())
     return lines
+
+
+@contextlib.contextmanager
+def _fast(loaded: Loaded) -> Iterator[Loaded]:
+    """The model in the precision that the machine is fast in: no word of it is a measurement."""
+    if not has_bfloat16(loaded.device):
+        yield loaded
+        return
+    narrow: Any = with_narrow_maps(loaded.model, torch.bfloat16, lambda _: True)
+    with torch.autocast(loaded.device.type, dtype=torch.bfloat16):
+        yield dataclasses.replace(loaded, model=narrow)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ def compensation_sentences(repair: Compensation) -> list[str]:
             f"on {repair.judge_tokens:,} tokens that it had not seen"
             f"{rewritten(repair.augment, repair.forms)}."
         )
+    if repair.answers is not None:
+        said.append(answers_sentence(repair.answers))
     if repair.note:
         said.append(repair.note)
     return said
@@ -72,8 +74,8 @@ def answers_sentence(answers: AnswerFit | None) -> str:
     kept = "its last map was then solved for" if answers.kept else "a last solve was thrown away"
     return (
         f"For the choice among the answers of {answers.num_prompts} prompts that the dense model wrote, {kept}: KL "
-        f"{answers.before:.3g} -> {answers.after:.3g} nats on those held out, the text's objective "
-        f"{answers.text_before:.4g} -> {answers.text_after:.4g}."
+        f"{answers.before:.3g} -> {answers.after:.3g} nats on those held out, on held-out text "
+        f"{answers.text_before:.4g} -> {answers.text_after:.4g} a token."
     )
 
 

@@ -1,0 +1,264 @@
+r"""The last solve: the choice among the answers of prompts, brought to the dense model's in closed form.
+
+Text hardly teaches which of a few answers to give: of a thousand tokens one or two stand where an answer is asked for,
+and what they say is lost in the noise of the rest. After a repair, and after half an hour of training, all answers may
+still lie on one side. What would tell them apart is there, though, in what the last block's last linear map $W$ reads.
+So it is solved for, from all prompts at once:
+
+$$V = \arg\min_V \frac1N \sum_i |V m_i - (d_i - z_i)|^2 + \frac{\gamma}{M} \sum_j |V m_j|^2 + \lambda |V|^2,
+\qquad W' = W + P^+ V$$
+
+with $m$ what the map reads at the places of answers ($i$) and everywhere in running text ($j$), $z$ and $d$ both
+models' logits of the answers' first tokens, and $P$ the mean derivative of these with respect to what the map writes;
+logits are taken less their mean, since only differences choose. $\gamma$ keeps running text as it is, $\lambda$ is
+chosen on a quarter of the prompts. Another quarter, which nothing is fitted to, judges: what does not bring the choices
+nearer there, or harms text that nothing is fitted to here, is undone.
+
+Shape letters: N prompts, M tokens of text, A answers, F inputs of the map, D hidden, T tokens.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from avss.compensation.workpiece import Workpiece
+from avss.data.augment import Asked
+from avss.data.batches import pad
+from avss.models.forward import last_states
+from avss.models.load import Loaded
+from avss.models.predictions import distance
+from avss.models.projections import by_token, matrix_of
+from avss.models.shell import HeadShell
+from avss.record import AnswerFit
+
+GAMMA = 10.0
+"""How much more running text counts than prompts: its tokens are many, and none of them is asked."""
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Of features scaled to a mean square of one, tried."""
+LEAST = 32
+"""Rows of a kind below which nothing is solved for."""
+MOST_INPUTS = 16_384
+"""Inputs of the map above which the normal equations take too much memory."""
+_EVERY = 4
+"""Of the rows that fill prompts, every fourth judges, the one behind it chooses the ridge."""
+_TEXT = 16
+"""Sequences of running text, at most."""
+_HARM = 0.01
+"""What the measure of the text may rise by, as a share of itself."""
+_ROWS = 32
+
+
+def settle_answers(
+    work: Workpiece,
+    prompts: Sequence[Asked],
+    text: Sequence[Tensor],
+    measure: Callable[[Loaded], float],
+    *,
+    precision: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> AnswerFit | None:
+    """Solves for the last map of a smaller model.
+
+    Args:
+        work: The smaller model. It keeps the solution, or is left as it was.
+        prompts: What asks for answers.
+        text: Sequences of running text, which are to be answered as before.
+        measure: How bad a model is on other text; for instance a `Yardstick`.
+        precision: Of the models' passes: a context they run in.
+
+    Returns:
+        What came of it; None where there is nothing to solve for, or no such map is known.
+    """
+    kinds: dict[tuple[int, ...], list[Asked]] = {}
+    for one in prompts:
+        kinds.setdefault(one.words, []).append(one)
+    kinds = {words: some for words, some in kinds.items() if len({one.row for one in some}) >= LEAST}
+    if work.facts is None or not kinds:
+        return None
+    block, path = work.plan.kept[-1], work.facts.last
+    if matrix_of(work.linear(block, path)).shape[1] > MOST_INPUTS:
+        return None
+    reader = _Reader(work, block, path, precision)
+    kept_text = reader.inputs_of_text(text[:_TEXT])
+    begin = work.snapshot()
+    with precision():
+        before_text = measure(work.smaller)
+    found = {words: reader.read(some) for words, some in kinds.items()}
+    before = _mean(one.part(one.judges).divergence() for one in found.values())
+    for words, one in found.items():
+        others = [other.part(~other.judges).inputs for name, other in found.items() if name != words]
+        work.add(block, path, _solution(one, torch.cat([kept_text, *others])))
+    judging = [[one for one in some if one.row % _EVERY == 0] for some in kinds.values()]
+    after = _mean(reader.read(some).divergence() for some in judging)
+    with precision():
+        after_text = measure(work.smaller)
+    kept = after < before and after_text <= (1 + _HARM) * before_text
+    if not kept:
+        work.restore(begin)
+    return AnswerFit(
+        num_prompts=sum(map(len, kinds.values())),
+        before=before,
+        after=after,
+        text_before=before_text,
+        text_after=after_text,
+        kept=kept,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What was read at the places of answers of one kind.
+
+    Attributes:
+        inputs: Of the map, `[N, F]`.
+        logits: Of the answers, less their mean, `[N, A]`.
+        dense: The dense model's.
+        derivative: Mean derivative of the logits with respect to what the map writes, `[A, D]`.
+        rows: The row that fills each prompt, `[N]`.
+    """
+
+    inputs: Tensor
+    logits: Tensor
+    dense: Tensor
+    derivative: Tensor
+    rows: Tensor
+
+    @property
+    def judges(self) -> Tensor:
+        """The prompts that nothing is fitted to, as a mask `[N]`."""
+        return self.rows % _EVERY == 0
+
+    @property
+    def chooses(self) -> Tensor:
+        """Those that the ridge is chosen by, as a mask `[N]`."""
+        return self.rows % _EVERY == 1
+
+    def part(self, chosen: Tensor) -> "_Read":
+        """Some of the prompts, by a mask `[N]`."""
+        return _Read(self.inputs[chosen], self.logits[chosen], self.dense[chosen], self.derivative, self.rows[chosen])
+
+    def divergence(self) -> float:
+        """Mean KL divergence of the choices among the answers from the dense model's, nats."""
+        return float(distance("choice", self.dense, self.logits).mean())
+
+
+class _Reader:
+    """Runs both models on prompts and looks at what the map reads and what follows from what it writes."""
+
+    def __init__(
+        self,
+        work: Workpiece,
+        block: int,
+        path: str,
+        precision: Callable[[], contextlib.AbstractContextManager[object]],
+    ) -> None:
+        self._work, self._block, self._path, self._precision = work, block, path, precision
+        # Where no token can fill up a batch, each prompt is one.
+        self._size = 1 if work.smaller.pad_id is None else _ROWS
+
+    def inputs_of_text(self, sequences: Sequence[Tensor]) -> Tensor:
+        """What the map reads at every token, `[M, F]`."""
+        found = []
+        for sequence in sequences:
+            token_ids, keep = pad([sequence], 0)
+            with torch.no_grad(), self._precision(), self._watched() as watched:
+                last_states(self._work.smaller, token_ids, keep)
+            found.append(by_token(watched.inputs, token_ids.shape)[0].double().cpu())
+        return torch.cat(found)
+
+    def read(self, prompts: Sequence[Asked]) -> _Read:
+        """Both models at the places of answers, `prompts` all of one kind."""
+        dense_model, smaller = self._work.original, self._work.smaller
+        # Heads not in the precision of the passes: in bfloat16 two logits differ by eighths.
+        theirs, ours = HeadShell(dense_model.model), HeadShell(smaller.model)
+        inputs, logits, dense, total = [], [], [], torch.zeros(())
+        words = list(prompts[0].words)
+        for start in range(0, len(prompts), self._size):
+            some = prompts[start : start + self._size]
+            token_ids, keep = pad([one.token_ids for one in some], smaller.pad_id or 0)
+            rows, last = torch.arange(len(some)), keep.sum(1) - 1
+            with torch.no_grad():
+                with self._precision():
+                    hidden = last_states(dense_model, token_ids, keep)[rows, last][None]
+                aims = _centred(theirs(hidden.to(dense_model.model.dtype))[0][:, words])
+            with torch.enable_grad(), self._watched(writes=True) as watched:
+                with self._precision():
+                    hidden = last_states(smaller, token_ids, keep)[rows, last][None]
+                answers = _centred(ours(hidden.to(smaller.model.dtype))[0][:, words])
+                slopes = [
+                    by_token(torch.autograd.grad(answers[:, place].sum(), watched.written, retain_graph=True)[0],
+                             token_ids.shape)[rows, last].double().sum(0).cpu()
+                    for place in range(len(words))
+                ]  # fmt: skip
+            inputs.append(by_token(watched.inputs, token_ids.shape)[rows, last].double().cpu())
+            logits.append(answers.detach().double().cpu())
+            dense.append(aims.double().cpu())
+            total = total + torch.stack(slopes)
+        return _Read(
+            torch.cat(inputs),
+            torch.cat(logits),
+            torch.cat(dense),
+            total / len(prompts),
+            torch.tensor([one.row for one in prompts]),
+        )
+
+    def _watched(self, *, writes: bool = False) -> "_Watched":
+        return _Watched(self._work.linear(self._block, self._path), writes=writes)
+
+
+class _Watched:
+    """Keeps what a map read and wrote in one run; with `writes`, the gradient can be asked of what it wrote."""
+
+    inputs: Tensor
+    written: Tensor
+
+    def __init__(self, module: nn.Module, *, writes: bool) -> None:
+        self._module, self._writes = module, writes
+
+    def __enter__(self) -> "_Watched":
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self.inputs, self.written = args[0].detach(), output.detach().requires_grad_(self._writes)
+            return self.written
+
+        self._handle = self._module.register_forward_hook(keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def _solution(read: _Read, text_MF: Tensor) -> Tensor:
+    """What to add to the map, `[D, F]`."""
+    scale = (read.inputs.square().mean(0) + text_MF.square().mean(0)).sqrt().clamp(min=1e-12)
+    ruled_out = GAMMA * _gram(text_MF / scale)
+    fit, choose = read.part(~read.judges & ~read.chooses), read.part(read.chooses)
+
+    def solved(one: _Read) -> Callable[[float], Tensor]:
+        features = one.inputs / scale
+        sums, values = _gram(features) + ruled_out, features.T @ (one.dense - one.logits) / len(features)
+        return lambda ridge: torch.linalg.solve(sums + ridge * torch.eye(len(sums), dtype=sums.dtype), values)
+
+    by_ridge = solved(fit)
+    errors = {
+        ridge: float((choose.dense - choose.logits - choose.inputs / scale @ by_ridge(ridge)).square().mean())
+        for ridge in RIDGES
+    }
+    best = min(RIDGES, key=errors.__getitem__)
+    answers_FA = solved(read.part(~read.judges))(best) / scale[:, None]
+    return torch.linalg.pinv(read.derivative, rtol=1e-6) @ answers_FA.T
+
+
+def _gram(features: Tensor) -> Tensor:
+    return features.T @ features / len(features)
+
+
+def _centred(logits_NA: Tensor) -> Tensor:
+    logits = logits_NA.float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
