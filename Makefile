@@ -22,6 +22,7 @@ lint: .venv/linted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/codespell
 
 bench: .venv/installed .venv/models
 	$(BIN)/python benchmarks/scoring.py

@@ -678,12 +678,20 @@ class Finalist(FrozenValue):
         before: Divergence of the raw cut from the dense model on text that no repair saw, some of it in another writing
             (`Compensation.augment`); see `Compensation.measure`.
         after: The same after a repair by least squares.
+        lost: Share of the dense model's choices among the answers of prompts that the repaired cut has lost, 0 to 1
+            (`avss.compensation.ChoiceYardstick`); None where no prompts ask for a choice.
     """
 
     removed: tuple[int, ...]
     source: str
     before: JsonFloat
     after: JsonFloat
+    lost: JsonFloat | None = None
+
+    @property
+    def damage(self) -> float:
+        """What finalists are compared by: the divergence, times the share of the choices that is lost."""
+        return self.after if self.lost is None else self.after * self.lost
 
 
 class SearchResult(FrozenValue):
@@ -701,7 +709,7 @@ class SearchResult(FrozenValue):
         num_blocks: Blocks of the original model.
         protected: Blocks that could not be chosen.
         points: One entry per size, 1 first.
-        others: Sets that came close: up to three of each size, the best first.
+        others: Sets that came close: up to eight of each size, the best first.
         finalists: Sets of the size asked for that were repaired and judged again, the chosen one first; empty where
             no repair was asked for.
         dense_loss: Next-token loss of the dense model on the same text, nats a token.

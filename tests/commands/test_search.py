@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 from tools.sweep.shrink import small_model
 from transformers import JambaForCausalLM
@@ -10,7 +11,7 @@ from transformers import JambaForCausalLM
 import avss
 from avss import composer
 from avss.ablation import Judge
-from avss.compensation import compensate
+from avss.compensation import ChoiceYardstick, Yardstick, compensate, split
 from avss.composer import choosing, finals, whole
 from avss.composer.choosing import read_search
 from avss.composer.evaluating import target_warnings
@@ -18,6 +19,7 @@ from avss.composer.finals import judge_finalists
 from avss.composer.searching import passes_of_all, search_loaded
 from avss.config import Budget, DataConfig, PlanConfig, RunConfig, SearchConfig, TaskConfig
 from avss.cut import cut
+from avss.data.augment import Augmentation
 from avss.errors import ConfigError, UnsupportedArchitectureError
 from avss.models.load import adopt, load_model
 from avss.plan import make_plan
@@ -693,6 +695,32 @@ def test_a_set_that_cannot_go_is_no_finalist(llama_folder, text_file, monkeypatc
     sets = {(1, 2): "search", (2, 3): "runner-up", (1, 3): "avss"}
     found = judge_finalists(loaded, sets, batches, 3, Timed(silent))
     assert {one.removed for one in found} == {(2, 3), (1, 3)}
+
+
+def test_finalists_are_judged_by_choices_too_where_prompts_ask_for_some(llama_folder, text_file):
+    loaded = load_model(llama_folder)
+    batches = composer.calibration(loaded, text_file, samples=24, seq_len=16, batch_size=4)
+    names = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha())
+    draw = np.random.default_rng(0)
+    rows = {"the cat {text} a dog {sees|runs}": [(" ".join(draw.choice(names, size=5)),) for _ in range(80)]}
+    prompts = Augmentation(loaded.tokenizer, 0.0, "packed", list(rows), rows=rows).asked((0,))
+    sets = {(1, 2): "search", (2, 3): "runner-up", (1, 3): "avss", (1, 4): "runner-up"}
+    plain = judge_finalists(loaded, sets, batches, 3, Timed(silent))
+    assert {one.lost for one in plain} == {None}
+    lost = ChoiceYardstick(loaded, prompts)
+    raw = {}
+    measure = Yardstick(loaded, split(batches.rewritten())[2], num_shared=0)
+    for removed in sets:
+        plan = Plan(num_blocks=len(loaded.stack), removed=removed, method="explicit", rule="by hand")
+        raw[removed] = measure(cut(loaded, plan)) * lost(cut(loaded, plan))
+    found = judge_finalists(loaded, sets, batches, 3, Timed(silent), prompts=prompts)
+    assert {one.removed for one in found} == set(sorted(raw, key=lambda removed: raw[removed])[:3])
+    assert [one.damage for one in found] == sorted(one.damage for one in found)
+    for one in found:
+        plan = Plan(num_blocks=len(loaded.stack), removed=one.removed, method="explicit", rule="by hand")
+        repaired, story = compensate(loaded, cut(loaded, plan), plan, batches.rewritten(), method="refit")
+        assert (one.after, one.lost) == pytest.approx((story.after, lost(repaired)), rel=1e-4)
+        assert one.damage == pytest.approx(one.after * one.lost)
 
 
 @pytest.mark.parametrize(

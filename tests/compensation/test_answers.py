@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from avss.compensation import Workpiece, answers, compensate, settle_answers
+from avss.compensation import ChoiceYardstick, Workpiece, answers, compensate, settle_answers
 from avss.compensation.answers import GAMMA, RIDGES
 from avss.compensation.divergence import Yardstick
 from avss.cut import cut
@@ -217,6 +217,44 @@ def test_what_harms_the_text_is_undone(ready, monkeypatch):
     assert found is not None
     assert not found.kept
     assert changed(work.smaller, before) == set() == set(work.changed)
+
+
+def test_what_is_lost_is_what_no_scale_and_shift_explains(ready):
+    """By least squares in numpy: one slope for all answers, an offset for each."""
+    work, prompts, _, _ = ready()
+    dense, smaller = work.original, work.smaller
+    found = ChoiceYardstick(dense, prompts)(smaller)
+    sides = []
+    for loaded in (dense, smaller):
+        logits = np.array([run(loaded.model, one.token_ids[None])[0, -1].double()[list(one.words)].numpy()
+                           for one in prompts])  # fmt: skip
+        sides.append(logits - logits.mean(1, keepdims=True))
+    aims, given = (side[:, 0] for side in sides)  # of two answers, one is the other's negative
+    system = np.stack([given, np.ones_like(given)], 1)
+    slope, offset = np.linalg.lstsq(system, aims, rcond=None)[0]
+    left = ((aims - slope * given - offset) ** 2).mean() / aims.var()
+    assert found == pytest.approx(left if slope > 0 else 1.0, rel=1e-4)
+    assert 0 < found <= 1
+    assert ChoiceYardstick(dense, prompts)(dense) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_choice_that_is_turned_round_is_lost_and_a_shifted_one_is_not():
+    draw = np.random.default_rng(0)
+    aims = answers._spread(answers._centred(torch.tensor(draw.normal(size=(50, 3)))))
+    for scale, shift, share in ((0.3, 5.0, 0.0), (-2.0, 0.0, 1.0), (0.0, 1.0, 1.0)):
+        given = answers._spread(answers._centred(scale * aims + shift * torch.tensor([1.0, 2.0, -3.0])))
+        assert 1 - max(0.0, answers._correlation(aims, given)) ** 2 == pytest.approx(share, abs=1e-5)
+
+
+def test_kinds_of_prompts_count_alike_and_small_ones_not_at_all(ready):
+    work, prompts, _, _ = ready()
+    turned = [dataclasses.replace(one, words=(one.words[1], one.words[0] + 1)) for one in prompts[:40]]
+    yardsticks = [ChoiceYardstick(work.original, some) for some in (prompts, turned, [*prompts, *turned])]
+    one, two, both = (yardstick(work.smaller) for yardstick in yardsticks)
+    assert both == pytest.approx((one + two) / 2)
+    few = ChoiceYardstick(work.original, prompts[: answers.LEAST - 1])
+    assert not few
+    assert ChoiceYardstick(work.original, [*prompts, *turned[:5]])(work.smaller) == pytest.approx(one)
 
 
 def test_few_prompts_and_unknown_maps_are_left_alone(ready):

@@ -9,7 +9,7 @@ Nothing is kept that does not bring the predictions nearer to the dense model's 
 
 from collections.abc import Callable, Sequence
 
-from avss.compensation.answers import settle_answers
+from avss.compensation.answers import ChoiceYardstick, settle_answers
 from avss.compensation.divergence import Yardstick
 from avss.compensation.least_squares import (
     Readings,
@@ -271,4 +271,14 @@ _SOLVED: dict[CompensationMethod, tuple[Solved, ...]] = {
     "auto": ("refit", "linear"),
 }
 
-__all__ = ["METHODS", "ROUNDS", "Workpiece", "Yardstick", "compensate", "rounds_for", "settle_answers"]
+__all__ = [
+    "METHODS",
+    "ROUNDS",
+    "ChoiceYardstick",
+    "Workpiece",
+    "Yardstick",
+    "compensate",
+    "rounds_for",
+    "settle_answers",
+    "split",
+]

@@ -19,7 +19,7 @@ Shape letters: N prompts, M tokens of text, A answers, F inputs of the map, D hi
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -72,10 +72,7 @@ def settle_answers(
     Returns:
         What came of it; None where there is nothing to solve for, or no such map is known.
     """
-    kinds: dict[tuple[int, ...], list[Asked]] = {}
-    for one in prompts:
-        kinds.setdefault(one.words, []).append(one)
-    kinds = {words: some for words, some in kinds.items() if len({one.row for one in some}) >= LEAST}
+    kinds = _kinds(prompts)
     if work.facts is None or not kinds:
         return None
     block, path = work.plan.kept[-1], work.facts.last
@@ -106,6 +103,76 @@ def settle_answers(
         text_after=after_text,
         kept=kept,
     )
+
+
+class ChoiceYardstick:
+    r"""The share of the dense model's choices among the answers of prompts that a smaller model has lost, 0 to 1.
+
+    $1 - r^2$, with $r$ the correlation over all prompts of both models' logits of the answers (0 where it is negative),
+    each less its mean over the answers of the prompt and over the prompts: the share of the variance that the best
+    scale and shift of the smaller model's logits leave unexplained. Scale and shift are what `settle_answers` mends.
+    Of several kinds of prompts, the mean.
+
+    Args:
+        dense: Its choices are the truth; it reads the prompts once.
+        prompts: What asks for answers. Kinds with fewer rows than `LEAST` say nothing.
+    """
+
+    def __init__(self, dense: Loaded, prompts: Sequence[Asked]) -> None:
+        self._kinds = list(_kinds(prompts).values())
+        self._truths = [_spread(_logits(dense, some)) for some in self._kinds]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to go by."""
+        return bool(self._kinds)
+
+    def __call__(self, smaller: Loaded) -> float:
+        """The share that a model has lost."""
+        return _mean(
+            1 - max(0.0, _correlation(truth, _spread(_logits(smaller, some)))) ** 2
+            for some, truth in zip(self._kinds, self._truths, strict=True)
+        )
+
+
+def _kinds(prompts: Sequence[Asked]) -> dict[tuple[int, ...], list[Asked]]:
+    """Prompts by what they ask for, where there are enough of a kind."""
+    kinds: dict[tuple[int, ...], list[Asked]] = {}
+    for one in prompts:
+        kinds.setdefault(one.words, []).append(one)
+    return {words: some for words, some in kinds.items() if len({one.row for one in some}) >= LEAST}
+
+
+def _logits(
+    loaded: Loaded,
+    prompts: Sequence[Asked],
+    precision: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Tensor:
+    """A model's logits of the answers of prompts of one kind, less their mean, `[N, A]`."""
+    head, words, found = HeadShell(loaded.model), list(prompts[0].words), []
+    for token_ids, keep in _padded(loaded, prompts):
+        rows, last = torch.arange(len(keep)), keep.sum(1) - 1
+        with torch.no_grad():
+            with precision():
+                hidden = last_states(loaded, token_ids, keep)[rows, last][None]
+            # Heads not in the precision of the passes: in bfloat16 two logits differ by eighths.
+            found.append(_centred(head(hidden.to(loaded.model.dtype))[0][:, words]).double().cpu())
+    return torch.cat(found)
+
+
+def _padded(loaded: Loaded, prompts: Sequence[Asked]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of prompts; where no token can fill up a batch, each prompt is one."""
+    size = 1 if loaded.pad_id is None else _ROWS
+    for start in range(0, len(prompts), size):
+        yield pad([one.token_ids for one in prompts[start : start + size]], loaded.pad_id or 0)
+
+
+def _spread(logits_NA: Tensor) -> Tensor:
+    return logits_NA - logits_NA.mean(0, keepdim=True)
+
+
+def _correlation(one: Tensor, two: Tensor) -> float:
+    sizes = float(one.norm() * two.norm())
+    return float((one * two).sum()) / sizes if sizes else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +223,6 @@ class _Reader:
         precision: Callable[[], contextlib.AbstractContextManager[object]],
     ) -> None:
         self._work, self._block, self._path, self._precision = work, block, path, precision
-        # Where no token can fill up a batch, each prompt is one.
-        self._size = 1 if work.smaller.pad_id is None else _ROWS
 
     def inputs_of_text(self, sequences: Sequence[Tensor]) -> Tensor:
         """What the map reads at every token, `[M, F]`."""
@@ -171,23 +236,15 @@ class _Reader:
 
     def read(self, prompts: Sequence[Asked]) -> _Read:
         """Both models at the places of answers, `prompts` all of one kind."""
-        dense_model, smaller = self._work.original, self._work.smaller
-        # Heads not in the precision of the passes: in bfloat16 two logits differ by eighths.
-        theirs, ours = HeadShell(dense_model.model), HeadShell(smaller.model)
-        inputs, logits, dense, total = [], [], [], torch.zeros(())
-        words = list(prompts[0].words)
-        for start in range(0, len(prompts), self._size):
-            some = prompts[start : start + self._size]
-            token_ids, keep = pad([one.token_ids for one in some], smaller.pad_id or 0)
-            rows, last = torch.arange(len(some)), keep.sum(1) - 1
-            with torch.no_grad():
-                with self._precision():
-                    hidden = last_states(dense_model, token_ids, keep)[rows, last][None]
-                aims = _centred(theirs(hidden.to(dense_model.model.dtype))[0][:, words])
+        smaller = self._work.smaller
+        head, words = HeadShell(smaller.model), list(prompts[0].words)
+        inputs, logits, total = [], [], torch.zeros(())
+        for token_ids, keep in _padded(smaller, prompts):
+            rows, last = torch.arange(len(keep)), keep.sum(1) - 1
             with torch.enable_grad(), self._watched(writes=True) as watched:
                 with self._precision():
                     hidden = last_states(smaller, token_ids, keep)[rows, last][None]
-                answers = _centred(ours(hidden.to(smaller.model.dtype))[0][:, words])
+                answers = _centred(head(hidden.to(smaller.model.dtype))[0][:, words])
                 slopes = [
                     by_token(torch.autograd.grad(answers[:, place].sum(), watched.written, retain_graph=True)[0],
                              token_ids.shape)[rows, last].double().sum(0).cpu()
@@ -195,12 +252,11 @@ class _Reader:
                 ]  # fmt: skip
             inputs.append(by_token(watched.inputs, token_ids.shape)[rows, last].double().cpu())
             logits.append(answers.detach().double().cpu())
-            dense.append(aims.double().cpu())
             total = total + torch.stack(slopes)
         return _Read(
             torch.cat(inputs),
             torch.cat(logits),
-            torch.cat(dense),
+            _logits(self._work.original, prompts, self._precision),
             total / len(prompts),
             torch.tensor([one.row for one in prompts]),
         )

@@ -15,6 +15,7 @@ from avss.composer.searching import search_loaded
 from avss.config import PlanConfig, SearchConfig, TaskConfig
 from avss.criteria import AbstractCriterion, find_criteria
 from avss.cut import cut
+from avss.data.augment import Asked
 from avss.data.batches import Batches
 from avss.errors import (
     ConfigError,
@@ -62,6 +63,7 @@ def choose(
     repairs: bool = False,
     first_token: bool = True,
     may_go_on: MayGoOn = always,
+    prompts: Sequence[Asked] = (),
     command: str = "",
 ) -> Chosen:
     """The plan that the settings ask for.
@@ -78,6 +80,7 @@ def choose(
             in rounds are made of repaired models.
         first_token: Whether the first token of each sequence counts in scores.
         may_go_on: Asked before each of those repairs of a search's best sets.
+        prompts: What asks for one of several answers: the best sets of a search are then judged by these choices too.
         command: The command to note in a search.
 
     Raises:
@@ -137,7 +140,7 @@ def choose(
         told = f"The budget of the search was too small to measure each block alone first: it went by `{screen}`."
         chosen = dataclasses.replace(chosen, warnings=(told, *chosen.warnings))
     if repairs and _goes_by_count(config) and search.objective == "kl" and search.finalists > 1:
-        return _after_repair(loaded, chosen, found, text, table, config, search.finalists, timed, may_go_on)
+        return _after_repair(loaded, chosen, found, text, table, config, search.finalists, timed, may_go_on, prompts)
     return chosen
 
 
@@ -173,6 +176,7 @@ def _after_repair(
     num_finalists: int,
     timed: Timed,
     may_go_on: MayGoOn,
+    prompts: Sequence[Asked],
 ) -> Chosen:
     """Of the searched set, those that came close and those that scores choose, the one that is best repaired."""
     size = len(chosen.plan.removed)
@@ -184,7 +188,7 @@ def _after_repair(
     for other in found.others:
         if len(other.removed) == size:
             sets.setdefault(other.removed, "runner-up")
-    finalists = judge_finalists(loaded, sets, batches, num_finalists, timed, may_go_on)
+    finalists = judge_finalists(loaded, sets, batches, num_finalists, timed, may_go_on, prompts)
     if not finalists:
         return chosen
     plan = _best_of(chosen.plan, finalists)

@@ -204,6 +204,10 @@ def prune(
             protect=config.protect,
             chooses=config.takes_the_lowest,
         )
+    rows: Rows = {}
+    if batches is not None and compensate == "auto":
+        wanted_prompts = data.written if isinstance(data, DataConfig) else settings.get("written")
+        rows = prompt_rows(loaded, batches, wanted_prompts, timed)
     chosen = choose(
         loaded,
         config,
@@ -212,13 +216,12 @@ def prune(
         batches=batches,
         table=table,
         repairs=compensate != "none",
+        prompts=[] if batches is None else filled(batches, rows)[1],
         command=command,
     )
     raw = cut(loaded, chosen.plan)
     smaller, story = raw, None
     if batches is not None and compensate != "none":
-        wanted_prompts = data.written if isinstance(data, DataConfig) else settings.get("written")
-        rows = prompt_rows(loaded, batches, wanted_prompts, timed) if compensate == "auto" else {}
         smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed, rows=rows)
     one = describe_cut(loaded, smaller, chosen.plan).model_copy(update={"compensation": story})
     record = begin_record(loaded, command, timed, table)
@@ -297,6 +300,15 @@ def prompt_rows(
         return write_rows(loaded, forms, count=count, seed=batches.facts.seed, may_go_on=may_go_on, on_step=advance)
 
 
+def filled(batches: Batches, rows: Rows) -> tuple[Batches, list[Asked]]:
+    """The text with these sentences in its prompts, and the prompts up to their answers."""
+    rewriting = batches.augmentation
+    if not rows or rewriting is None:
+        return batches, []
+    rewriting = rewriting.with_rows(rows)
+    return dataclasses.replace(batches, augmentation=rewriting), rewriting.asked((batches.facts.seed,))
+
+
 def repair(
     original: Loaded,
     raw: Loaded,
@@ -311,12 +323,8 @@ def repair(
 
     With `rows`, prompts of the text are filled with these, and `auto` ends with a solve for their answers.
     """
+    batches, prompts = filled(batches, rows or {})
     rewriting = batches.augmentation
-    prompts: list[Asked] = []
-    if rows and rewriting is not None:
-        rewriting = rewriting.with_rows(rows)
-        batches = dataclasses.replace(batches, augmentation=rewriting)
-        prompts = rewriting.asked((batches.facts.seed,))
     with timed("Repairing the cut") as advance:
         model, story = compensate_cut(
             original,

@@ -268,8 +268,8 @@ def _result(
     )
 
 
-_OTHERS = 3
-_ENOUGH = 0.5
+_OTHERS = 8
+_ENOUGH = 0.25
 """Share of the text that a set must have been measured on to be named beside the best."""
 
 

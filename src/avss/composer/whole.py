@@ -20,7 +20,7 @@ from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.provenance import versions as library_versions
-from avss.composer.pruning import describe_cut, prompt_rows, repair, save_verified
+from avss.composer.pruning import describe_cut, filled, prompt_rows, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
 from avss.config import (
@@ -68,8 +68,8 @@ _SEARCH_SHARE = 0.2
 _FINALISTS_FROM = 1200.0
 """Seconds in all below which no finalists are repaired: each costs what a minute or two of healing brings more with."""
 
-_FINALISTS_UNTIL, _WRITTEN_UNTIL, _REPAIR_UNTIL = 0.35, 0.4, 0.5
-"""Shares of that time after which no further finalist is looked at, no further prompt written, and no further round of
+_WRITTEN_UNTIL, _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.06, 0.4, 0.55
+"""Shares of that time after which no further prompt is written, no further finalist looked at, and no further round of
 the repair begun. What the repair solves for at each cut comes always: healing would need longer for the same."""
 
 
@@ -156,6 +156,9 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         _scores_by(name, table)  # refused before a search is paid for
     notes = checkpoints_beside(out) / f"{_key_of(config, loaded, batches)}.json"
     clock = Clock(config.time or BEST_SECONDS, counts=config.quality == "best", notes=notes)
+    rows: Rows | None = None
+    if config.compensate == "auto":
+        rows = prompt_rows(loaded, batches, config.data.written, timed, clock.until(_WRITTEN_UNTIL))
     chosen = choose(
         loaded,
         config.plan,
@@ -167,6 +170,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         repairs=config.compensate != "none",
         first_token=config.first_token,
         may_go_on=clock.until(_FINALISTS_UNTIL),
+        prompts=filled(batches, rows or {})[1],
         command=command or "avss.run(...)",
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
@@ -175,7 +179,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     others = [plan for plan in others if (plan.method, plan.removed) != (chosen.plan.method, chosen.plan.removed)]
     raw = cut(loaded, chosen.plan)
     rivals = [cut(loaded, plan) for plan in others]  # what cannot be cut is refused before the hours of healing
-    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, training, config, timed, clock)
+    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, rows, training, config, timed, clock)
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
     cuts = (*(version.told for version in versions), *told)
@@ -271,6 +275,7 @@ def _versions(
     raw: Loaded,
     plan: Plan,
     batches: Batches,
+    rows: Rows | None,
     training: Texts | None,
     config: RunConfig,
     timed: Timed,
@@ -279,9 +284,6 @@ def _versions(
     """The states of the chosen cut, the last one first: it is the one that is saved; and healing's own state."""
     checkpoint = None
     versions = [_Version(raw, describe_cut(loaded, raw, plan))]
-    rows: Rows | None = None
-    if config.compensate == "auto":
-        rows = prompt_rows(loaded, batches, config.data.written, timed, clock.until(_WRITTEN_UNTIL))
     if config.compensate != "none":
         in_time = clock.until(_REPAIR_UNTIL)
         repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed, in_time, rows)

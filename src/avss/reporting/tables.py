@@ -276,6 +276,7 @@ def _finalist_words(finalists: Sequence[Finalist]) -> str:
         return ""
     told = [
         f"{describe_blocks(one.removed)} ({one.source}) {numbers.number(one.before)} -> {numbers.number(one.after)}"
+        + (f", {one.lost:.0%} of the choices lost" if one.lost is not None else "")
         for one in finalists
     ]
     return f" Judged again after a repair, raw -> repaired, the best first: {'; '.join(told)}."
