@@ -713,7 +713,7 @@ def test_finalists_are_judged_by_choices_too_where_prompts_ask_for_some(llama_fo
     for removed in sets:
         plan = Plan(num_blocks=len(loaded.stack), removed=removed, method="explicit", rule="by hand")
         raw[removed] = measure(cut(loaded, plan)) * lost(cut(loaded, plan))
-    found = judge_finalists(loaded, sets, batches, 3, Timed(silent), prompts=prompts)
+    found = judge_finalists(loaded, sets, batches, 3, Timed(silent), prompts=lambda: prompts)
     assert {one.removed for one in found} == set(sorted(raw, key=lambda removed: raw[removed])[:3])
     assert [one.damage for one in found] == sorted(one.damage for one in found)
     for one in found:

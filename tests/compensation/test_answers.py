@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from avss.compensation import ChoiceYardstick, Workpiece, answers, compensate, settle_answers
+from avss.compensation import ChoiceYardstick, Workpiece, answers, compensate, evenly, settle_answers
 from avss.compensation.answers import GAMMA, RIDGES
 from avss.compensation.divergence import Yardstick
 from avss.cut import cut
@@ -261,8 +261,17 @@ def test_few_prompts_and_unknown_maps_are_left_alone(ready):
     assert settle_answers(*ready(count=answers.LEAST - 1)) is None
     assert settle_answers(*ready(count=answers.LEAST - 1, share=0.5)) is None  # writings of a row are no more rows
     work, *given = ready()
-    work.facts = None
-    assert settle_answers(work, *given) is None
+    for facts in (None, dataclasses.replace(work.facts, mlp=None)):  # unknown, and a mixture of experts
+        work.facts = facts
+        assert settle_answers(work, *given) is None
+
+
+def test_as_many_prompts_of_each_kind_are_taken(ready):
+    prompts = ready()[1]
+    other = [dataclasses.replace(one, words=(one.words[1], one.words[0])) for one in prompts[:90]]
+    taken = evenly([*prompts, *other, *prompts[:3]], 100)
+    assert [one.words for one in taken] == [prompts[0].words] * 50 + [other[0].words] * 50
+    assert evenly([], 100) == []
 
 
 def test_a_repair_ends_with_it_and_tells(ready, monkeypatch):
@@ -276,10 +285,25 @@ def test_a_repair_ends_with_it_and_tells(ready, monkeypatch):
     found = story.answers
     assert found is not None
     held_out = [one for one in prompts if one.row % 4 == 0]
-    assert found.kept == (story.applied and found.after < found.before)
-    if found.kept:
-        assert divergence(work.original, repaired, held_out) == pytest.approx(found.after, rel=1e-3)
+    assert found.kept
+    assert story.applied
+    assert found.after < found.before
+    assert divergence(work.original, repaired, held_out) == pytest.approx(found.after, rel=1e-3)
     assert seen[-1] == (3, 3)
+    # Time that is over leaves it out.
+    monkeypatch.setattr(Yardstick, "__call__", lambda self, smaller: next(values))
+    values = iter([1.0, *(1 / n for n in range(2, 60))])
+    asked = []
+
+    def may_go_on():
+        asked.append(len(asked))
+        return False
+
+    _, cut_short = compensate(work.original, cut(work.original, work.plan), work.plan, TEXT, prompts=prompts,
+                              method="auto", may_go_on=may_go_on)  # fmt: skip
+    assert cut_short.answers is None
+    assert len(asked) >= 2
+    monkeypatch.undo()
     _, other = compensate(work.original, cut(work.original, work.plan), work.plan, TEXT, rounds=1)
     assert other.answers is None
     _, plain = compensate(

@@ -117,18 +117,20 @@ def test_a_window_is_cut_off_at_its_length(length):
 
 
 def test_given_rows_fill_a_form_in_place_of_the_text():
-    rows = {FORM: [("a dog sees .",), ("the old bird sees .",)]}
+    rows = {FORM: [("the moon sees .",), ("a dog sees .",), ("the old bird sees .",)]}
     window = Prompts(WORDS, [FORM, "a bird {text}"], rows).window(SENTENCES[:1], 200, np.random.default_rng(0))
     assert window is not None
     text = WORDS.decode(window)
     assert "the cat a dog sees" in text
     assert "the cat the old bird sees" in text
+    assert "the moon" not in text  # every fourth row judges, the first one first
     assert text.count("a bird the bird sees") == 1  # the other form takes the text's own, while there are any
 
 
 def test_what_is_asked_ends_before_the_answer_and_names_the_first_tokens():
-    rows = {FORM: [("a dog sees .",), ("the old bird sees .",)], "a bird {text}": [("the bird sees .",)]}
+    rows = {"a bird {text}": [("the bird sees .",)], FORM: [("a dog sees .",), ("the old bird sees .",)]}
     asked = Prompts(WORDS, [FORM, "a bird {text}"], rows).asked(np.random.default_rng(0))
+    assert [one.row for one in asked] == [1, 2]  # numbered on from form to form
     words = tuple(ids_of(word)[0] for word in ("cat", "bird", "dog"))
     assert [one.words for one in asked] == [words, words]
     expected = [[WORDS.bos_token_id, *ids_of(f"the cat {row} a dog")] for (row,) in rows[FORM]]

@@ -62,6 +62,7 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
+    from avss.composer.pruning import check_written
     from avss.config import PlanConfig, SearchConfig, build, check_augment, check_compensation, parse_bytes
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
@@ -101,6 +102,7 @@ def command(
     find_criteria([criterion])
     check_compensation(compensate)
     check_augment(augment, opt.forms(form), written, repairs=compensate != "none")
+    check_written(written, opt.forms(form), compensate)
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":

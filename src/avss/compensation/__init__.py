@@ -9,7 +9,9 @@ Nothing is kept that does not bring the predictions nearer to the dense model's 
 
 from collections.abc import Callable, Sequence
 
-from avss.compensation.answers import ChoiceYardstick, settle_answers
+from torch import Tensor
+
+from avss.compensation.answers import ChoiceYardstick, evenly, settle_answers
 from avss.compensation.divergence import Yardstick
 from avss.compensation.least_squares import (
     Readings,
@@ -55,6 +57,7 @@ def compensate(
     *,
     method: str = "auto",
     prompts: Sequence[Asked] = (),
+    running: Sequence[Tensor] = (),
     rounds: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     may_go_on: Callable[[], bool] = lambda: True,
@@ -77,9 +80,11 @@ def compensate(
         batches: Calibration text, dealt out in three.
         method: One of `METHODS`.
         prompts: What asks for one of several answers, for the last solve of `auto` (`avss.compensation.answers`).
+        running: Sequences of running text, no prompts among them, which that solve is to leave as they are; by default
+            those that are fitted.
         rounds: Rounds of `steer`, at most; by default six, and more where there is more text for them.
         on_step: Called with steps done and steps in all, for progress.
-        may_go_on: Asked before each round: what is not begun is left out.
+        may_go_on: Asked before each round and before the last solve: what is not begun is left out.
 
     Returns:
         The repaired model, or `smaller` itself where nothing helped; and what was done.
@@ -125,7 +130,9 @@ def compensate(
         if num_rounds
         else []
     )
-    answers = settle_answers(work, prompts, fit.sequences, by_choice) if settles else None
+    answers = None
+    if settles and may_go_on():
+        answers = settle_answers(work, prompts, running or fit.sequences, by_choice)
     on_step(total, total)
     story = Compensation(
         method=method,
@@ -278,6 +285,7 @@ __all__ = [
     "Workpiece",
     "Yardstick",
     "compensate",
+    "evenly",
     "rounds_for",
     "settle_answers",
     "split",

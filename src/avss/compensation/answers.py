@@ -12,7 +12,7 @@ with $m$ what the map reads at the places of answers ($i$) and everywhere in run
 models' logits of the answers' first tokens, and $P$ the mean derivative of these with respect to what the map writes;
 logits are taken less their mean, since only differences choose. $\gamma$ keeps running text as it is, $\lambda$ is
 chosen on a quarter of the prompts. Another quarter, which nothing is fitted to, judges: what does not bring the choices
-nearer there, or harms text that nothing is fitted to here, is undone.
+nearer there, or harms text that is not solved for, is undone.
 
 Shape letters: N prompts, M tokens of text, A answers, F inputs of the map, D hidden, T tokens.
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from avss.compensation.workpiece import Workpiece
-from avss.data.augment import Asked
+from avss.data.augment import JUDGING, Asked
 from avss.data.batches import pad
 from avss.models.forward import last_states
 from avss.models.load import Loaded
@@ -43,9 +43,7 @@ LEAST = 32
 """Rows of a kind below which nothing is solved for."""
 MOST_INPUTS = 16_384
 """Inputs of the map above which the normal equations take too much memory."""
-_EVERY = 4
-"""Of the rows that fill prompts, every fourth judges, the one behind it chooses the ridge."""
-_TEXT = 16
+MOST_TEXT = 16
 """Sequences of running text, at most."""
 _HARM = 0.01
 """What the measure of the text may rise by, as a share of itself."""
@@ -73,13 +71,13 @@ def settle_answers(
         What came of it; None where there is nothing to solve for, or no such map is known.
     """
     kinds = _kinds(prompts)
-    if work.facts is None or not kinds:
-        return None
+    if work.facts is None or work.facts.mlp is None or not kinds:
+        return None  # a mixture of experts has no one map that writes last
     block, path = work.plan.kept[-1], work.facts.last
     if matrix_of(work.linear(block, path)).shape[1] > MOST_INPUTS:
         return None
     reader = _Reader(work, block, path, precision)
-    kept_text = reader.inputs_of_text(text[:_TEXT])
+    kept_text = reader.inputs_of_text(text[:MOST_TEXT])
     begin = work.snapshot()
     with precision():
         before_text = measure(work.smaller)
@@ -88,8 +86,10 @@ def settle_answers(
     for words, one in found.items():
         others = [other.part(~other.judges).inputs for name, other in found.items() if name != words]
         work.add(block, path, _solution(one, torch.cat([kept_text, *others])))
-    judging = [[one for one in some if one.row % _EVERY == 0] for some in kinds.values()]
-    after = _mean(reader.read(some).divergence() for some in judging)
+    after = _mean(
+        _divergence(one.part(one.judges).dense, _logits(work.smaller, _judging(kinds[words]), precision))
+        for words, one in found.items()
+    )
     with precision():
         after_text = measure(work.smaller)
     kept = after < before and after_text <= (1 + _HARM) * before_text
@@ -134,6 +134,20 @@ class ChoiceYardstick:
         )
 
 
+def _judging(prompts: Sequence[Asked]) -> list[Asked]:
+    return [one for one in prompts if one.row % JUDGING == 0]
+
+
+def _divergence(dense_NA: Tensor, logits_NA: Tensor) -> float:
+    return float(distance("choice", dense_NA, logits_NA).mean())
+
+
+def evenly(prompts: Sequence[Asked], count: int) -> list[Asked]:
+    """So many prompts at most, as many of each kind as there are, the first of each."""
+    kinds = _kinds(prompts)
+    return [one for some in kinds.values() for one in some[: max(1, count // len(kinds))]]
+
+
 def _kinds(prompts: Sequence[Asked]) -> dict[tuple[int, ...], list[Asked]]:
     """Prompts by what they ask for, where there are enough of a kind."""
     kinds: dict[tuple[int, ...], list[Asked]] = {}
@@ -154,8 +168,8 @@ def _logits(
         with torch.no_grad():
             with precision():
                 hidden = last_states(loaded, token_ids, keep)[rows, last][None]
-            # Heads not in the precision of the passes: in bfloat16 two logits differ by eighths.
-            found.append(_centred(head(hidden.to(loaded.model.dtype))[0][:, words]).double().cpu())
+            # Heads in the model's own dtype, not that of the passes: in bfloat16 two logits differ by eighths.
+            found.append(_centred(head(hidden.to(loaded.model.dtype))[0][:, words]).cpu().double())
     return torch.cat(found)
 
 
@@ -196,12 +210,12 @@ class _Read:
     @property
     def judges(self) -> Tensor:
         """The prompts that nothing is fitted to, as a mask `[N]`."""
-        return self.rows % _EVERY == 0
+        return self.rows % JUDGING == 0
 
     @property
     def chooses(self) -> Tensor:
         """Those that the ridge is chosen by, as a mask `[N]`."""
-        return self.rows % _EVERY == 1
+        return self.rows % JUDGING == 1
 
     def part(self, chosen: Tensor) -> "_Read":
         """Some of the prompts, by a mask `[N]`."""
@@ -209,7 +223,7 @@ class _Read:
 
     def divergence(self) -> float:
         """Mean KL divergence of the choices among the answers from the dense model's, nats."""
-        return float(distance("choice", self.dense, self.logits).mean())
+        return _divergence(self.dense, self.logits)
 
 
 class _Reader:
@@ -231,7 +245,7 @@ class _Reader:
             token_ids, keep = pad([sequence], 0)
             with torch.no_grad(), self._precision(), self._watched() as watched:
                 last_states(self._work.smaller, token_ids, keep)
-            found.append(by_token(watched.inputs, token_ids.shape)[0].double().cpu())
+            found.append(by_token(watched.inputs, token_ids.shape)[0].cpu().double())
         return torch.cat(found)
 
     def read(self, prompts: Sequence[Asked]) -> _Read:
@@ -247,11 +261,11 @@ class _Reader:
                 answers = _centred(head(hidden.to(smaller.model.dtype))[0][:, words])
                 slopes = [
                     by_token(torch.autograd.grad(answers[:, place].sum(), watched.written, retain_graph=True)[0],
-                             token_ids.shape)[rows, last].double().sum(0).cpu()
+                             token_ids.shape)[rows, last].cpu().double().sum(0)
                     for place in range(len(words))
                 ]  # fmt: skip
-            inputs.append(by_token(watched.inputs, token_ids.shape)[rows, last].double().cpu())
-            logits.append(answers.detach().double().cpu())
+            inputs.append(by_token(watched.inputs, token_ids.shape)[rows, last].cpu().double())
+            logits.append(answers.detach().cpu().double())
             total = total + torch.stack(slopes)
         return _Read(
             torch.cat(inputs),

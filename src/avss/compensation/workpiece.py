@@ -64,8 +64,9 @@ class Workpiece:
         module = self.linear(block, path)
         old = bias_of(module)
         matrix = matrix_of(module)
-        bias = None if bias_delta is None or old is None else old.double() + bias_delta.to(old.device)
-        self.set(block, path, matrix.double() + delta.to(matrix.device, torch.float64), bias)
+        at = "cpu" if matrix.device.type == "mps" else matrix.device  # Apple's GPUs have no float64
+        bias = None if bias_delta is None or old is None else old.to(at).double() + bias_delta.to(at)
+        self.set(block, path, matrix.to(at).double() + delta.to(at, torch.float64), bias)
 
     def copy_norm(self, block: int, path: str, source: nn.Module) -> None:
         """Gives a norm the weight and bias of another one."""

@@ -63,7 +63,7 @@ def choose(
     repairs: bool = False,
     first_token: bool = True,
     may_go_on: MayGoOn = always,
-    prompts: Sequence[Asked] = (),
+    prompts: Callable[[], Sequence[Asked]] = tuple,
     command: str = "",
 ) -> Chosen:
     """The plan that the settings ask for.
@@ -80,7 +80,8 @@ def choose(
             in rounds are made of repaired models.
         first_token: Whether the first token of each sequence counts in scores.
         may_go_on: Asked before each of those repairs of a search's best sets.
-        prompts: What asks for one of several answers: the best sets of a search are then judged by these choices too.
+        prompts: Makes what asks for one of several answers: the best sets of a search are then judged by these choices
+            too.
         command: The command to note in a search.
 
     Raises:
@@ -176,7 +177,7 @@ def _after_repair(
     num_finalists: int,
     timed: Timed,
     may_go_on: MayGoOn,
-    prompts: Sequence[Asked],
+    prompts: Callable[[], Sequence[Asked]],
 ) -> Chosen:
     """Of the searched set, those that came close and those that scores choose, the one that is best repaired."""
     size = len(chosen.plan.removed)

@@ -8,9 +8,9 @@ where prompts ask for a choice, finalists are judged by both.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from avss.compensation import ChoiceYardstick, Yardstick, compensate, split
+from avss.compensation import ChoiceYardstick, Yardstick, compensate, evenly, split
 from avss.cut import cut
 from avss.data.augment import Asked
 from avss.data.batches import Batches
@@ -35,7 +35,7 @@ def judge_finalists(
     num_finalists: int,
     timed: Timed,
     may_go_on: MayGoOn = always,
-    prompts: Sequence[Asked] = (),
+    prompts: Callable[[], Sequence[Asked]] = tuple,
 ) -> tuple[Finalist, ...]:
     """The sets that are nearest to the dense model raw, repaired by least squares, the best one then first.
 
@@ -51,15 +51,16 @@ def judge_finalists(
         num_finalists: How many of them are repaired.
         timed: Where progress goes.
         may_go_on: Asked before each set but the first is measured, and before each but the nearest is repaired.
-        prompts: What asks for one of several answers; the first `PROMPTS` are read.
+        prompts: Makes what asks for one of several answers; `PROMPTS` of them are read, as many of each kind.
 
     Returns:
         Empty where nothing can be repaired in this model, or there was time for one set only: then raw is all there is.
     """
     text = batches.first(TOKENS).rewritten()
+    asked = evenly(prompts(), PROMPTS)
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
-        lost = ChoiceYardstick(loaded, prompts[:PROMPTS])
+        lost = ChoiceYardstick(loaded, asked)
         raw: dict[Removed, float] = {}
         for removed in sets:
             if not raw or may_go_on():

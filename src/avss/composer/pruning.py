@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from avss.compensation import compensate as compensate_cut
+from avss.compensation import split
 from avss.composer.choosing import choose
 from avss.composer.disk import fits_memory, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
@@ -18,6 +20,8 @@ from avss.config import (
     DataConfig,
     PlanConfig,
     SearchConfig,
+    as_forms,
+    as_given,
     build,
     check_augment,
     check_compensation,
@@ -35,7 +39,7 @@ from avss.forms import Rows, choosing_forms
 from avss.models.load import Loaded, save_model
 from avss.models.rewrite import config_changes
 from avss.models.verify import verify
-from avss.models.writing import NUM_WRITTEN, can_write, write_rows
+from avss.models.writing import NUM_WRITTEN, can_write, keep_rows, read_rows, write_rows
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_plain, check_search, files_of
 from avss.progress import MayGoOn, Stages, Timed, always, silent
@@ -159,8 +163,9 @@ def prune(
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("file_format", file_format, ["safetensors", "gguf"]))
     build(DataConfig, settings)  # a name that nothing reads is a mistake, whether or not text is needed
-    check_augment(settings.get("augment"), settings.get("forms"), settings.get("written"), repairs=compensate != "none")
-    check_written(settings, compensate)
+    given = _given(data, settings)
+    check_augment(given["augment"], given["forms"], given["written"], repairs=compensate != "none")
+    check_written(given["written"], given["forms"], compensate)
     (wanted,) = find_criteria([config.criterion])
     if hard.screen != "damage":
         find_criteria([hard.screen])
@@ -204,10 +209,9 @@ def prune(
             protect=config.protect,
             chooses=config.takes_the_lowest,
         )
-    rows: Rows = {}
+    asking = None
     if batches is not None and compensate == "auto":
-        wanted_prompts = data.written if isinstance(data, DataConfig) else settings.get("written")
-        rows = prompt_rows(loaded, batches, wanted_prompts, timed)
+        asking = Asking(loaded, batches, _given(data, settings)["written"], timed)
     chosen = choose(
         loaded,
         config,
@@ -216,13 +220,13 @@ def prune(
         batches=batches,
         table=table,
         repairs=compensate != "none",
-        prompts=[] if batches is None else filled(batches, rows)[1],
+        prompts=tuple if asking is None else asking.prompts,
         command=command,
     )
     raw = cut(loaded, chosen.plan)
     smaller, story = raw, None
     if batches is not None and compensate != "none":
-        smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed, rows=rows)
+        smaller, story = repair(loaded, raw, chosen.plan, batches, compensate, timed, asking=asking)
     one = describe_cut(loaded, smaller, chosen.plan).model_copy(update={"compensation": story})
     record = begin_record(loaded, command, timed, table)
     record = record.model_copy(
@@ -243,15 +247,26 @@ def prune(
     return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record, loaded=smaller)
 
 
-def check_written(settings: Mapping[str, Any], compensate: str) -> None:
-    """Whether prompts that the dense model is to write (`written`) would be read, in a cut that is not healed.
+def _given(data: DataConfig | str | Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said about rewriting and prompts, in a whole `DataConfig` or beside a text; None for nothing."""
+    said = as_given(data) if isinstance(data, DataConfig) else settings
+    return {name: said.get(name) for name in ("augment", "forms", "written")}
+
+
+def check_written(written: int | None, forms: Sequence[str] | None, compensate: str) -> None:
+    """Whether prompts that the dense model is to write would be read, in a cut that is not healed.
+
+    Args:
+        written: As the user gave it; None for nothing given.
+        forms: Likewise.
+        compensate: The repair.
 
     Raises:
         ConfigError: They would not.
     """
-    asked = {"written": settings.get("written")}
-    if not settings.get("forms"):
-        refuse_unread(asked, "prompts, and none were named", "`--form`")
+    asked = {"written": written}
+    if not choosing_forms(as_forms(forms) or ()):
+        refuse_unread(asked, "prompts that ask for one of several answers, and none were named", "`--form`")
     if compensate != "auto":
         refuse_unread(asked, "a repair by `auto`, which was not asked for", "`--compensate auto`")
 
@@ -277,36 +292,65 @@ def describe_cut(original: Loaded, smaller: Loaded, plan: Plan) -> Cut:
     return Cut(plan=plan, model=smaller.facts(), changes=config_changes(original.model.config, smaller.model.config))
 
 
-def prompt_rows(
-    loaded: Loaded, batches: Batches, wanted: int | None, timed: Timed, may_go_on: MayGoOn = always
-) -> Rows:
-    """What the dense model writes into those of the text's prompts that ask for one of several answers.
+class Asking:
+    """The prompts that ask for one of several answers, of sentences that the dense model writes when they are needed.
 
     Args:
         loaded: The dense model.
-        batches: The text.
+        batches: The text, whose forms count.
         wanted: Prompts of each form; None for the usual number.
         timed: Where progress goes.
         may_go_on: Asked before each batch of them but the first of each form.
-
-    Returns:
-        Nothing where no prompt asks so, or the model cannot write.
+        kept: A file that keeps them for a run that is killed and goes on, and gives them back to it; None for none.
     """
-    count = NUM_WRITTEN if wanted is None else wanted
-    forms = choosing_forms(batches.augmentation.forms if batches.augmentation is not None else ())
-    if not (forms and count and can_write(loaded)):
-        return {}
-    with timed("Writing prompts") as advance:
-        return write_rows(loaded, forms, count=count, seed=batches.facts.seed, may_go_on=may_go_on, on_step=advance)
 
+    def __init__(
+        self,
+        loaded: Loaded,
+        batches: Batches,
+        wanted: int | None,
+        timed: Timed,
+        may_go_on: MayGoOn = always,
+        kept: Path | None = None,
+    ) -> None:
+        self._loaded, self._batches, self._timed, self._may_go_on, self._kept = loaded, batches, timed, may_go_on, kept
+        self._count = NUM_WRITTEN if wanted is None else wanted
 
-def filled(batches: Batches, rows: Rows) -> tuple[Batches, list[Asked]]:
-    """The text with these sentences in its prompts, and the prompts up to their answers."""
-    rewriting = batches.augmentation
-    if not rows or rewriting is None:
-        return batches, []
-    rewriting = rewriting.with_rows(rows)
-    return dataclasses.replace(batches, augmentation=rewriting), rewriting.asked((batches.facts.seed,))
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The sentences; none where no prompt asks so, or the model cannot write."""
+        rewriting, loaded = self._batches.augmentation, self._loaded
+        forms = choosing_forms(rewriting.forms if rewriting is not None else ())
+        if not (forms and self._count and can_write(loaded)):
+            return {}
+        rows = read_rows(self._kept) if self._kept is not None else None
+        if rows is not None:
+            return rows
+        how = {"count": self._count, "seed": self._batches.facts.seed, "may_go_on": self._may_go_on}
+        with self._timed("Writing prompts") as advance:
+            rows = write_rows(loaded, forms, **how, on_step=advance)
+        if self._kept is not None:
+            keep_rows(rows, self._kept)
+        return rows
+
+    def prompts(self) -> Sequence[Asked]:
+        """The prompts, up to their answers."""
+        rewriting = self._batches.augmentation
+        if not self.rows or rewriting is None:
+            return ()
+        return rewriting.with_rows(self.rows).asked((self._batches.facts.seed,))
+
+    def read(self) -> Batches:
+        """The text as a repair reads it.
+
+        What is fitted has these sentences in its prompts, but for those that judge; the rest has its own.
+        """
+        plain, rewriting = self._batches.rewritten(), self._batches.augmentation
+        if not self.rows or rewriting is None or len(plain.sequences) < 3:
+            return plain
+        num_fitted = len(split(plain)[0].sequences)
+        filled = dataclasses.replace(self._batches, augmentation=rewriting.with_rows(self.rows)).rewritten()
+        return plain.with_sequences((*filled.sequences[:num_fitted], *plain.sequences[num_fitted:]))
 
 
 def repair(
@@ -317,22 +361,23 @@ def repair(
     method: str,
     timed: Timed,
     may_go_on: MayGoOn = always,
-    rows: Rows | None = None,
+    asking: Asking | None = None,
 ) -> tuple[Loaded, Compensation]:
     """Repairs a cut without training, and tells how it went. The raw cut is left as it was.
 
-    With `rows`, prompts of the text are filled with these, and `auto` ends with a solve for their answers.
+    With `asking`, these sentences fill prompts of the text, and `auto` ends with a solve for their answers.
     """
-    batches, prompts = filled(batches, rows or {})
     rewriting = batches.augmentation
+    text, prompts = (batches.rewritten(), ()) if asking is None else (asking.read(), asking.prompts())
     with timed("Repairing the cut") as advance:
         model, story = compensate_cut(
             original,
             raw,
             plan,
-            batches.rewritten(),
+            text,
             method=method,
             prompts=prompts,
+            running=batches.sequences[: len(split(text)[0].sequences)] if prompts else (),
             on_step=advance,
             may_go_on=may_go_on,
         )

@@ -20,7 +20,7 @@ from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.provenance import versions as library_versions
-from avss.composer.pruning import describe_cut, filled, prompt_rows, repair, save_verified
+from avss.composer.pruning import Asking, describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
 from avss.config import (
@@ -43,7 +43,7 @@ from avss.data.sources import Texts, read_texts
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.evaluation import rehearse
 from avss.evaluation.forms import task_forms
-from avss.forms import Rows
+from avss.forms import choosing_forms
 from avss.healing import heal as heal_cut
 from avss.healing.state import Checkpoint
 from avss.models.forward import can_generate
@@ -68,7 +68,7 @@ _SEARCH_SHARE = 0.2
 _FINALISTS_FROM = 1200.0
 """Seconds in all below which no finalists are repaired: each costs what a minute or two of healing brings more with."""
 
-_WRITTEN_UNTIL, _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.06, 0.4, 0.55
+_WRITTEN_UNTIL, _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.28, 0.4, 0.55
 """Shares of that time after which no further prompt is written, no further finalist looked at, and no further round of
 the repair begun. What the repair solves for at each cut comes always: healing would need longer for the same."""
 
@@ -138,6 +138,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         loaded.check_reads_text("The evaluation of `avss run`")
     tasks = choose_tasks(config.tasks, loaded, config.task_settings.model_dump())
     config, said = _with_forms(config, tasks, loaded.head)
+    _check_written(config)
     batches = calibration(loaded, config.data)
     with timed("Reading the tasks"):
         rehearse(loaded, [*tasks, config.plan.retention_task, config.search.task])
@@ -156,9 +157,10 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         _scores_by(name, table)  # refused before a search is paid for
     notes = checkpoints_beside(out) / f"{_key_of(config, loaded, batches)}.json"
     clock = Clock(config.time or BEST_SECONDS, counts=config.quality == "best", notes=notes)
-    rows: Rows | None = None
+    asking = None
     if config.compensate == "auto":
-        rows = prompt_rows(loaded, batches, config.data.written, timed, clock.until(_WRITTEN_UNTIL))
+        written = notes.with_suffix(".prompts.json")
+        asking = Asking(loaded, batches, config.data.written, timed, clock.until(_WRITTEN_UNTIL), kept=written)
     chosen = choose(
         loaded,
         config.plan,
@@ -170,7 +172,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         repairs=config.compensate != "none",
         first_token=config.first_token,
         may_go_on=clock.until(_FINALISTS_UNTIL),
-        prompts=filled(batches, rows or {})[1],
+        prompts=tuple if asking is None else asking.prompts,
         command=command or "avss.run(...)",
     )
     same_size = config.plan.sized(len(chosen.plan.removed)).model_copy(update={"select": "scores", "from_search": None})
@@ -179,7 +181,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     others = [plan for plan in others if (plan.method, plan.removed) != (chosen.plan.method, chosen.plan.removed)]
     raw = cut(loaded, chosen.plan)
     rivals = [cut(loaded, plan) for plan in others]  # what cannot be cut is refused before the hours of healing
-    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, rows, training, config, timed, clock)
+    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, asking, training, config, timed, clock)
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
     cuts = (*(version.told for version in versions), *told)
@@ -220,6 +222,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         with timed("Drawing the report"):
             write_record(record, folder)
     clock.forget()
+    notes.with_suffix(".prompts.json").unlink(missing_ok=True)
     forget(checkpoint)
     return record
 
@@ -270,12 +273,26 @@ def _with_forms(config: RunConfig, tasks: Sequence[TaskConfig], head: str) -> tu
     return config.model_copy(update=found), said
 
 
+def _check_written(config: RunConfig) -> None:
+    """Refuses prompts to write that nothing would read.
+
+    Raises:
+        ConfigError: There are such.
+    """
+    heal = config.heal
+    heals = heal is not None and choosing_forms((config.data.forms if heal.forms is None else heal.forms) or ())
+    repairs = config.compensate == "auto" and choosing_forms(config.data.forms or ())
+    if not (heals or repairs):
+        what = "prompts that ask for one of several answers, and no repair by `auto` and no healing has any"
+        refuse_unread({"written": config.data.written}, what, "`--form`")
+
+
 def _versions(
     loaded: Loaded,
     raw: Loaded,
     plan: Plan,
     batches: Batches,
-    rows: Rows | None,
+    asking: Asking | None,
     training: Texts | None,
     config: RunConfig,
     timed: Timed,
@@ -286,7 +303,7 @@ def _versions(
     versions = [_Version(raw, describe_cut(loaded, raw, plan))]
     if config.compensate != "none":
         in_time = clock.until(_REPAIR_UNTIL)
-        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed, in_time, rows)
+        repaired, story = repair(loaded, raw, plan, batches, config.compensate, timed, in_time, asking)
         told = describe_cut(loaded, repaired, plan).model_copy(update={"compensation": story})
         if story.applied:
             versions.insert(0, _Version(repaired, told))
@@ -295,7 +312,8 @@ def _versions(
     if config.heal is not None and training is not None:
         heal = config.heal
         for name in ("augment", "forms", "written"):
-            if getattr(heal, name) is None:
+            is_read = name != "written" or choosing_forms(heal.forms or ())
+            if getattr(heal, name) is None and getattr(config.data, name) is not None and is_read:
                 heal = heal.model_copy(update={name: getattr(config.data, name)})
         clock.write_down()  # healing is what takes long, and is looked for again by the model that it begins with
         takes_the_rest = config.quality == "best" and "budget" not in heal.model_fields_set
@@ -308,7 +326,7 @@ def _versions(
                 plan,
                 training,
                 heal,
-                rows=rows if _asks_the_same(heal, config.data) else None,
+                rows=asking.rows if asking is not None and _asks_the_same(heal, config.data) else None,
                 budget_name=f"the rest of {clock.seconds:g} seconds" if takes_the_rest else None,
                 checkpoint_folder=checkpoints_beside(Path(config.out)),
                 report=lambda done, total, note: advance(done, total, note),

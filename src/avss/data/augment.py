@@ -7,6 +7,7 @@ the dense model says what is right for whatever comes out. Likewise some of it i
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -42,6 +43,9 @@ JOINED = 0.3
 GAPPED, GAP = 0.2, 0.1
 """Share that lacks words, and which share of its words."""
 
+JUDGING = 4
+"""Of the rows given to fill prompts, every fourth is kept out of windows: nothing is fitted to it, and it judges."""
+
 DEFAULT_SHARE = 0.5
 """Of the sequences of a model that continues text, where none is asked for (measured, see docs/log.md)."""
 
@@ -53,7 +57,7 @@ class Asked:
     Attributes:
         token_ids: `[T]`; the answer would be next.
         words: The token that each answer begins with, all different.
-        row: Which of the rows fills it: prompts of one row differ in their writing alone.
+        row: The number of the row that fills it: prompts of one row differ in their writing alone.
     """
 
     token_ids: Tensor
@@ -67,7 +71,8 @@ class Prompts:
     Args:
         tokenizer: Of the model.
         forms: The prompts' forms, see `Form.parse`; one is drawn for each prompt.
-        rows: What fills forms in place of the sentences of the text, where there is any for a form.
+        rows: What fills forms in place of the sentences of the text, where there is any for a form; of windows, all
+            but those that judge (`JUDGING`).
 
     Raises:
         ConfigError: A form is none.
@@ -76,6 +81,13 @@ class Prompts:
     def __init__(self, tokenizer: Any, forms: Sequence[str], rows: Rows | None = None) -> None:
         self._forms = [Form.parse(form) for form in forms]
         self._rows = {Form.parse(form): some for form, some in (rows or {}).items() if some}
+        # Rows are numbered on from form to form.
+        sizes = itertools.accumulate(map(len, self._rows.values()), initial=0)
+        self._first = dict(zip(self._rows, sizes, strict=False))
+        self._fitted = {
+            form: [row for place, row in enumerate(some, self._first[form]) if place % JUDGING] or list(some)
+            for form, some in self._rows.items()
+        }
         self._tokenizer = tokenizer
         lead, end = leading_ids(tokenizer), tokenizer.eos_token_id
         self._lead = torch.tensor(lead, dtype=torch.long)
@@ -105,7 +117,7 @@ class Prompts:
             if not fitting:
                 break
             form = fitting[int(draw.integers(len(fitting)))]
-            rows = self._rows.get(form)
+            rows = self._fitted.get(form)
             if rows is None:
                 taken, rest = rest[: form.num_sentences], rest[form.num_sentences :]
             else:
@@ -130,7 +142,7 @@ class Prompts:
         found = []
         for form, rows in self._rows.items():
             first = next((place for place, part in enumerate(form.parts) if part and not isinstance(part, str)), None)
-            for number, row in enumerate(rows if first is not None else ()):
+            for number, row in enumerate(rows if first is not None else (), self._first[form]):
                 for sentences in dict.fromkeys((row, tuple(map(written, row)))):
                     before = "".join(form.pieces(sentences, draw)[:first])
                     one = self._asked(before, form.parts[first or 0], number)

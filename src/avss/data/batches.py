@@ -106,8 +106,11 @@ class Batches:
         if self.augmentation is None:
             return self
         changed = [self.augmentation(one, (self.facts.seed, place)) for place, one in enumerate(self.sequences)]
-        facts = _facts_of(changed, self.facts)
-        return dataclasses.replace(self, sequences=tuple(changed), facts=facts, augmentation=None)
+        return dataclasses.replace(self.with_sequences(changed), augmentation=None)
+
+    def with_sequences(self, sequences: Sequence[Tensor]) -> "Batches":
+        """The same with other sequences in the place of its own."""
+        return dataclasses.replace(self, sequences=tuple(sequences), facts=_facts_of(sequences, self.facts))
 
     def other_than(self, known: "Batches", num_sequences: int) -> "Batches":
         """The first sequences that are none of the known ones, so many at most.

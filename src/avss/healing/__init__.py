@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from avss.compensation import Workpiece, Yardstick, settle_answers
+from avss.compensation.answers import MOST_TEXT
 from avss.config import HealConfig, as_given, refuse_unread
 from avss.data.sources import Texts
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
@@ -25,7 +26,7 @@ from avss.healing.weights import Choice, choose_weights, merge
 from avss.models.load import Loaded, dtype_name, has_bfloat16, in_dtype
 from avss.models.predictions import label_answers
 from avss.models.projections import find_projections
-from avss.models.writing import NUM_WRITTEN, can_write, write_rows
+from avss.models.writing import NUM_WRITTEN, can_write, keep_rows, read_rows, write_rows
 from avss.record import Healing, Plan
 
 LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
@@ -35,9 +36,9 @@ it; adapters take the usual factor more."""
 TASK_LEARNING_RATES: dict[Choice, float] = {"all": 3e-5, "blocks": 3e-5, "after": 3e-5, "lora": 1e-4}
 """The same for classifiers, whose answers are few and whose sentences are short (docs/log.md)."""
 
-_KEPT_TEXT, _JUDGING_TOKENS = 16, 8192
-"""Sequences that the last solve keeps the answers of, and tokens of the held-out text that judge it, at most."""
-_SHARE_OF_TIME, _LAST_SOLVE = 0.1, 0.03
+_JUDGING_TOKENS = 8192
+"""Of the held-out text, that judge the last solve, at most."""
+_SHARE_OF_TIME, _LAST_SOLVE = 0.1, 0.05
 """Shares of a budget of time: for writing, at most, and set aside for the last solve."""
 
 
@@ -104,7 +105,7 @@ def heal(
     if checkpoint_folder is not None:
         settings = config.model_dump(mode="json") | ({"budget": budget_name} if budget_name else {})
         hashes = {"text": text.facts.content_hash, "held_out": text.held_out_facts.content_hash, "plan": plan.removed,
-                  "labels": text.train_labels, "config": settings,
+                  "labels": text.train_labels, "config": settings, **({"rows": rows} if rows else {}),
                   "team": Team().size, "precision": precision}  # fmt: skip
         checkpoint = Checkpoint(checkpoint_folder / f"{run_key(dense, smaller, hashes)}.pt")
     model = dataclasses.replace(smaller, model=_own_copy(smaller))
@@ -144,7 +145,7 @@ def heal(
     answers = None
     if prompts := text.asked():
         work = Workpiece.begin(dense, model, plan, find_projections(model))
-        kept_text = [text.train[index] for _, index in text.drawn(0, min(_KEPT_TEXT, len(text.train)))]
+        kept_text = [text.train[index] for _, index in text.drawn(0, min(MOST_TEXT, len(text.train)))]
         measure = Yardstick(dense, text.held_out_batches().first(_JUDGING_TOKENS), 0)
         answers = settle_answers(work, prompts, kept_text, measure, precision=pair.autocast)
         model = work.smaller
@@ -173,7 +174,7 @@ def _written(
     dense: Loaded, forms: Sequence[str], config: HealConfig, checkpoint: Checkpoint | None, report: Report, clock: Clock
 ) -> Rows:
     """What the dense model writes into forms; of a budget of time, in a tenth of it at most."""
-    rows = checkpoint.read_rows() if checkpoint is not None else None
+    rows = read_rows(checkpoint.rows_path) if checkpoint is not None else None
     if rows is not None:
         return rows
     limit = math.inf
@@ -189,7 +190,7 @@ def _written(
         on_step=lambda done, total: report(0, None, f"{done} of {total} prompts written"),
     )
     if checkpoint is not None and Team().leads:
-        checkpoint.write_rows(rows)
+        keep_rows(rows, checkpoint.rows_path)
     return rows
 
 
@@ -221,8 +222,8 @@ def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> Non
 
     if config.weights != "lora":
         refuse("rank", f"adapters, and `--weights {config.weights}` trains none", "`--weights lora`")
-    if not config.forms:
-        refuse("written", "prompts, and none were named", "`--form`")
+    if not choosing_forms(config.forms or ()):
+        refuse("written", "prompts that ask for one of several answers, and none were named", "`--form`")
     head, predicts_words = smaller.head, smaller.head in ("causal", "masked")
     if head == "encoder" or (head == "classifier" and label_answers(smaller.model.config) == "numbers"):
         refuse("temperature", f"predicted words or labels, and this `{head}` predicts none")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avss.forms import Rows
 from avss.models.load import Loaded, fingerprint
 
 _FORMAT = 1
@@ -52,32 +51,15 @@ class Checkpoint:
             return None
         return state if isinstance(state, dict) and state.get("format") == _FORMAT else None
 
-    def write_rows(self, rows: Rows) -> None:
-        """Keeps what the dense model wrote: it is not written anew by a run that goes on."""
-        self._rows_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._rows_path.with_name(f"{self._rows_path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(rows), encoding="utf-8")
-            partial.replace(self._rows_path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def read_rows(self) -> dict[str, tuple[tuple[str, ...], ...]] | None:
-        """The same, of the run that was interrupted; None where there is nothing that can be read."""
-        try:
-            found = json.loads(self._rows_path.read_text(encoding="utf-8"))
-            return {form: tuple(tuple(row) for row in rows) for form, rows in found.items()}
-        except (OSError, ValueError, AttributeError):
-            return None
-
     @property
-    def _rows_path(self) -> Path:
+    def rows_path(self) -> Path:
+        """Where what the dense model wrote for the run is kept beside it."""
         return self.path.with_suffix(".json")
 
     def remove(self) -> None:
         """Forgets the run, once its result is safe."""
         self.path.unlink(missing_ok=True)
-        self._rows_path.unlink(missing_ok=True)
+        self.rows_path.unlink(missing_ok=True)
 
 
 def run_key(dense: Loaded, smaller: Loaded, hashes: Mapping[str, Any]) -> str:

@@ -8,14 +8,17 @@ the dense model says what is right behind it (as LLM-QAT does for quantisation: 
 
 import contextlib
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from avss.forms import Form, is_fit
+from avss.forms import Form, Rows, is_fit
 from avss.models.load import Loaded, has_bfloat16
 from avss.models.shell import with_narrow_maps
 
@@ -74,6 +77,26 @@ def write_rows(
                 found[name] = [*found[name], *rows][:count]
                 on_step(sum(map(len, found.values())), count * len(found))
     return {name: tuple(dict.fromkeys(rows)) for name, rows in found.items() if rows}
+
+
+def keep_rows(rows: Rows, path: Path) -> None:
+    """Keeps what was written, whole or not at all: it is not written anew by a run that goes on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(rows), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> dict[str, tuple[tuple[str, ...], ...]] | None:
+    """The same, of the run that was interrupted; None where there is nothing that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {form: tuple(tuple(row) for row in rows) for form, rows in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _write(loaded: Loaded, form: Form, count: int, draw: np.random.Generator) -> list[tuple[str, ...]]:
