@@ -236,8 +236,8 @@ class DataConfig(Settings):
     written: int | None = Field(default=None, ge=0)
     """Prompts that the dense model writes the sentences of itself, for each form that asks for one of several answers
     (`avss.models.writing`): a repair reads them in place of sentences of the text and ends with a solve for the choice
-    among the answers (`avss.compensation.answers`); healing likewise, where its own settings say nothing. 0 for none.
-    By default 512 for models that can."""
+    among the answers (`avss.compensation.answers`); healing likewise, where its own settings say nothing; and the
+    finalists of a search are judged by these choices. 0 for none. By default 512 for models that can."""
 
 
 class PlanConfig(Settings):

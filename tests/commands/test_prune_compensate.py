@@ -8,8 +8,10 @@ import torch
 import transformers
 
 import avss
-from avss.config import RunConfig
+from avss.compensation import split
+from avss.config import DataConfig, RunConfig
 from avss.errors import ConfigError
+from avss.progress import Timed, silent
 from avss.record import RunRecord
 from avss.reporting.page import render_page
 
@@ -258,10 +260,10 @@ def _sentences(loaded, forms, *, count, seed, may_go_on, on_step):
 
 
 def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
-    from avss.composer import pruning
+    from avss.composer import asking, pruning
 
     calls, read = [], []
-    monkeypatch.setattr(pruning, "write_rows", lambda *given, **how: calls.append(how) or _sentences(*given, **how))
+    monkeypatch.setattr(asking, "write_rows", lambda *given, **how: calls.append(how) or _sentences(*given, **how))
     real = pruning.compensate_cut
     monkeypatch.setattr(
         pruning, "compensate_cut", lambda *given, **how: read.append((given[3], how["prompts"])) or real(*given, **how)
@@ -290,10 +292,11 @@ def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_fold
 
 
 def test_a_whole_run_writes_its_prompts_once(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
-    from avss.composer import pruning, whole
+    from avss import healing
+    from avss.composer import asking, whole
 
     calls, given = [], []
-    monkeypatch.setattr(pruning, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
     real = whole.heal_cut
     monkeypatch.setattr(whole, "heal_cut", lambda *some, **how: given.append(how["rows"]) or real(*some, **how))
     words = ("run", llama_folder, "--heal", "2k", "--count", 1, "--data", text_file, "--task", "speed", "--form", FORM)
@@ -303,18 +306,83 @@ def test_a_whole_run_writes_its_prompts_once(avss_command, llama_folder, text_fi
     assert [len(rows[FORM]) for rows in given] == [50]
     cuts = RunRecord.read(tmp_path / "out").cuts
     assert cuts[0].compensation.answers.num_prompts == cuts[0].healing.answers.num_prompts
-    # Without a repair that reads them, healing writes its own.
-    answer = avss_command(*words, "--written", 0, *SMALL, "--out", tmp_path / "raw")
+    assert not (tmp_path / ".out.healing").exists()  # what was kept for a killed run is gone
+    # Without a repair that reads them, healing writes its own, and as many as were asked for.
+    monkeypatch.setattr(healing, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    answer = avss_command(*words, "--written", 40, *SMALL, "--out", tmp_path / "raw")
     assert answer.code == 0, answer.err
     assert given[1] is None
-    assert RunRecord.read(tmp_path / "raw").cuts[0].healing.settings["written"] == 0
+    assert [how["count"] for how in calls] == [50, 40]
+    assert RunRecord.read(tmp_path / "raw").cuts[0].healing.answers.num_prompts > 0
+
+
+def test_what_was_written_is_read_again_by_a_run_that_goes_on(llama_folder, text_file, tmp_path, monkeypatch):
+    from avss.composer import asking
+
+    calls, kept = [], tmp_path / "kept.json"
+    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    loaded = avss.load(str(llama_folder), device="cpu")
+    batches = avss.composer.calibration(loaded, str(text_file), samples=24, seq_len=16, forms=[FORM], augment=0)
+
+    def again():
+        return asking.Asking(loaded, batches, 40, Timed(silent), kept=kept)
+
+    first = again()
+    assert not calls  # not before they are needed
+    rows = first.rows
+    assert again().rows == rows
+    assert len(calls) == 1
+    kept.write_text("[broken")
+    assert again().rows == rows
+    assert len(calls) == 2
+    # Sentences of the rows stand in what is fitted, but for those that judge, and nowhere in what judges.
+    text = first.read()
+    fitted = len(split(text)[0].sequences)
+    read = [loaded.tokenizer.decode(one) for one in text.sequences]
+    judging = {sentence for place, (sentence,) in enumerate(rows[FORM]) if place % 4 == 0}
+    others = {sentence for (sentence,) in rows[FORM]} - judging
+    plain = [loaded.tokenizer.decode(one) for one in batches.rewritten().sequences]
+    assert read[fitted:] == plain[fitted:]
+    assert any(sentence in one for sentence in others for one in read[:fitted])
+    assert not any(sentence in one for sentence in judging for one in read)
+    assert {one.row for one in first.prompts()} == set(range(40))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--written", 5, "--quality", "best", "--task", "speed"),
+        ("--written", 0, "--compensate", "auto", "--task", "speed"),
+        ("--written", 5, "--compensate", "refit", "--form", FORM, "--task", "speed"),
+        ("--written", 5, "--compensate", "auto", "--form", "none"),
+    ],
+)
+def test_a_run_refuses_prompts_that_nothing_would_read_before_it_measures(
+    avss_command, llama_folder, words, text_file, tmp_path, monkeypatch
+):
+    from avss.composer import whole
+
+    monkeypatch.setattr(whole, "score_loaded", None)
+    answer = avss_command("run", llama_folder, *words, "--count", 1, "--data", text_file, "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert "prompts that ask for one of several answers" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_to_write_count_in_a_whole_dataconfig_too(llama_folder, text_file):
+    data = DataConfig(source=str(text_file), samples=24, seq_len=16, written=5)
+    for more, said in (({}, "none were named"), ({"forms": (FORM,)}, "a repair by `auto`")):
+        with pytest.raises(ConfigError, match=said):
+            avss.prune(str(llama_folder), blocks=[2], compensate="refit", data=data.model_copy(update=more))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--written", 5), "neither was asked for"),
-        (("--written", 5, "--compensate", "auto"), "prompts, and none were named"),
+        (("--written", 5, "--compensate", "auto"), "none were named"),
+        (("--written", 5, "--compensate", "auto", "--form", "none"), "none were named"),
+        (("--written", 5, "--compensate", "auto", "--form", "a {text}"), "one of several answers"),
         (("--written", 5, "--form", FORM, "--compensate", "refit"), "a repair by `auto`"),
         (("--written", -1, "--form", FORM, "--compensate", "auto"), "greater than or equal to 0"),
     ],

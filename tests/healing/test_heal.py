@@ -843,7 +843,7 @@ def test_writing_is_part_of_the_budget(patient, text, small, monkeypatch):
 
 def test_prompts_to_write_are_refused_without_any(patient, text, small):
     one = patient()
-    with pytest.raises(ConfigError, match=r"prompts, and none were named.*--form"):
+    with pytest.raises(ConfigError, match=r"prompts that ask for one.*none were named.*--form"):
         heal(one.dense, one.smaller, one.plan, text, small(written=5))
 
 

@@ -18,6 +18,8 @@ def test_shares_of_the_time_end(tmp_path):
     assert not clock.until(0.5)()
     assert clock.left <= 0
     assert Clock(1000.0, counts=True, notes=tmp_path / "notes.json").until(0.5)()
+    assert not clock.in_time(0.5)()
+    assert Clock(0.0, counts=False, notes=tmp_path / "notes.json").in_time(0.5)()
 
 
 def test_a_run_that_goes_on_decides_as_it_did(tmp_path, monkeypatch):
@@ -26,6 +28,7 @@ def test_a_run_that_goes_on_decides_as_it_did(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     first = Clock(100.0, counts=True, notes=notes)
     finalists, rounds = first.until(0.35), first.until(0.5)
+    assert first.in_time(0.1)()  # not noted
     now[0] = 30.0
     asked = [finalists()]
     now[0] = 40.0

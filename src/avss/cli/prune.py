@@ -62,7 +62,7 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
-    from avss.composer.pruning import check_written
+    from avss.composer.asking import check_written
     from avss.config import PlanConfig, SearchConfig, build, check_augment, check_compensation, parse_bytes
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name

@@ -31,9 +31,13 @@ class Clock:
         """Seconds left; negative where more were taken."""
         return self.began + self.seconds - time.monotonic()
 
+    def in_time(self, share: float) -> MayGoOn:
+        """Whether no more than this share of the time is over: for what keeps its own result for a run that goes on."""
+        return until(self.began + share * self.seconds) if self._counts else always
+
     def until(self, share: float) -> MayGoOn:
         """Whether no more than this share of the time is over, or was the first time it was asked."""
-        in_time = until(self.began + share * self.seconds)
+        in_time = self.in_time(share)
 
         def may_go_on() -> bool:
             place = len(self._decided)

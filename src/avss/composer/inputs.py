@@ -76,7 +76,8 @@ def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builti
         data: A source (`avss.data.sources`), several separated by commas, a list of texts, or a whole `DataConfig`.
             Several sources give equal shares, and their sequences take turns. For a stack that reads images: folders
             of images or image files, or a list of files (`avss.data.images`).
-        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`.
+        **settings: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, and
+            `written`, which a repair reads.
 
     Raises:
         DataError: The text cannot be read or is too short, or there is no image.

@@ -1,11 +1,13 @@
 """`avss.run`: the whole path."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from avss.composer.asking import Asking
 from avss.composer.choosing import choose, with_pinned
 from avss.composer.clock import Clock
 from avss.composer.evaluating import (
@@ -20,7 +22,7 @@ from avss.composer.healing import checkpoints_beside, forget, healing_warnings
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.provenance import versions as library_versions
-from avss.composer.pruning import Asking, describe_cut, repair, save_verified
+from avss.composer.pruning import describe_cut, repair, save_verified
 from avss.composer.records import begin_record, write_record
 from avss.composer.scores import score_loaded
 from avss.config import (
@@ -160,7 +162,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     asking = None
     if config.compensate == "auto":
         written = notes.with_suffix(".prompts.json")
-        asking = Asking(loaded, batches, config.data.written, timed, clock.until(_WRITTEN_UNTIL), kept=written)
+        asking = Asking(loaded, batches, config.data.written, timed, clock.in_time(_WRITTEN_UNTIL), kept=written)
     chosen = choose(
         loaded,
         config.plan,
@@ -224,6 +226,8 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     clock.forget()
     notes.with_suffix(".prompts.json").unlink(missing_ok=True)
     forget(checkpoint)
+    with contextlib.suppress(OSError):  # another unfinished run of this name keeps its state
+        notes.parent.rmdir()
     return record
 
 

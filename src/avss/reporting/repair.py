@@ -73,9 +73,9 @@ def answers_sentence(answers: AnswerFit | None) -> str:
         return ""
     kept = "its last map was then solved for" if answers.kept else "a last solve was thrown away"
     return (
-        f"For the choice among the answers of {answers.num_prompts} prompts that the dense model wrote, {kept}: KL "
-        f"{answers.before:.3g} -> {answers.after:.3g} nats on those held out, on held-out text "
-        f"{answers.text_before:.4g} -> {answers.text_after:.4g} a token."
+        f"For the choice among the answers of {answers.num_prompts} prompts of sentences by the dense model, {kept}: "
+        f"KL {answers.before:.3g} -> {answers.after:.3g} nats on those held out, on held-out text "
+        f"{answers.text_before:.4g} -> {answers.text_after:.4g}."
     )
 
 
