@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from avss.errors import ConfigError, unknown_name
-from avss.forms import Form
+from avss.forms import Form, choosing_forms
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -68,6 +68,24 @@ def check_augment(
             "the text of a repair or of healing, and neither was asked for",
             "`--compensate auto`",
         )
+
+
+def check_written(written: int | None, forms: Sequence[str] | None, compensate: str) -> None:
+    """Whether prompts that the dense model is to write would be read, in a cut that is not healed.
+
+    Args:
+        written: As the user gave it; None for nothing given.
+        forms: Likewise.
+        compensate: The repair.
+
+    Raises:
+        ConfigError: They would not.
+    """
+    asked = {"written": written}
+    if not choosing_forms(as_forms(forms) or ()):
+        refuse_unread(asked, "prompts that ask for one of several answers, and none were named", "`--form`")
+    if compensate != "auto":
+        refuse_unread(asked, "a repair by `auto`, which was not asked for", "`--compensate auto`")
 
 
 _FLAGS = {"task": "--objective-task", "forms": "--form", "seconds": "--search-time", "resume": "--no-resume"}

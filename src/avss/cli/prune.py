@@ -62,8 +62,15 @@ def command(
 ) -> None:
     """Remove blocks from MODEL and save a stock checkpoint, proven by loading it again."""
     from avss.composer import disk
-    from avss.composer.asking import check_written
-    from avss.config import PlanConfig, SearchConfig, build, check_augment, check_compensation, parse_bytes
+    from avss.config import (
+        PlanConfig,
+        SearchConfig,
+        build,
+        check_augment,
+        check_compensation,
+        check_written,
+        parse_bytes,
+    )
     from avss.criteria import find_criteria
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free

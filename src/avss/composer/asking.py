@@ -6,31 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avss.compensation import split
-from avss.config import as_forms, refuse_unread
 from avss.data.augment import Asked
 from avss.data.batches import Batches
 from avss.forms import Rows, choosing_forms
 from avss.models.load import Loaded
 from avss.models.writing import NUM_WRITTEN, can_write, keep_rows, read_rows, write_rows
 from avss.progress import MayGoOn, Timed, always
-
-
-def check_written(written: int | None, forms: Sequence[str] | None, compensate: str) -> None:
-    """Whether prompts that the dense model is to write would be read, in a cut that is not healed.
-
-    Args:
-        written: As the user gave it; None for nothing given.
-        forms: Likewise.
-        compensate: The repair.
-
-    Raises:
-        ConfigError: They would not.
-    """
-    asked = {"written": written}
-    if not choosing_forms(as_forms(forms) or ()):
-        refuse_unread(asked, "prompts that ask for one of several answers, and none were named", "`--form`")
-    if compensate != "auto":
-        refuse_unread(asked, "a repair by `auto`, which was not asked for", "`--compensate auto`")
 
 
 class Asking:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from avss.compensation import compensate as compensate_cut
 from avss.compensation import split
-from avss.composer.asking import Asking, check_written
+from avss.composer.asking import Asking
 from avss.composer.choosing import choose
 from avss.composer.disk import fits_memory, prune_on_disk, scores_of
 from avss.composer.gguf_pruning import prune_gguf
@@ -24,6 +24,7 @@ from avss.config import (
     build,
     check_augment,
     check_compensation,
+    check_written,
     parse_bytes,
     seeded,
 )
