@@ -10,6 +10,7 @@ from tools.sweep.shrink import small_model
     ("class_name", "model_type", "repair"),
     [
         ("BertForMaskedLM", "bert", "passed"),
+        ("BioGptForSequenceClassification", "biogpt", "passed"),
         ("BloomForCausalLM", "bloom", "passed"),
         ("DeepseekV3ForCausalLM", "deepseek_v3", "passed"),
         ("Gemma2ForCausalLM", "gemma2", "passed"),

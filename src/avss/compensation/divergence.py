@@ -118,7 +118,8 @@ def _outputs(loaded: Loaded, token_ids: Tensor, keep: Tensor, places: Tensor | N
         hidden = last_states(loaded, token_ids, keep)
         return (hidden, None) if places is None else (hidden[:, places.to(hidden.device)], places)
     inputs = model_inputs(loaded, token_ids, keep)
-    if places is not None and takes(loaded.model, "logits_to_keep"):
+    # A classifier may take it too (BioGPT's), and then looks for its last token among those kept.
+    if places is not None and loaded.head != "classifier" and takes(loaded.model, "logits_to_keep"):
         return loaded.model(**inputs, logits_to_keep=places.to(loaded.device))["logits"], places
     logits = loaded.model(**inputs)["logits"]
     if places is None or logits.dim() < 3:
