@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from avss.errors import ConfigError, unknown_name
-from avss.forms import Form, choosing_forms
+from avss.forms import Form
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -82,8 +82,8 @@ def check_written(written: int | None, forms: Sequence[str] | None, compensate: 
         ConfigError: They would not.
     """
     asked = {"written": written}
-    if not choosing_forms(as_forms(forms) or ()):
-        refuse_unread(asked, "prompts that ask for one of several answers, and none were named", "`--form`")
+    if not as_forms(forms):
+        refuse_unread(asked, "the forms of prompts, and none were named", "`--form`")
     if compensate != "auto":
         refuse_unread(asked, "a repair by `auto`, which was not asked for", "`--compensate auto`")
 
@@ -252,10 +252,10 @@ class DataConfig(Settings):
     (`avss.forms`). By default those of the tasks in a run, of whose data nothing gets in but the names of labels,
     else none; `none` for none. For models that continue text. The finalists of a search are judged on them too."""
     written: int | None = Field(default=None, ge=0)
-    """Prompts that the dense model writes the sentences of itself, for each form that asks for one of several answers
-    (`avss.models.writing`): a repair reads them in place of sentences of the text and ends with a solve for the choice
-    among the answers (`avss.compensation.answers`); healing likewise, where its own settings say nothing; and the
-    finalists of a search are judged by these choices. 0 for none. By default 512 for models that can."""
+    """Prompts that the dense model writes the sentences of itself, for each form (`avss.models.writing`): a repair by
+    `auto` reads them in place of sentences of the text and, where a form asks for one of several answers, ends with a
+    solve for the choice among them (`avss.compensation.answers`); healing likewise, where its own settings say nothing;
+    and the finalists of a search are judged by these choices. 0 for none. By default 512 for models that can."""
 
 
 class PlanConfig(Settings):
@@ -474,8 +474,8 @@ class HealConfig(Settings):
     """Prompts that 15 % of the training sequences are read in (`DataConfig.forms`); no loss is on their own tokens.
     By default none; in a run, those of the calibration text."""
     written: int | None = Field(default=None, ge=0)
-    """Prompts that the dense model writes the sentences of itself, for each form that asks for one of several answers
-    (`avss.models.writing`): trained on, and at the end the last map is solved for by them
+    """Prompts that the dense model writes the sentences of itself, for each form (`avss.models.writing`): trained on,
+    and at the end the last map is solved for by those that ask for one of several answers
     (`avss.compensation.answers`). 0 for none, and the sentences of the text. By default 512 for models that can; of a
     budget of time in a tenth at most. In a run, those of the repair."""
     warmup: float = Field(default=0.05, ge=0, lt=1)

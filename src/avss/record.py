@@ -674,7 +674,8 @@ class Finalist(FrozenValue):
 
     Attributes:
         removed: Block indices in the original numbering.
-        source: `search`, `runner-up`, or the criterion whose choice it is.
+        source: `search`, `runner-up`, the criterion whose choice it is, or `shifted`: a gap of one of these moved by a
+            block.
         before: Divergence of the raw cut from the dense model on text that no repair saw, some of it in another writing
             (`Compensation.augment`); see `Compensation.measure`.
         after: The same after a repair by least squares.

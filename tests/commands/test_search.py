@@ -246,7 +246,7 @@ def test_sets_that_scores_choose_are_finalists_too(llama_folder, text_file, tmp_
     )
     record = avss.run(config)
     sources = {one.removed: one.source for one in record.search.finalists}
-    assert set(sources.values()) <= {"search", "runner-up", "avss-paper", "last"}
+    assert set(sources.values()) <= {"search", "runner-up", "avss-paper", "last", "shifted"}
     count = len(record.search.points[1].removed)
     by_score = {make_plan(scores, PlanConfig(count=count)).removed for scores in record.scores}
     assert by_score <= set(sources)
@@ -695,6 +695,35 @@ def test_a_set_that_cannot_go_is_no_finalist(llama_folder, text_file, monkeypatc
     sets = {(1, 2): "search", (2, 3): "runner-up", (1, 3): "avss"}
     found = judge_finalists(loaded, sets, batches, 3, Timed(silent))
     assert {one.removed for one in found} == {(2, 3), (1, 3)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_beside_each_set_stand_those_with_a_gap_moved_by_a_block(seed):
+    draw = np.random.default_rng(seed)
+    given = {tuple(sorted(draw.choice(20, size=6, replace=False).tolist())): f"set {place}" for place in range(4)}
+    protected = (0, 19, int(draw.integers(20)))
+    found = choosing._with_shifted(given, 20, protected)
+    assert {removed: source for removed, source in found.items() if source != "shifted"} == given
+    assert len(found) <= choosing._MOST_SETS
+    expected = {
+        other
+        for one in given
+        for other in itertools.combinations(range(20), 6)
+        if _is_shifted(one, other) and not (set(other) - set(one)) & set(protected)
+    }
+    assert found.keys() <= expected | given.keys()
+    assert len(found) == min(choosing._MOST_SETS, len(expected | given.keys()))
+
+
+def _is_shifted(one, other):
+    """A slow way to say it: a run of two blocks or more has lost its one end and gone on at the other."""
+    joins, leaves = set(other) - set(one), set(one) - set(other)
+    if len(joins) != 1:
+        return False
+    (new,), (old,) = joins, leaves
+    between = range(min(new, old) + 1, max(new, old))
+    behind = old - 1 if new > old else old + 1
+    return len(between) > 0 and set(between) <= set(one) and behind not in one
 
 
 def test_finalists_are_judged_by_choices_too_where_prompts_ask_for_some(llama_folder, text_file):

@@ -762,8 +762,8 @@ def test_healing_on_prompts_is_in_the_record(patient, text, small):
     assert healing.settings["written"] == NUM_WRITTEN
 
 
-@pytest.mark.parametrize(("forms", "written"), [(("a cat {text}",), None), (("a cat {text} {sees|runs}",), 0)])
-def test_nothing_is_written_where_nothing_is_chosen_or_none_is_wanted(patient, text, small, forms, written):
+@pytest.mark.parametrize(("forms", "written"), [((), None), (("a cat {text} {sees|runs}",), 0)])
+def test_nothing_is_written_without_forms_or_where_none_is_wanted(patient, text, small, forms, written):
     one = patient()
     _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(budget="1k", forms=forms, written=written))
     assert healing.settings["written"] == 0
@@ -784,7 +784,7 @@ def test_the_dense_model_writes_what_stands_in_the_prompts(patient, text, small,
     monkeypatch.setattr(HealingText, "batch", lambda self, drawn: seen.append(batch_of(self, drawn)) or seen[-1])
     settings = small(budget="4k", forms=(form, "a cat {text}"), written=5, seed=3, augment=0.0, seq_len=24)
     heal(one.dense, one.smaller, one.plan, text, settings, checkpoint_folder=tmp_path)
-    assert calls == [((form,), 5, 3)]
+    assert calls == [((form, "a cat {text}"), 5, 3)]
     read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.token_ids)
     assert "the cat bird bird bird bird a dog" in read
     # A run that goes on reads what was written.
@@ -817,6 +817,32 @@ def test_healing_ends_with_a_solve_for_the_answers(patient, text, small):
     assert not torch.equal(run(healed.model, torch.arange(5, 15)[None]), run(without.model, torch.arange(5, 15)[None]))
 
 
+def test_sentences_for_prompts_without_answers_are_written_too_and_none_is_kept_out(patient, text, small, monkeypatch):
+    """Nothing is asked there, so nothing judges, and no share of the time is set aside for a solve."""
+    one, now = patient(), [0.0]
+    form = "the cat {text}"
+    rows = {form: tuple((f"{word} {word} {word} {word}",) for word in WORDS[:4])}
+    monkeypatch.setattr(room, "write_rows", lambda loaded, forms, **how: {form: rows[form]} if forms == (form,) else {})
+    seen = []
+    batch_of = HealingText.batch
+    monkeypatch.setattr(HealingText, "batch", lambda self, drawn: seen.append(batch_of(self, drawn)) or seen[-1])
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    settings = small(
+        budget=Budget(seconds=400), forms=(form,), augment=0.0, seq_len=24, patience=1000, learning_rate=1e-9
+    )
+    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, settings, clock=clock)
+    assert healing.answers is None
+    assert healing.settings["written"] == NUM_WRITTEN
+    assert healing.seconds > 0.96 * 400
+    read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.token_ids)
+    for (sentence,) in rows[form]:
+        assert f"the cat {sentence}" in read
+
+
 def test_writing_is_part_of_the_budget(patient, text, small, monkeypatch):
     """A tenth of the time at most, and what it took is gone when training begins."""
     one, now, asked = patient(), [0.0], []
@@ -843,7 +869,7 @@ def test_writing_is_part_of_the_budget(patient, text, small, monkeypatch):
 
 def test_prompts_to_write_are_refused_without_any(patient, text, small):
     one = patient()
-    with pytest.raises(ConfigError, match=r"prompts that ask for one.*none were named.*--form"):
+    with pytest.raises(ConfigError, match=r"the forms of prompts.*none were named.*--form"):
         heal(one.dense, one.smaller, one.plan, text, small(written=5))
 
 

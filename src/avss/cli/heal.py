@@ -78,8 +78,8 @@ def command(
     written: Annotated[
         int | None,
         typer.Option(
-            help="Prompts that the dense model writes itself for each --form with answers; trained on, and solved for "
-            "at the end.",
+            help="Prompts that the dense model writes itself for each --form; trained on, and those with answers "
+            "solved for at the end.",
             show_default="512; 0 for none",
             rich_help_panel=_TRAINING,
         ),

@@ -88,8 +88,8 @@ Form = Annotated[
 Written = Annotated[
     int | None,
     typer.Option(
-        help="Prompts that the dense model writes itself for each --form with answers; a repair ends with a solve for "
-        "them, and healing trains on them too.",
+        help="Prompts that the dense model writes itself for each --form; a repair reads them, and ends with a solve "
+        "for the answers of those that have some; healing trains on them too.",
         show_default="512; 0 for none",
         rich_help_panel=_TEXT,
     ),

@@ -1,4 +1,4 @@
-"""The prompts that ask for one of several answers: who writes them, who reads them, and when."""
+"""The prompts of the forms: who writes them, who reads them, and when."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from avss.progress import MayGoOn, Timed, always
 
 
 class Asking:
-    """The prompts that ask for one of several answers, of sentences that the dense model writes when they are needed.
+    """The prompts of the forms, of sentences that the dense model writes when they are needed.
 
     Args:
         loaded: The dense model.
@@ -40,9 +40,9 @@ class Asking:
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """The sentences; none where no prompt asks so, or the model cannot write."""
+        """The sentences; none where there is no form, or the model cannot write."""
         rewriting, loaded = self._batches.augmentation, self._loaded
-        forms = choosing_forms(rewriting.forms if rewriting is not None else ())
+        forms = rewriting.forms if rewriting is not None else ()
         if not (forms and self._count and can_write(loaded)):
             return {}
         rows = read_rows(self._kept) if self._kept is not None else None
@@ -56,9 +56,9 @@ class Asking:
         return rows
 
     def prompts(self) -> Sequence[Asked]:
-        """The prompts, up to their answers."""
+        """Those that ask for one of several answers, up to these."""
         rewriting = self._batches.augmentation
-        if not self.rows or rewriting is None:
+        if rewriting is None or not choosing_forms(rewriting.forms) or not self.rows:
             return ()
         return rewriting.with_rows(self.rows).asked((self._batches.facts.seed,))
 

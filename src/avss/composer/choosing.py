@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from avss.compensation import compensate
@@ -141,7 +141,9 @@ def choose(
         told = f"The budget of the search was too small to measure each block alone first: it went by `{screen}`."
         chosen = dataclasses.replace(chosen, warnings=(told, *chosen.warnings))
     if repairs and _goes_by_count(config) and search.objective == "kl" and search.finalists > 1:
-        return _after_repair(loaded, chosen, found, text, table, config, search.finalists, timed, may_go_on, prompts)
+        return _after_repair(
+            loaded, chosen, found, text, table, config, search.finalists, timed, may_go_on, prompts, protected
+        )
     return chosen
 
 
@@ -178,8 +180,9 @@ def _after_repair(
     timed: Timed,
     may_go_on: MayGoOn,
     prompts: Callable[[], Sequence[Asked]],
+    protected: Sequence[int],
 ) -> Chosen:
-    """Of the searched set, those that came close and those that scores choose, the one that is best repaired."""
+    """Of the searched set, those that came close, those that scores choose and those beside them, the best repaired."""
     size = len(chosen.plan.removed)
     sets = {chosen.plan.removed: "search"}
     for scores in table.scores if table is not None else ():
@@ -189,11 +192,46 @@ def _after_repair(
     for other in found.others:
         if len(other.removed) == size:
             sets.setdefault(other.removed, "runner-up")
+    sets = _with_shifted(sets, len(loaded.stack), protected)
     finalists = judge_finalists(loaded, sets, batches, num_finalists, timed, may_go_on, prompts)
     if not finalists:
         return chosen
     plan = _best_of(chosen.plan, finalists)
     return dataclasses.replace(chosen, plan=plan, search=found.model_copy(update={"finalists": finalists}))
+
+
+_MOST_SETS = 16
+"""Sets that are measured before the last choice, where not so many are at hand: others beside them fill up."""
+
+Sources = dict[tuple[int, ...], str]
+"""Set of blocks -> where it comes from."""
+
+
+def _with_shifted(sets: Sources, num_blocks: int, protected: Sequence[int]) -> Sources:
+    """Sets, each followed by those with one of its gaps moved by a block, as far as there is room.
+
+    A search goes block by block, and a gap that has closed in on its place moves as a whole or not at all.
+
+    Example:
+        >>> _with_shifted({(2, 5, 6): "search"}, 8, (7,))
+        {(2, 5, 6): 'search', (2, 4, 5): 'shifted'}
+    """
+    room = _MOST_SETS - len(sets)
+    found: Sources = {}
+    for removed, source in sets.items():
+        found[removed] = source
+        for moved in _shifted(removed, num_blocks, protected):
+            if room > 0 and moved not in sets and moved not in found:
+                found[moved] = "shifted"
+                room -= 1
+    return found
+
+
+def _shifted(removed: tuple[int, ...], num_blocks: int, protected: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    for start, stop in runs_of(removed):
+        for leaves, joins in ((start, stop), (stop - 1, start - 1)):
+            if stop - start > 1 and 0 <= joins < num_blocks and joins not in protected:
+                yield tuple(sorted({*removed, joins} - {leaves}))
 
 
 def with_pinned(config: PlanConfig, loaded: Loaded, *, protects_ends: bool) -> PlanConfig:

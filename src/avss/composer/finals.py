@@ -25,6 +25,9 @@ TOKENS = 24_576
 PROMPTS = 384
 """Prompts that finalists are judged by too, at most."""
 
+SCREENING = 192
+"""Of these, that all sets are measured on raw."""
+
 Removed = tuple[int, ...]
 
 
@@ -51,7 +54,8 @@ def judge_finalists(
         num_finalists: How many of them are repaired.
         timed: Where progress goes.
         may_go_on: Asked before each set but the first is measured, and before each but the nearest is repaired.
-        prompts: Makes what asks for one of several answers; `PROMPTS` of them are read, as many of each kind.
+        prompts: Makes what asks for one of several answers; `PROMPTS` of them are read, as many of each kind, and
+            `SCREENING` of them by every set.
 
     Returns:
         Empty where nothing can be repaired in this model, or there was time for one set only: then raw is all there is.
@@ -60,13 +64,13 @@ def judge_finalists(
     asked = evenly(prompts(), PROMPTS)
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
-        lost = ChoiceYardstick(loaded, asked)
+        lost, lost_raw = (ChoiceYardstick(loaded, some) for some in (asked, evenly(asked, SCREENING)))
         raw: dict[Removed, float] = {}
         for removed in sets:
             if not raw or may_go_on():
                 with contextlib.suppress(UnsupportedArchitectureError):  # a set that cannot go is no finalist
                     smaller = cut(loaded, _plan(loaded, removed))
-                    raw[removed] = measure(smaller) * (lost(smaller) if lost else 1.0)
+                    raw[removed] = measure(smaller) * (lost_raw(smaller) if lost_raw else 1.0)
         if len(raw) < 2:
             return ()  # nothing to choose from
         nearest = sorted(raw, key=lambda removed: raw[removed])[:num_finalists]

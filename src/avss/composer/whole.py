@@ -45,7 +45,6 @@ from avss.data.sources import Texts, read_texts
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.evaluation import rehearse
 from avss.evaluation.forms import task_forms
-from avss.forms import choosing_forms
 from avss.healing import heal as heal_cut
 from avss.healing.state import Checkpoint
 from avss.models.forward import can_generate
@@ -70,7 +69,7 @@ _SEARCH_SHARE = 0.2
 _FINALISTS_FROM = 1200.0
 """Seconds in all below which no finalists are repaired: each costs what a minute or two of healing brings more with."""
 
-_WRITTEN_UNTIL, _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.28, 0.4, 0.55
+_WRITTEN_UNTIL, _FINALISTS_UNTIL, _REPAIR_UNTIL = 0.28, 0.45, 0.6
 """Shares of that time after which no further prompt is written, no further finalist looked at, and no further round of
 the repair begun. What the repair solves for at each cut comes always: healing would need longer for the same."""
 
@@ -284,10 +283,10 @@ def _check_written(config: RunConfig) -> None:
         ConfigError: There are such.
     """
     heal = config.heal
-    heals = heal is not None and choosing_forms((config.data.forms if heal.forms is None else heal.forms) or ())
-    repairs = config.compensate == "auto" and choosing_forms(config.data.forms or ())
+    heals = heal is not None and (config.data.forms if heal.forms is None else heal.forms)
+    repairs = config.compensate == "auto" and config.data.forms
     if not (heals or repairs):
-        what = "prompts that ask for one of several answers, and no repair by `auto` and no healing has any"
+        what = "the forms of prompts, and no repair by `auto` and no healing has any"
         refuse_unread({"written": config.data.written}, what, "`--form`")
 
 
@@ -316,7 +315,7 @@ def _versions(
     if config.heal is not None and training is not None:
         heal = config.heal
         for name in ("augment", "forms", "written"):
-            is_read = name != "written" or choosing_forms(heal.forms or ())
+            is_read = name != "written" or heal.forms
             if getattr(heal, name) is None and getattr(config.data, name) is not None and is_read:
                 heal = heal.model_copy(update={name: getattr(config.data, name)})
         clock.write_down()  # healing is what takes long, and is looked for again by the model that it begins with

@@ -44,7 +44,8 @@ GAPPED, GAP = 0.2, 0.1
 """Share that lacks words, and which share of its words."""
 
 JUDGING = 4
-"""Of the rows given to fill prompts, every fourth is kept out of windows: nothing is fitted to it, and it judges."""
+"""Of the rows given to fill prompts with answers, every fourth is kept out of windows: nothing is fitted to it, and it
+judges."""
 
 DEFAULT_SHARE = 0.5
 """Of the sequences of a model that continues text, where none is asked for (measured, see docs/log.md)."""
@@ -72,7 +73,7 @@ class Prompts:
         tokenizer: Of the model.
         forms: The prompts' forms, see `Form.parse`; one is drawn for each prompt.
         rows: What fills forms in place of the sentences of the text, where there is any for a form; of windows, all
-            but those that judge (`JUDGING`).
+            but those that judge (`JUDGING`), where a form asks for one of several answers.
 
     Raises:
         ConfigError: A form is none.
@@ -85,7 +86,8 @@ class Prompts:
         sizes = itertools.accumulate(map(len, self._rows.values()), initial=0)
         self._first = dict(zip(self._rows, sizes, strict=False))
         self._fitted = {
-            form: [row for place, row in enumerate(some, self._first[form]) if place % JUDGING] or list(some)
+            form: [row for place, row in enumerate(some, self._first[form]) if place % JUDGING or not form.answers]
+            or list(some)
             for form, some in self._rows.items()
         }
         self._tokenizer = tokenizer

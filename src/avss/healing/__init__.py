@@ -93,8 +93,7 @@ def heal(
     if smaller.pad_id is None:
         found["micro_batch_size"] = 1
     share = text.augmentation.share if text.augmentation is not None else 0.0
-    choosing = choosing_forms(config.forms or ())
-    writes = bool(choosing) and can_write(dense)
+    writes = bool(config.forms) and can_write(dense)
     written = (NUM_WRITTEN if config.written is None else config.written) if writes else 0
     config = config.model_copy(update=found | {"augment": share, "written": written})
     choice: Choice = "after" if config.weights == "auto" else config.weights
@@ -124,9 +123,9 @@ def heal(
     begun = clock()
     if written:
         if rows is None:
-            rows = _written(dense, choosing, config, checkpoint, report, clock)
+            rows = _written(dense, config.forms or (), config, checkpoint, report, clock)
         text = text.with_rows(rows)
-    set_aside = _LAST_SOLVE * (config.budget.seconds or 0.0) if written else 0.0
+    set_aside = _LAST_SOLVE * (config.budget.seconds or 0.0) if written and choosing_forms(config.forms or ()) else 0.0
     objective = find_objective(pair, model, config, has_labels=labels is not None)
     loop = Loop(
         pair,
@@ -222,8 +221,8 @@ def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> Non
 
     if config.weights != "lora":
         refuse("rank", f"adapters, and `--weights {config.weights}` trains none", "`--weights lora`")
-    if not choosing_forms(config.forms or ()):
-        refuse("written", "prompts that ask for one of several answers, and none were named", "`--form`")
+    if not config.forms:
+        refuse("written", "the forms of prompts, and none were named", "`--form`")
     head, predicts_words = smaller.head, smaller.head in ("causal", "masked")
     if head == "encoder" or (head == "classifier" and label_answers(smaller.model.config) == "numbers"):
         refuse("temperature", f"predicted words or labels, and this `{head}` predicts none")
