@@ -255,7 +255,8 @@ class DataConfig(Settings):
     """Prompts that the dense model writes the sentences of itself, for each form (`avss.models.writing`): a repair by
     `auto` reads them in place of sentences of the text and, where a form asks for one of several answers, ends with a
     solve for the choice among them (`avss.compensation.answers`); healing likewise, where its own settings say nothing;
-    and the finalists of a search are judged by these choices. 0 for none. By default 512 for models that can."""
+    and the finalists of a search are judged by these choices. 0 for none. By default 512 for models that can, and no
+    more than the text has room for where a form has no answers and healing does not read it."""
 
 
 class PlanConfig(Settings):

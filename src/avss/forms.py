@@ -121,9 +121,14 @@ def sentences_of(text: str) -> list[str]:
     return [piece for piece in pieces if is_fit(piece)]
 
 
-def is_fit(sentence: str) -> bool:
-    """Whether a sentence is of a fit length for a prompt, and is not the dots that stand for one."""
-    return MIN_WORDS <= _num_words(sentence) <= MAX_WORDS and any(map(str.isalpha, sentence))
+def is_fit(sentence: str, *, least: int = MIN_WORDS) -> bool:
+    """Whether a sentence is of a fit length for a prompt, and is not the dots that stand for one.
+
+    Args:
+        sentence: Any text.
+        least: Words that it must have.
+    """
+    return least <= _num_words(sentence) <= MAX_WORDS and any(map(str.isalpha, sentence))
 
 
 def _num_words(text: str) -> int:

@@ -251,19 +251,21 @@ def test_a_form_that_nothing_reads_or_that_is_none_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def _sentences(loaded, forms, *, count, seed, may_go_on, on_step):
+def _sentences(loaded, wanted, *, seed, may_go_on, on_step):
     """In place of a model's own writing, which on random weights is seldom fit."""
     words = loaded.tokenizer.get_vocab()
     draw = np.random.default_rng(seed)
     names = sorted(word for word in words if word.isalpha())
-    return {form: tuple((" ".join(draw.choice(names, size=5)),) for _ in range(count)) for form in forms}
+    return {
+        form: tuple((" ".join(draw.choice(names, size=5)),) for _ in range(count)) for form, count in wanted.items()
+    }
 
 
 def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
     from avss.composer import asking, pruning
 
     calls, read = [], []
-    monkeypatch.setattr(asking, "write_rows", lambda *given, **how: calls.append(how) or _sentences(*given, **how))
+    monkeypatch.setattr(asking, "write_rows", lambda *given, **how: calls.append(given[1]) or _sentences(*given, **how))
     real = pruning.compensate_cut
     monkeypatch.setattr(
         pruning, "compensate_cut", lambda *given, **how: read.append((given[3], how["prompts"])) or real(*given, **how)
@@ -272,7 +274,7 @@ def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_fold
              "--form", "a {text}", "--augment", 0, *SMALL)  # fmt: skip
     answer = avss_command(*words, "--written", 60, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
-    assert [how["count"] for how in calls] == [60]
+    assert calls == [{FORM: 60, "a {text}": 60}]
     record = RunRecord.read(tmp_path / "out")
     found = record.cuts[0].compensation.answers
     assert found.num_prompts == 60 == len(read[0][1])
@@ -283,7 +285,7 @@ def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_fold
     # The same sentences stand in the text that is fitted to.
     loaded = avss.load(str(llama_folder), device="cpu")
     read_text = " ".join(loaded.tokenizer.decode(one) for one in read[0][0].sequences)
-    rows = _sentences(loaded, [FORM], count=60, seed=0, may_go_on=None, on_step=None)[FORM]
+    rows = _sentences(loaded, {FORM: 60}, seed=0, may_go_on=None, on_step=None)[FORM]
     assert any(sentence in read_text for (sentence,) in rows)
     answer = avss_command(*words, "--written", 0, "--out", tmp_path / "none")
     assert answer.code == 0, answer.err
@@ -296,31 +298,54 @@ def test_a_whole_run_writes_its_prompts_once(avss_command, llama_folder, text_fi
     from avss.composer import asking, whole
 
     calls, given = [], []
-    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(some[1]) or _sentences(*some, **how))
     real = whole.heal_cut
     monkeypatch.setattr(whole, "heal_cut", lambda *some, **how: given.append(how["rows"]) or real(*some, **how))
     words = ("run", llama_folder, "--heal", "2k", "--count", 1, "--data", text_file, "--task", "speed", "--form", FORM)
     answer = avss_command(*words, "--compensate", "auto", "--written", 50, *SMALL, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
-    assert [how["count"] for how in calls] == [50]
+    assert calls == [{FORM: 50}]
     assert [len(rows[FORM]) for rows in given] == [50]
     cuts = RunRecord.read(tmp_path / "out").cuts
     assert cuts[0].compensation.answers.num_prompts == cuts[0].healing.answers.num_prompts
     assert not (tmp_path / ".out.healing").exists()  # what was kept for a killed run is gone
     # Without a repair that reads them, healing writes its own, and as many as were asked for.
-    monkeypatch.setattr(healing, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    monkeypatch.setattr(healing, "write_rows", lambda *some, **how: calls.append(some[1]) or _sentences(*some, **how))
     answer = avss_command(*words, "--written", 40, *SMALL, "--out", tmp_path / "raw")
     assert answer.code == 0, answer.err
     assert given[1] is None
-    assert [how["count"] for how in calls] == [50, 40]
+    assert calls == [{FORM: 50}, {FORM: 40}]
     assert RunRecord.read(tmp_path / "raw").cuts[0].healing.answers.num_prompts > 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "heals", "expected"),
+    [
+        (None, False, {FORM: 512, "a {text}": 2}),  # an eighth of 24 sequences of 16 tokens, of 40 each
+        (None, True, {FORM: 512, "a {text}": 512}),
+        (7, False, {FORM: 7, "a {text}": 7}),
+        (0, True, None),
+    ],
+)
+def test_as_many_prompts_are_written_as_are_read(llama_folder, text_file, monkeypatch, wanted, heals, expected):
+    from avss.composer import asking
+
+    calls = []
+    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(some[1]) or _sentences(*some, **how))
+    loaded = avss.load(str(llama_folder), device="cpu")
+    batches = avss.composer.calibration(
+        loaded, str(text_file), samples=24, seq_len=16, forms=[FORM, "a {text}"], augment=0
+    )
+    rows = asking.Asking(loaded, batches, wanted, Timed(silent), heals=heals).rows
+    assert {form: len(some) for form, some in rows.items()} == (expected or {})
+    assert calls == ([expected] if expected else [])
 
 
 def test_what_was_written_is_read_again_by_a_run_that_goes_on(llama_folder, text_file, tmp_path, monkeypatch):
     from avss.composer import asking
 
     calls, kept = [], tmp_path / "kept.json"
-    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(how) or _sentences(*some, **how))
+    monkeypatch.setattr(asking, "write_rows", lambda *some, **how: calls.append(some[1]) or _sentences(*some, **how))
     loaded = avss.load(str(llama_folder), device="cpu")
     batches = avss.composer.calibration(loaded, str(text_file), samples=24, seq_len=16, forms=[FORM], augment=0)
 

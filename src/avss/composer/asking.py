@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from avss.compensation import split
-from avss.data.augment import Asked
+from avss.data.augment import Asked, Augmentation
 from avss.data.batches import Batches
 from avss.forms import Rows, choosing_forms
 from avss.models.load import Loaded
 from avss.models.writing import NUM_WRITTEN, can_write, keep_rows, read_rows, write_rows
 from avss.progress import MayGoOn, Timed, always
+
+PROMPT_TOKENS = 40
+"""Of a prompt, about: how many a text has room for."""
 
 
 class Asking:
@@ -20,10 +24,12 @@ class Asking:
     Args:
         loaded: The dense model.
         batches: The text, whose forms count.
-        wanted: Prompts of each form; None for the usual number.
+        wanted: Prompts of each form; None for the usual number, but no more than the text has room for where a form
+            asks for no answer and nothing but a repair reads them.
         timed: Where progress goes.
         may_go_on: Asked before each batch of them but the first of each form.
         kept: A file that keeps them for a run that is killed and goes on, and gives them back to it; None for none.
+        heals: Whether healing reads them too.
     """
 
     def __init__(
@@ -34,26 +40,36 @@ class Asking:
         timed: Timed,
         may_go_on: MayGoOn = always,
         kept: Path | None = None,
+        *,
+        heals: bool = False,
     ) -> None:
         self._loaded, self._batches, self._timed, self._may_go_on, self._kept = loaded, batches, timed, may_go_on, kept
-        self._count = NUM_WRITTEN if wanted is None else wanted
+        self._wanted, self._heals = wanted, heals
 
     @functools.cached_property
     def rows(self) -> Rows:
         """The sentences; none where there is no form, or the model cannot write."""
-        rewriting, loaded = self._batches.augmentation, self._loaded
-        forms = rewriting.forms if rewriting is not None else ()
-        if not (forms and self._count and can_write(loaded)):
+        rewriting = self._batches.augmentation
+        if rewriting is None or not rewriting.forms or self._wanted == 0 or not can_write(self._loaded):
             return {}
         rows = read_rows(self._kept) if self._kept is not None else None
         if rows is not None:
             return rows
-        how = {"count": self._count, "seed": self._batches.facts.seed, "may_go_on": self._may_go_on}
+        wanted = {form: self._count(form, rewriting) for form in rewriting.forms}
+        how = {"seed": self._batches.facts.seed, "may_go_on": self._may_go_on}
         with self._timed("Writing prompts") as advance:
-            rows = write_rows(loaded, forms, **how, on_step=advance)
+            rows = write_rows(self._loaded, wanted, **how, on_step=advance)
         if self._kept is not None:
             keep_rows(rows, self._kept)
         return rows
+
+    def _count(self, form: str, rewriting: Augmentation) -> int:
+        if self._wanted is not None:
+            return self._wanted
+        if self._heals or choosing_forms([form]):
+            return NUM_WRITTEN
+        num_tokens = rewriting.form_share * sum(map(len, self._batches.sequences)) / len(rewriting.forms)
+        return min(NUM_WRITTEN, math.ceil(num_tokens / PROMPT_TOKENS))
 
     def prompts(self) -> Sequence[Asked]:
         """Those that ask for one of several answers, up to these."""

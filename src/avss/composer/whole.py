@@ -161,7 +161,8 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     asking = None
     if config.compensate == "auto":
         written = notes.with_suffix(".prompts.json")
-        asking = Asking(loaded, batches, config.data.written, timed, clock.in_time(_WRITTEN_UNTIL), kept=written)
+        in_time, heals = clock.in_time(_WRITTEN_UNTIL), config.heal is not None
+        asking = Asking(loaded, batches, config.data.written, timed, in_time, written, heals=heals)
     chosen = choose(
         loaded,
         config.plan,

@@ -182,8 +182,7 @@ def _written(
         limit = clock() + _SHARE_OF_TIME * config.budget.seconds
     rows = write_rows(
         dense,
-        forms,
-        count=config.written or 0,
+        dict.fromkeys(forms, config.written or 0),
         seed=config.seed,
         may_go_on=lambda: clock() < limit,
         on_step=lambda done, total: report(0, None, f"{done} of {total} prompts written"),

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,8 @@ def can_write(loaded: Loaded) -> bool:
 @torch.no_grad()
 def write_rows(
     loaded: Loaded,
-    forms: Sequence[str],
+    wanted: Mapping[str, int],
     *,
-    count: int,
     seed: int,
     may_go_on: Callable[[], bool] = lambda: True,
     on_step: Callable[[int, int], None] = lambda done, total: None,
@@ -54,8 +53,7 @@ def write_rows(
 
     Args:
         loaded: Writes; see `can_write`.
-        forms: Of the prompts, see `avss.forms.Form`.
-        count: Prompts of each form, at most.
+        wanted: Form (`avss.forms.Form`) -> prompts of it, at most.
         seed: Of the draws.
         may_go_on: Asked before each batch but the first of each form.
         on_step: Called with (prompts written, prompts wanted).
@@ -64,18 +62,17 @@ def write_rows(
         As many as there was time for; a form that the model wrote nothing fit for is missing.
     """
     draw = np.random.default_rng(seed)
-    found: dict[str, list[tuple[str, ...]]] = {form: [] for form in forms}
+    found: dict[str, list[tuple[str, ...]]] = {form: [] for form in wanted}
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _padding_left(loaded.tokenizer), _fast(loaded) as loaded:
         torch.manual_seed(seed)
-        for turn in range(-(-_TRIES * count // BATCH)):
-            for name in found:
-                if len(found[name]) >= count or (turn and not may_go_on()):
+        for turn in range(max((-(-_TRIES * count // BATCH) for count in wanted.values()), default=0)):
+            for name, count in wanted.items():
+                if len(found[name]) >= count or turn * BATCH >= _TRIES * count or (turn and not may_go_on()):
                     continue
-                wanted = min(BATCH, count)
-                rows = _write(loaded, Form.parse(name), wanted, draw)
+                rows = _write(loaded, Form.parse(name), min(BATCH, count), draw)
                 found[name] = [*found[name], *rows][:count]
-                on_step(sum(map(len, found.values())), count * len(found))
+                on_step(sum(map(len, found.values())), sum(wanted.values()))
     return {name: tuple(dict.fromkeys(rows)) for name, rows in found.items() if rows}
 
 
@@ -115,7 +112,8 @@ def _write(loaded: Loaded, form: Form, count: int, draw: np.random.Generator) ->
             for row, line in zip(sentences, new, strict=True):
                 row.append(line)
     whole = [tuple(row) for row in sentences if len(row) == form.num_sentences]
-    return [row for row in whole if all(map(is_fit, row))]
+    # An answer may be one word.
+    return [row for row in whole if is_fit(row[0]) and all(is_fit(sentence, least=1) for sentence in row[1:])]
 
 
 def _lines(loaded: Loaded, texts: Sequence[str]) -> list[str]:
