@@ -726,7 +726,12 @@ def _is_shifted(one, other):
     return len(between) > 0 and set(between) <= set(one) and behind not in one
 
 
-def test_finalists_are_judged_by_choices_too_where_prompts_ask_for_some(llama_folder, text_file):
+@pytest.mark.parametrize(("screening", "read"), [(192, 80), (40, 40), (8, 80)])
+def test_finalists_are_judged_by_choices_too_where_prompts_ask_for_some(
+    llama_folder, text_file, monkeypatch, screening, read
+):
+    """Raw by some of the prompts; by all of them where so few would say nothing."""
+    monkeypatch.setattr(finals, "SCREENING", screening)
     loaded = load_model(llama_folder)
     batches = composer.calibration(loaded, text_file, samples=24, seq_len=16, batch_size=4)
     names = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha())
@@ -736,12 +741,12 @@ def test_finalists_are_judged_by_choices_too_where_prompts_ask_for_some(llama_fo
     sets = {(1, 2): "search", (2, 3): "runner-up", (1, 3): "avss", (1, 4): "runner-up"}
     plain = judge_finalists(loaded, sets, batches, 3, Timed(silent))
     assert {one.lost for one in plain} == {None}
-    lost = ChoiceYardstick(loaded, prompts)
+    lost, lost_raw = ChoiceYardstick(loaded, prompts), ChoiceYardstick(loaded, prompts[:read])
     raw = {}
     measure = Yardstick(loaded, split(batches.rewritten())[2], num_shared=0)
     for removed in sets:
         plan = Plan(num_blocks=len(loaded.stack), removed=removed, method="explicit", rule="by hand")
-        raw[removed] = measure(cut(loaded, plan)) * lost(cut(loaded, plan))
+        raw[removed] = measure(cut(loaded, plan)) * lost_raw(cut(loaded, plan))
     found = judge_finalists(loaded, sets, batches, 3, Timed(silent), prompts=lambda: prompts)
     assert {one.removed for one in found} == set(sorted(raw, key=lambda removed: raw[removed])[:3])
     assert [one.damage for one in found] == sorted(one.damage for one in found)

@@ -76,6 +76,12 @@ def test_a_second_sentence_may_be_one_word_and_a_first_one_may_not(loaded, monke
     assert bool(write_rows(loaded, {FORMS[1]: 1}, seed=0)) == kept
 
 
+def test_few_prompts_are_tried_as_often_as_many(loaded, monkeypatch):
+    turns = iter(["a fit sentence", "no", "another fit sentence", "no"])
+    monkeypatch.setattr(writing, "_lines", lambda _, texts: [next(turns) for _ in texts])
+    assert write_rows(loaded, {FORMS[0]: 2}, seed=0) == {FORMS[0]: (("a fit sentence",), ("another fit sentence",))}
+
+
 def test_writing_ends_when_time_is_over_or_nothing_fit_comes(loaded, monkeypatch):
     calls = []
     monkeypatch.setattr(writing, "_lines", lambda _, texts: calls.append(texts) or ["a fit sentence"] * len(texts))

@@ -64,7 +64,9 @@ def judge_finalists(
     asked = evenly(prompts(), PROMPTS)
     with timed("Judging the best sets after a repair") as advance:
         measure = Yardstick(loaded, split(text)[2], num_shared=0)
-        lost, lost_raw = (ChoiceYardstick(loaded, some) for some in (asked, evenly(asked, SCREENING)))
+        lost = ChoiceYardstick(loaded, asked)
+        # Of many kinds a few each would say nothing.
+        lost_raw = ChoiceYardstick(loaded, evenly(asked, SCREENING)) or lost
         raw: dict[Removed, float] = {}
         for removed in sets:
             if not raw or may_go_on():

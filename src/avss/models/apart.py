@@ -15,11 +15,7 @@ from avss.errors import AvssError
 Ask = Callable[..., Any]
 """Called with what to ask and its arguments, all plain values; see `avss.models.outline.answer`."""
 
-# transformers imports scipy, where it finds it, for the losses of object detection: a third more modules, unused here.
-_SERVE = (
-    "import json, sys; sys.modules['scipy'] = None; "
-    "from avss.models.outline import serve; serve(**json.loads(sys.argv[1]))"
-)
+_SERVE = "import json, sys; from avss.models.outline import serve; serve(**json.loads(sys.argv[1]))"
 
 
 @contextlib.contextmanager

@@ -66,11 +66,13 @@ def write_rows(
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _padding_left(loaded.tokenizer), _fast(loaded) as loaded:
         torch.manual_seed(seed)
-        for turn in range(max((-(-_TRIES * count // BATCH) for count in wanted.values()), default=0)):
-            for name, count in wanted.items():
-                if len(found[name]) >= count or turn * BATCH >= _TRIES * count or (turn and not may_go_on()):
+        sizes = {form: min(BATCH, count) for form, count in wanted.items() if count}
+        for turn in range(max((-(-_TRIES * wanted[form] // size) for form, size in sizes.items()), default=0)):
+            for name, size in sizes.items():
+                count = wanted[name]
+                if len(found[name]) >= count or turn * size >= _TRIES * count or (turn and not may_go_on()):
                     continue
-                rows = _write(loaded, Form.parse(name), min(BATCH, count), draw)
+                rows = _write(loaded, Form.parse(name), size, draw)
                 found[name] = [*found[name], *rows][:count]
                 on_step(sum(map(len, found.values())), sum(wanted.values()))
     return {name: tuple(dict.fromkeys(rows)) for name, rows in found.items() if rows}
