@@ -215,9 +215,9 @@ def test_nothing_is_imported_from_tests_or_by_star():
 HEAVY = ("torch", "transformers")
 
 
-def heavy_after(statement: str) -> set[str]:
+def heavy_after(statement: str, heavy: tuple[str, ...] = HEAVY) -> set[str]:
     """Which heavy packages are loaded after a statement, in a process of its own."""
-    script = f"import sys\n{statement}\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    script = f"import sys\n{statement}\nprint(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
@@ -252,6 +252,11 @@ def test_help_imports_no_torch():
 
 def test_the_watch_for_torch_can_fail():
     assert heavy_after("import avss.collect") == set(HEAVY)
+
+
+def test_a_cut_on_disk_writes_its_card_without_the_chart_library():
+    assert heavy_after("import avss.composer.disk, avss.reporting.card", ("altair", *HEAVY)) == set()
+    assert heavy_after("import avss.reporting.page", ("altair",)) == {"altair"}
 
 
 def test_statistics_name_themselves_without_torch():

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from avss.record import RunRecord
-from avss.reporting import page
+from avss.reporting import filters, page
 
 
 class Reader(html.parser.HTMLParser):
@@ -150,7 +150,7 @@ def test_nan_reads_as_missing(page_of):
 def test_index_runs_are_the_index_map(record):
     for cut in record.cuts:
         listed = {}
-        for old, new in page.index_runs(cut.plan):
+        for old, new in filters.index_runs(cut.plan):
             olds = [int(part) for part in old.split("-")]
             if new != "removed":
                 news = [int(part) for part in new.split("-")]
@@ -165,6 +165,6 @@ def test_long_config_values_are_shortened_with_their_length():
 
 
 def test_links_are_web_addresses_only():
-    assert page.safe_url("https://arxiv.org/abs/2411.02117") == "https://arxiv.org/abs/2411.02117"
-    assert page.safe_url("javascript:alert(1)") is None
-    assert page.safe_url(None) is None
+    assert filters.safe_url("https://arxiv.org/abs/2411.02117") == "https://arxiv.org/abs/2411.02117"
+    assert filters.safe_url("javascript:alert(1)") is None
+    assert filters.safe_url(None) is None

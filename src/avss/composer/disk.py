@@ -46,6 +46,7 @@ from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan, protecting
 from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, Verification
+from avss.reporting.card import render_card
 
 OVERHEAD_BYTES = 600_000_000
 """What Python, torch and transformers take before a model is loaded, with some room."""
@@ -383,9 +384,6 @@ def prune_on_disk(
             seconds=timed.seconds,
             settings=config.model_dump(mode="json"),
         )
-        # Imported here, when the other process has given its memory back: it brings the chart libraries.
-        from avss.reporting.card import render_card
-
         (target / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
         (target / "record.json").write_text(record.to_json(), encoding="utf-8")
     return record

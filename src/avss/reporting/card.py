@@ -8,7 +8,7 @@ import jinja2
 
 from avss.record import Cut, RunRecord
 from avss.reporting import numbers, tables, verdict
-from avss.reporting.page import index_runs, safe_url
+from avss.reporting.filters import index_runs, safe_url
 from avss.reporting.repair import answers_sentence, as_healed, rewritten
 
 _CLASSES = {

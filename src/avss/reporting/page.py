@@ -5,17 +5,16 @@ browser, which puts tooltips and choices in their place. A content security poli
 """
 
 import base64
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import jinja2
 from markupsafe import Markup
 
-from avss.record import Cut, Healing, Plan, RunRecord, ScoreTable
+from avss.record import Cut, Healing, RunRecord, ScoreTable
 from avss.reporting import charts, numbers, repair, tables, theme, verdict
+from avss.reporting.filters import index_runs, safe_url
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
@@ -93,16 +92,6 @@ def _findings(record: RunRecord) -> list[tuple[str, str, str, list[str], list[li
     return [(anchor, title, words, *texts) for anchor, title, words, texts in found]
 
 
-def index_runs(plan: Plan) -> list[tuple[str, str]]:
-    """The index map in runs, e.g. `[("0-11", "0-11"), ("12-18", "removed"), ("19-29", "12-22")]`."""
-    runs = []
-    for _, group in itertools.groupby(enumerate(range(plan.num_blocks)), lambda pair: pair[1] in plan.index_map):
-        old = [block for _, block in group]
-        new = [plan.index_map[block] for block in old if block in plan.index_map]
-        runs.append((_span(old), _span(new) if new else "removed"))
-    return runs
-
-
 def brief(value: Any) -> str:
     """A config value as JSON on one line, shortened with the number of its entries where it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -110,15 +99,6 @@ def brief(value: Any) -> str:
         return text
     entries = f" ({len(value)} entries)" if isinstance(value, Sequence | Mapping) and not isinstance(value, str) else ""
     return f"{text[: _LONGEST_VALUE - 20]} …{entries}"
-
-
-def safe_url(url: str | None) -> str | None:
-    """The address if it is a web address, else None: a link in a report runs no script."""
-    return url if url and urlsplit(url).scheme in ("http", "https") else None
-
-
-def _span(blocks: Sequence[int]) -> str:
-    return str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
 
 
 def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
