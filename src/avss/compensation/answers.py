@@ -70,7 +70,7 @@ def settle_answers(
     Returns:
         What came of it; None where there is nothing to solve for, or no such map is known.
     """
-    kinds = _kinds(prompts)
+    kinds = _by_length(prompts)
     if work.facts is None or work.facts.mlp is None or not kinds:
         return None  # a mixture of experts has no one map that writes last
     block, path = work.plan.kept[-1], work.facts.last
@@ -119,7 +119,7 @@ class ChoiceYardstick:
     """
 
     def __init__(self, dense: Loaded, prompts: Sequence[Asked]) -> None:
-        self._kinds = list(_kinds(prompts).values())
+        self._kinds = list(_by_length(prompts).values())
         self._truths = [_spread(_logits(dense, some)) for some in self._kinds]
 
     def __bool__(self) -> bool:
@@ -154,6 +154,11 @@ def _kinds(prompts: Sequence[Asked]) -> dict[tuple[int, ...], list[Asked]]:
     for one in prompts:
         kinds.setdefault(one.words, []).append(one)
     return {words: some for words, some in kinds.items() if len({one.row for one in some}) >= LEAST}
+
+
+def _by_length(prompts: Sequence[Asked]) -> dict[tuple[int, ...], list[Asked]]:
+    """The same, the shortest first: prompts of about one length lie side by side, and little of a batch is padding."""
+    return {words: sorted(some, key=lambda one: len(one.token_ids)) for words, some in _kinds(prompts).items()}
 
 
 def _logits(
