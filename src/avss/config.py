@@ -378,7 +378,7 @@ class Budget(Settings):
     seconds: float | None = Field(default=None, gt=0)
     """Wall time, validation included."""
     tokens: int | None = Field(default=None, ge=1)
-    """Tokens trained on, padding not counted."""
+    """Tokens trained on, padding not counted; of images, the places that they take."""
 
     @classmethod
     def parse(cls, text: str) -> Self:

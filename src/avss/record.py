@@ -1000,10 +1000,11 @@ class Compensation(FrozenValue):
 
     Attributes:
         method: As asked for, e.g. `auto`.
-        measure: What `before` and `after` are: `kl` (nats a token, to the dense model), `cosine` (distance of the
-            last hidden states) or `squared` (difference of a predicted number).
-        before: Divergence of the raw cut from the dense model, on text used for nothing else.
+        measure: What `before` and `after` are: `kl` (nats a token, text or image, to the dense model), `cosine`
+            (distance of the last hidden states) or `squared` (difference of a predicted number).
+        before: Divergence of the raw cut from the dense model, on text or images used for nothing else.
         after: The same after the repair.
+        unit: What is counted below: `tokens` of text, or `places` of the stack that images take.
         fit_tokens: Tokens it was fitted to.
         choose_tokens: Tokens that ridges, step sizes and methods were chosen by.
         judge_tokens: Tokens that `before` and `after` were measured on.
@@ -1021,6 +1022,7 @@ class Compensation(FrozenValue):
     measure: DamageMeasure = "kl"
     before: JsonFloat = math.nan
     after: JsonFloat = math.nan
+    unit: Literal["tokens", "places"] = "tokens"
     fit_tokens: int = 0
     choose_tokens: int = 0
     judge_tokens: int = 0

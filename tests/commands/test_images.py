@@ -1,6 +1,7 @@
 """Images on the command line: which verbs read them, what the record knows of them, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_a_record_knows_the_images(avss_command, vit_folder, pictures, tmp_path)
         ("prune", "--count", 1, "--criterion", "magnitude"),
         ("prune", "--count", 2, "--select", "greedy"),
         ("prune", "--count", 2, "--score-rounds", 2),
+        ("prune", "--count", 1, "--compensate", "auto"),
+        ("prune", "--count", 1, "--select", "greedy", "--compensate", "refit"),
         ("damage",),
         ("compare", "--greedy"),
         ("stability", "--criteria", "block-influence,avss", "--samples", 8),
@@ -101,21 +104,22 @@ def test_the_tower_of_a_multimodal_model_is_scored_and_cut(avss_command, picture
         (("score", "--data", "PICTURES", "--seq-len", 16), ("`--seq-len` is for text",)),
         (("score", "--data", "PICTURES", "--samples", 0), ("samples",)),
         (("score", "--reference"), ("`--reference` reads text", "reads images", "avss score")),
-        (("prune", "--count", 1, "--data", "PICTURES", "--compensate", "auto"), ("`--compensate auto` reads text",)),
+        (("prune", "--count", 1, "--data", "ONE", "--compensate", "auto"), ("some images", "gives 1")),
         (("prune", "--count", 1, "--data", "PICTURES", "--augment", 0.5), ("--augment",)),
-        (("prune", "--speedup", 1.2, "--data", "PICTURES"), ("`--speedup` reads text",)),
         (
             ("prune", "--min-retention", 0.9, "--retention-task", "similarity", "--data", "PICTURES"),
-            ("`--min-retention` reads text",),
+            ("none come with avss", "similarity=DIR"),
         ),
         (
             ("prune", "--count", 1, "--select", "greedy", "--objective", "loss", "--data", "PICTURES"),
             ("needs a causal language model",),
         ),
-        (("evaluate",), ("reads text", "reads images", "avss damage")),
-        (("evaluate", "--task", "perplexity"), ("`perplexity` reads text", "reads images")),
-        (("run", "--data", "PICTURES", "--count", 1), ("`avss run` reads text", "avss prune")),
-        (("heal", "--teacher", "MODEL", "--data", "PICTURES", "--budget", "1k"), ("Healing reads text",)),
+        (("evaluate", "--task", "perplexity"), ("`perplexity` reads text", "reads images", "classification=DIR")),
+        (("evaluate", "--task", "similarity"), ("none come with avss", "similarity=DIR")),
+        (("evaluate", "--task", "similarity=ONE"), ("gives 1 images",)),
+        (("evaluate", "--task", "classification=PICTURES"), ("has no label", "a folder for each label")),
+        (("evaluate", "--task", "classification=PICTURES", "--shots", 2), ("cannot use examples",)),
+        (("heal", "--teacher", "MODEL", "--data", "PICTURES", "--budget", "1k"), ("carries no record",)),
         (("compare", "--data", "ONE"), ("gives 1 images, too few",)),
     ],
 )
@@ -125,7 +129,12 @@ def test_what_has_no_meaning_for_images_is_refused(
     (tmp_path / "notes.txt").write_text("no image")
     monkeypatch.chdir(tmp_path)
     names = {"PICTURES": pictures, "MODEL": vit_folder, "ONE": pictures / "1.png"}
-    verb, *rest = (names.get(argument, argument) for argument in arguments)
+    verb, *rest = (
+        argument
+        if not isinstance(argument, str)
+        else re.sub("PICTURES|MODEL|ONE", lambda one: str(names[one[0]]), argument)
+        for argument in arguments
+    )
     out = () if verb in ("score", "damage", "evaluate", "compare") else ("--out", tmp_path / "out")
     refused(avss_command(verb, vit_folder, *rest, *out, "--quiet"), *parts)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -145,3 +154,63 @@ def test_a_head_that_answers_with_pictures_has_no_damage(avss_command, pictures,
     assert avss_command("score", folder, "--data", pictures, "--criteria", "avss,taylor").code == 0
     refused(avss_command("damage", folder, "--data", pictures), "neither logits of classes", "--head encoder")
     assert avss_command("damage", folder, "--data", pictures, "--head", "encoder").code == 0
+
+
+def test_a_model_that_reads_images_goes_the_whole_way(avss_command, vit_folder, tmp_path):
+    """Scored, cut, repaired, healed, verified, evaluated and reported."""
+    pictures = tmp_path / "animals"
+    for seed, label in enumerate(("LABEL_0", "LABEL_1")):
+        draw_images(pictures / label, 12, seed=seed)
+    out = tmp_path / "out"
+    answer = avss_command(
+        *("run", vit_folder, "--data", pictures, "--count", 1, "--compensate", "auto", "--heal", "2k"),
+        *("--task", f"classification={pictures}", "--task", f"similarity={pictures}", "--task", "speed"),
+        *("--out", out, "--quiet"),
+    )
+    assert answer.code == 0, answer.err
+    record = json.loads((out / "record.json").read_text())
+    assert record["data"]["layout"] == "images"
+    assert record["cuts"][0]["verification"]["reload_strict"]
+    assert record["cuts"][0]["healing"]["data"]["layout"] == "images"
+    names = {(one["task"], one["metric"]) for one in record["cuts"][0]["measurements"]}
+    assert {("classification:animals", "accuracy"), ("similarity:animals", "cosine"), ("speed", "throughput")} <= names
+    assert "animals" in (out / "report.html").read_text()
+    healed = avss_command(
+        "evaluate", out / "model", "--baseline", vit_folder, "--task", f"similarity={pictures}", "--json"
+    )
+    kept = {one["metric"]: one["value"] for one in json.loads(healed.out)["cuts"][0]["measurements"]}
+    told = {
+        one["metric"]: one["value"] for one in record["cuts"][0]["measurements"] if one["task"] == "similarity:animals"
+    }
+    assert kept["cosine"] == pytest.approx(told["cosine"], abs=1e-6)
+
+
+def test_a_folder_is_healed_on_images(avss_command, vit_folder, pictures, tmp_path):
+    assert avss_command("prune", vit_folder, "--blocks", 2, "--out", tmp_path / "cut").code == 0
+    answer = avss_command(
+        "heal",
+        tmp_path / "cut",
+        "--teacher",
+        vit_folder,
+        "--data",
+        pictures,
+        "--budget",
+        "1k",
+        "--out",
+        tmp_path / "healed",
+    )
+    assert answer.code == 0, answer.err
+    assert avss_command("verify", tmp_path / "healed", "--against", vit_folder).code == 0
+    assert (tmp_path / "healed" / "preprocessor_config.json").exists()
+
+
+def test_the_best_quality_within_a_time(avss_command, vit_folder, pictures, tmp_path):
+    answer = avss_command(
+        *("run", vit_folder, "--data", pictures, "--fraction", 0.4, "--quality", "best", "--time", "12s"),
+        *("--out", tmp_path / "out", "--quiet"),
+    )
+    assert answer.code == 0, answer.err
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert len(record["cuts"][0]["plan"]["removed"]) == 2
+    assert record["search"]["points"]
+    assert record["cuts"][0]["healing"] is not None

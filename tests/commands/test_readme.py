@@ -9,10 +9,12 @@ import pytest
 
 from avss.record import RunRecord
 from tests.support.gguf_files import write_gguf
+from tests.support.images import VISION, draw_images
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SEEING_MODEL = "google/vit-base-patch16-224"
 
 
 def blocks(language: str) -> list[str]:
@@ -25,6 +27,9 @@ def workplace(tmp_path, monkeypatch, llama_folder, text_file, choice_file, revie
     for name, file in {"text.txt": text_file, "questions.jsonl": choice_file, "reviews.csv": review_file}.items():
         (tmp_path / name).write_bytes(file.read_bytes())
     write_gguf(tmp_path / "model.gguf")
+    VISION["vit"].save(tmp_path / "vit")
+    for place, folder in enumerate(("pictures", "labelled/LABEL_0", "labelled/LABEL_1")):
+        draw_images(tmp_path / folder, 8, seed=place)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,8 +55,11 @@ def test_every_command_of_the_readme_runs(workplace, avss_command, llama_folder)
     for line in commands():
         if line[0] == "demo":  # minutes on the real model: `make demo`
             continue
-        arguments = [str(llama_folder) if word == MODEL else word for word in line]
+        named = {MODEL: str(llama_folder), SEEING_MODEL: "vit"}
+        arguments = [named.get(word, word) for word in line]
         settings = (*small.get(line[0], ()), *(best if "--quality" in line else ()))
+        if SEEING_MODEL in line:
+            settings = ("--heal", "1k", "--limit", "4")
         answer = avss_command(*arguments, *settings)
         assert answer.code == 0, (line, answer.err)
         if "--reference" in line and line[0] == "score":

@@ -1,10 +1,13 @@
-"""Calibration text of random tokens, and cuts of tiny models."""
+"""Calibration text of random tokens, images of noise, and cuts of tiny models."""
 
 import torch
 
 from avss.data.batches import Batches
+from avss.models.images import count_places
+from avss.models.load import Loaded
 from avss.record import DataFacts, Plan
 from tests.support.architectures import VOCAB
+from tests.support.images import SIDE
 
 
 def random_text(num_sequences: int = 16, length: int = 16, *, ragged: bool = True, batch_size: int = 4) -> Batches:
@@ -23,6 +26,30 @@ def random_text(num_sequences: int = 16, length: int = 16, *, ragged: bool = Tru
         content_hash="drawn",
     )
     return Batches(sequences=sequences, batch_size=batch_size, pad_id=0, facts=facts)
+
+
+def random_images(loaded: Loaded, num_images: int = 64) -> Batches:
+    """Images of noise, as a tiny vision model reads them."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = tuple(torch.randn((3, SIDE, SIDE), generator=generator) for _ in range(num_images))
+    places = count_places(loaded, sequences[0])
+    facts = DataFacts(
+        source="drawn",
+        layout="images",
+        image_size=(SIDE, SIDE),
+        num_sequences=num_images,
+        seq_len=places,
+        num_tokens=places * num_images,
+        batch_size=4,
+        seed=0,
+        content_hash="drawn",
+    )
+    return Batches(sequences=sequences, batch_size=4, pad_id=None, facts=facts)
+
+
+def read_by(loaded: Loaded) -> Batches:
+    """What a tiny model reads: text, or images."""
+    return random_images(loaded) if loaded.reads_images else random_text()
 
 
 def without(num_blocks: int, *removed: int) -> Plan:

@@ -41,17 +41,19 @@ from avss.models.projections import (
     set_linear,
 )
 from avss.models.walk import Walk
-from tests.compensation.conftest import random_text, without
+from tests.compensation.conftest import random_images, random_text, read_by, without
 from tests.support.architectures import ARCHITECTURES, stored, token_batch
+from tests.support.images import VISION
 
 KNOWN = [name for name in ARCHITECTURES if stored(name).config.model_type in PROJECTIONS]
 FACTS = {name: PROJECTIONS[stored(name).config.model_type] for name in KNOWN}
 SUMMED = [name for name in KNOWN if not FACTS[name].obstacle]
 PRE_NORM = [name for name in SUMMED if not FACTS[name].closing_norm]
 NORMED = [name for name in KNOWN if FACTS[name].obstacle]
-SOME = ["llama-tied", "gpt2", "granite", "bert-classifier", "distilbert", "gemma2", "opt"]
+SEEING = [name for name, family in VISION.items() if not family.tower]
+SOME = ["llama-tied", "gpt2", "granite", "bert-classifier", "distilbert", "gemma2", "opt", *SEEING]
 """One of each kind: tied, Conv1D with biases, a gain, post-norm with a head, post-norm without, normed outputs, and
-without facts, its MLP's rows flattened."""
+without facts, its MLP's rows flattened; and all that read images."""
 
 
 def tiny(class_name: str, model_type: str, **settings: Any) -> Callable[[], PreTrainedModel]:
@@ -73,6 +75,8 @@ where the sum is normalised."""
 
 
 def built(name: str) -> PreTrainedModel:
+    if name in VISION:
+        return VISION[name].build()
     return UNLISTED[name][0]() if name in UNLISTED else ARCHITECTURES[name]()
 
 
@@ -86,7 +90,7 @@ def begin(name: str, *removed: int) -> Workpiece:
 @torch.no_grad()
 def mean_divergence(dense: Loaded, smaller: Loaded, batches: Batches) -> float:
     """What a yardstick measures, by running both models on everything."""
-    found = [divergence(dense, smaller, token_ids, keep) for token_ids, keep in batches]
+    found = [divergence(dense, smaller, inputs, keep) for inputs, keep in batches]
     return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 
 
@@ -354,7 +358,7 @@ def test_linear_function_of_the_previous_mlp_is_recovered(name, monkeypatch):
     assert before > 1e-4
 
 
-def observe(model, index, facts, keep_pair, token_ids, keep) -> None:
+def observe(model, index, facts, keep_pair, batch, keep) -> None:
     """The MLP projection's input and the block's sum, by a whole forward pass with plain hooks."""
     block, found = model.stack.blocks[index], []
     handles = [block.get_submodule(facts.mlp).register_forward_pre_hook(lambda _, args: found.append(args[0]))]
@@ -363,27 +367,27 @@ def observe(model, index, facts, keep_pair, token_ids, keep) -> None:
         handles.append(norm.register_forward_pre_hook(lambda _, args: found.append(args[0])))
     else:
         handles.append(block.register_forward_hook(lambda _, __, output: found.append(output)))
-    run_outputs(model, token_ids, keep)
+    run_outputs(model, batch, keep)
     for handle in handles:
         handle.remove()
     keep_pair(tuple(found))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "bert", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "bert", "opt", "vit", "siglip"])
 def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
     """The MLP's projection alone, one ridge: against numpy over every token's input and residual in one matrix."""
     monkeypatch.setattr("avss.compensation.least_squares.choose_ridge", functools.partial(choose_ridge, ridges=(0.01,)))
     work = begin(name, 2)
     facts = work.facts
-    text = random_text()
+    text = read_by(work.original)
     inputs, missing, anchors = [], [], []
     if facts.closing_norm:
         work.copy_norm(1, facts.closing_norm, work.original.stack.blocks[2].get_submodule(facts.closing_norm))
     gain = facts.gain(work.original.model.config)
-    for token_ids, keep in text:
+    for batch, keep in text:
         seen: dict[str, torch.Tensor] = {}
         for model, index, key in ((work.original, 2, "aim"), (work.smaller, 1, "now")):
-            observe(model, index, facts, functools.partial(seen.__setitem__, key), token_ids, keep)
+            observe(model, index, facts, functools.partial(seen.__setitem__, key), batch, keep)
         usual = keep.clone()
         usual[:, 0] = False
         for rows, store in ((usual, (inputs, missing)), (keep & ~usual, (anchors, anchors))):
@@ -552,7 +556,7 @@ def test_a_method_helps_or_leaves_the_cut_as_it_was(name, method):
     plan = without(len(loaded.stack), 2)
     smaller = cut(loaded, plan)
     before = [(key, tensor.clone()) for key, tensor in loaded.model.state_dict().items()]
-    text = random_text()
+    text = read_by(loaded)
     repaired, story = compensate(loaded, smaller, plan, text, method=method, rounds=2)
     for key, tensor in before:
         torch.testing.assert_close(loaded.model.state_dict()[key], tensor, rtol=0, atol=0)
@@ -561,6 +565,8 @@ def test_a_method_helps_or_leaves_the_cut_as_it_was(name, method):
         assert story.note
         return
     judge = split(text)[2]
+    assert story.unit == ("places" if name in SEEING else "tokens")
+    assert story.judge_tokens == sum(int(keep.sum()) for _, keep in judge)
     assert story.after < story.before
     assert mean_divergence(loaded, repaired, judge) == pytest.approx(story.after, rel=1e-5)
     assert mean_divergence(loaded, smaller, judge) == pytest.approx(story.before, rel=1e-5)
@@ -573,15 +579,17 @@ def test_a_method_helps_or_leaves_the_cut_as_it_was(name, method):
 def test_methods_do_repair_somewhere():
     """The law above must not hold by every method giving up everywhere."""
     applied = set()
-    for name in ("gpt2", "granite", "opt"):
+    for name in ("gpt2", "granite", "opt", *SEEING):
         loaded = adopt(built(name))
         plan = without(len(loaded.stack), 2)
         smaller = cut(loaded, plan)
         for method in METHODS:
-            if compensate(loaded, smaller, plan, random_text(), method=method, rounds=2)[1].applied:
+            if compensate(loaded, smaller, plan, read_by(loaded), method=method, rounds=2)[1].applied:
                 applied.add((name, method))
-    assert {method for name, method in applied if name != "opt"} == set(METHODS) - {"none"}
-    assert {("opt", method) for method in ("auto", "refit", "linear", "steer")} <= applied
+    assert {method for name, method in applied if name in ("gpt2", "granite")} == set(METHODS) - {"none"}
+    for name in ("opt", *SEEING):
+        solved = () if name == "dinov2" else ("refit", "linear")
+        assert {(name, method) for method in ("auto", "steer", *solved)} <= applied
 
 
 def test_cut_that_needs_no_repair_gets_none():
@@ -766,3 +774,53 @@ def by_hand(name: str, dense: Loaded, smaller: Loaded, text: Batches) -> float:
         distances = (p * (p / q).log()).sum(-1)
         rows.append(distances.sum()[None] if name == "bert-labels" else distances.reshape(-1))
     return float(torch.cat(rows).mean())
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_an_image_is_judged_by_what_the_model_answers(name):
+    """Labels by KL an image, bare encoders by the cosine of every place; against transformers, an image at a time."""
+    loaded = adopt(built(name))
+    smaller = cut(loaded, without(len(loaded.stack), 2))
+    images = random_images(loaded, 5)
+    rows = []
+    for pixels in images.sequences:
+        with torch.no_grad():
+            truth, found = (one.model(pixel_values=pixels[None]) for one in (loaded, smaller))
+        if "logits" in truth:
+            p, q = truth.logits.double().softmax(-1), found.logits.double().softmax(-1)
+            rows.append((p * (p / q).log()).sum(-1))
+        else:
+            states = (one.last_hidden_state[0].double() for one in (truth, found))
+            rows.append(1 - torch.cosine_similarity(*states, dim=-1))
+    for num_shared in (0, 1):
+        measured = Yardstick(loaded, images, num_shared)(smaller)
+        assert measured == pytest.approx(float(torch.cat(rows).mean()), rel=1e-4, abs=2e-7)
+
+
+def test_a_repair_needs_three_images():
+    loaded = adopt(built("vit"))
+    with pytest.raises(DataError, match="gives 2"):
+        split(random_images(loaded, 2))
+    fit, choose, judge = split(random_images(loaded, 3))
+    assert [len(part.sequences) for part in (fit, choose, judge)] == [1, 1, 1]
+
+
+def test_channels_scaled_apart_leave_no_plain_sum():
+    """DINOv2 scales what its blocks write channel by channel: no least squares at a cut, rounds all the same."""
+    loaded = adopt(built("dinov2"))
+    with torch.no_grad():
+        for name, value in loaded.model.named_parameters():
+            if "layer_scale" in name:
+                value.copy_(torch.linspace(0.2, 2.0, len(value)))
+    facts = find_projections(loaded)
+    assert facts is not None
+    assert facts.obstacle
+    plan = without(len(loaded.stack), 2)
+    smaller = cut(loaded, plan)
+    repaired, story = compensate(loaded, smaller, plan, random_images(loaded), method="auto", rounds=3)
+    assert story.applied, story.note
+    assert not any(one.applied for one in story.cuts)
+    assert mean_divergence(loaded, repaired, split(random_images(loaded))[2]) < story.before

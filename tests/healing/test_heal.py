@@ -75,8 +75,8 @@ def test_the_objective_of_a_language_model_is_the_mean_kl_over_all_places(patien
     batch = prepared.batch(prepared.drawn(0, 4))
     with torch.no_grad():
         found = objective.loss(pair.run(batch), batch, 1 / objective.count(batch)).value
-    p = torch.log_softmax(run(one.dense.model, batch.token_ids).double(), -1)
-    q = torch.log_softmax(run(one.smaller.model, batch.token_ids).double(), -1)
+    p = torch.log_softmax(run(one.dense.model, batch.inputs).double(), -1)
+    q = torch.log_softmax(run(one.smaller.model, batch.inputs).double(), -1)
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_the_share_on_the_text_is_its_negative_log_likelihood(patient, text, sma
         with torch.no_grad():
             loss = objective.loss(pair.run(batch), batch, 1.0)
         p, q = (
-            torch.log_softmax(run(model.model, batch.token_ids, batch.keep).double(), -1)
+            torch.log_softmax(run(model.model, batch.inputs, batch.keep).double(), -1)
             for model in (one.dense, one.smaller)
         )
         divergence = (p.exp() * (p - q)).sum(-1)
@@ -110,12 +110,12 @@ def test_a_masked_model_is_asked_at_masked_places_only(patient, text, small):
     one = patient("bert-masked")
     pair, objective, _, prepared = parts(one, small(), text)
     batch = prepared.batch(prepared.drawn(0, 6))
-    assert bool((batch.token_ids[batch.asked] == one.dense.tokenizer.mask_token_id).all())
+    assert bool((batch.inputs[batch.asked] == one.dense.tokenizer.mask_token_id).all())
     assert not bool((batch.asked & ~batch.keep).any())
     with torch.no_grad():
         found = objective.loss(pair.run(batch), batch, 1 / objective.count(batch)).value
-    p = torch.log_softmax(run(one.dense.model, batch.token_ids, batch.keep).double(), -1)
-    q = torch.log_softmax(run(one.smaller.model, batch.token_ids, batch.keep).double(), -1)
+    p = torch.log_softmax(run(one.dense.model, batch.inputs, batch.keep).double(), -1)
+    q = torch.log_softmax(run(one.smaller.model, batch.inputs, batch.keep).double(), -1)
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1)[batch.asked].mean()), rel=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_an_encoder_is_compared_by_states_and_embeddings(patient, text, small):
     with torch.no_grad():
         found = objective.loss(pair.run(batch), batch, 1 / 5).value
     expected = 0.0
-    dense, ours = (run(model.model, batch.token_ids, batch.keep).double().numpy() for model in (one.dense, one.smaller))
+    dense, ours = (run(model.model, batch.inputs, batch.keep).double().numpy() for model in (one.dense, one.smaller))
     for row in range(5):
         length = int(batch.keep[row].sum())
         d, s = dense[row, :length], ours[row, :length]
@@ -145,8 +145,8 @@ def test_a_classifier_learns_from_answers_and_labels(patient, text, small):
     assert batch.labels is not None
     with torch.no_grad():
         found = objective.loss(pair.run(batch), batch, 1.0).value
-    p = torch.log_softmax(run(one.dense.model, batch.token_ids, batch.keep).double(), -1)
-    q = torch.log_softmax(run(one.smaller.model, batch.token_ids, batch.keep).double(), -1)
+    p = torch.log_softmax(run(one.dense.model, batch.inputs, batch.keep).double(), -1)
+    q = torch.log_softmax(run(one.smaller.model, batch.inputs, batch.keep).double(), -1)
     kl = float((p.exp() * (p - q)).sum())
     nll = -float(q[torch.arange(6), batch.labels].sum())
     assert found == pytest.approx(0.75 * kl + 0.25 * nll, rel=1e-5)
@@ -165,7 +165,7 @@ def test_hidden_states_are_compared_after_the_same_original_block(patient, text,
         block.register_forward_hook(lambda _m, _a, output, index=index: outputs.__setitem__(index, output))
         for index, block in enumerate(one.dense.stack.blocks)
     ]
-    run(one.dense.model, batch.token_ids)
+    run(one.dense.model, batch.inputs)
     for handle in handles:
         handle.remove()
     assert len(sides.states) == len(one.plan.kept)
@@ -182,7 +182,7 @@ def test_labels_asked_one_by_one_are_compared_one_by_one(patient, text, small):
     batch = prepared.batch(prepared.drawn(0, 6))
     with torch.no_grad():
         found = objective.loss(pair.run(batch), batch, 1.0).value
-    p, q = (torch.sigmoid(run(model.model, batch.token_ids, batch.keep).double()) for model in (one.dense, one.smaller))
+    p, q = (torch.sigmoid(run(model.model, batch.inputs, batch.keep).double()) for model in (one.dense, one.smaller))
     kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     assert found == pytest.approx(float(kl.sum()), rel=1e-5)
 
@@ -195,7 +195,7 @@ def test_an_encoder_decoder_learns_the_words_of_its_decoder(patient, text, small
     with torch.no_grad():
         found = objective.loss(pair.run(batch), batch, 1.0).value
     expected = 0.0
-    for row, keep in zip(batch.token_ids, batch.keep, strict=True):
+    for row, keep in zip(batch.inputs, batch.keep, strict=True):
         ids = row[keep][None]
         p, q = (run(model.model, ids).double().softmax(-1) for model in (one.dense, one.smaller))
         expected += float((p * (p / q).log()).sum(-1).mean())
@@ -722,7 +722,7 @@ def test_a_batch_of_rewritten_sequences_asks_about_what_is_read(patient, text, s
     prepared = prepare_text(patient().smaller, text, small(augment=1.0))
     batch = prepared.batch(prepared.drawn(0, 8))
     assert batch.num_tokens < 8 * 16  # some are shorter now, and padded
-    expected = torch.where(batch.keep[:, 1:], batch.token_ids[:, 1:], -100)
+    expected = torch.where(batch.keep[:, 1:], batch.inputs[:, 1:], -100)
     assert torch.equal(batch.words[:, :-1], expected)
 
 
@@ -740,8 +740,8 @@ def test_a_batch_with_prompts_has_no_words_of_its_own_there(patient, text, small
         batch, other = prepared.batch(prepared.drawn(start, 8)), plain.batch(plain.drawn(start, 8))
         assert torch.equal(batch.asked, batch.keep)
         for row in range(8):
-            real = batch.token_ids[row][batch.keep[row]]
-            is_prompt = not torch.equal(real, other.token_ids[row][other.keep[row]])
+            real = batch.inputs[row][batch.keep[row]]
+            is_prompt = not torch.equal(real, other.inputs[row][other.keep[row]])
             assert bool((batch.words[row] == -100).all()) == is_prompt
             seen.add(is_prompt)
     assert seen == {False, True}
@@ -785,7 +785,7 @@ def test_the_dense_model_writes_what_stands_in_the_prompts(patient, text, small,
     settings = small(budget="4k", forms=(form, "a cat {text}"), written=5, seed=3, augment=0.0, seq_len=24)
     heal(one.dense, one.smaller, one.plan, text, settings, checkpoint_folder=tmp_path)
     assert calls == [({form: 5, "a cat {text}": 5}, 3)]
-    read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.token_ids)
+    read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.inputs)
     assert "the cat bird bird bird bird a dog" in read
     # A run that goes on reads what was written.
     heal(one.dense, one.smaller, one.plan, text, settings, checkpoint_folder=tmp_path)
@@ -838,7 +838,7 @@ def test_sentences_for_prompts_without_answers_are_written_too_and_none_is_kept_
     assert healing.answers is None
     assert healing.settings["written"] == NUM_WRITTEN
     assert healing.seconds > 0.96 * 400
-    read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.token_ids)
+    read = " ".join(one.smaller.tokenizer.decode(row) for batch in seen for row in batch.inputs)
     for (sentence,) in rows[form]:
         assert f"the cat {sentence}" in read
 

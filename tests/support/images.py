@@ -47,10 +47,13 @@ class Vision:
     stack: str = "auto"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def build(self) -> transformers.PreTrainedModel:
+        """A tiny model with drawn weights."""
+        return small_model(getattr(transformers, self.class_name), self.model_type, **self.settings)
+
     def save(self, folder: Path) -> Path:
         """Writes model and image processor."""
-        model = small_model(getattr(transformers, self.class_name), self.model_type, **self.settings)
-        model.save_pretrained(folder)
+        self.build().save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(dict(self.processor)), encoding="utf-8")
         return folder
 

@@ -1,6 +1,6 @@
 """Repair without training: weights of the kept blocks are solved for, and the checkpoint stays a stock one.
 
-    original + plan + text --cut--> raw cut --solve at each cut--> --rounds towards the predictions-->
+    original + plan + text or images --cut--> raw cut --solve at each cut--> --rounds towards the predictions-->
         --last solve for the answers of prompts, where there are some--> repaired model
 
 The calibration text is dealt out in three: most of it is fitted, an eighth chooses ridges and steps, an eighth judges.
@@ -139,6 +139,7 @@ def compensate(
         measure=measure_of(original),
         before=before,
         after=before,
+        unit="places" if batches.facts.layout == "images" else "tokens",
         fit_tokens=num_tokens(fit),
         choose_tokens=num_tokens(choose),
         judge_tokens=num_tokens(judge),

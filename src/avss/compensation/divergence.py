@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avss.data.batches import Batches
+from avss.data.batches import Batches, Inputs
+from avss.errors import UnsupportedArchitectureError
 from avss.models.forward import last_states, model_inputs, takes
 from avss.models.load import Loaded
 from avss.models.predictions import answers_of, distance
@@ -15,7 +16,7 @@ from avss.models.shell import HeadShell, KnownBlock, with_blocks
 
 
 def divergence(
-    dense: Loaded, smaller: Loaded, token_ids: Tensor, keep: Tensor, *, places: Tensor | None = None
+    dense: Loaded, smaller: Loaded, inputs: Inputs, keep: Tensor, *, places: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """The divergence of one batch, summed, and the number of places it is summed over. Gradients flow to `smaller`.
 
@@ -24,13 +25,13 @@ def divergence(
     Args:
         dense: Its predictions are the truth.
         smaller: The model that is judged.
-        token_ids: `[B, T]`.
+        inputs: Token ids `[B, T]`, or the model's own keyword arguments (images).
         keep: `[B, T]`; padding is no place.
         places: Positions `[P]` to compare at, to spare the head the rest; all of them by default.
     """
     with torch.no_grad():
-        truth, _ = _outputs(dense, token_ids, keep, places)
-    found, at = _outputs(smaller, token_ids, keep, places)
+        truth, _ = _outputs(dense, inputs, keep, places)
+    found, at = _outputs(smaller, inputs, keep, places)
     return _distance(dense, truth, found, keep if at is None else keep[:, at])
 
 
@@ -72,10 +73,10 @@ class Yardstick:
         rest = smaller.stack.blocks[self._num_shared :]
         shell = with_blocks(smaller.model, smaller.stack, [*known, *rest])
         total, places = 0.0, 0
-        for (token_ids, keep), (truth, before) in zip(self._batches.tokens(), self._dense_truths(), strict=True):
+        for (inputs, keep), (truth, before) in zip(self._batches, self._dense_truths(), strict=True):
             for block in known:
                 block.output = before
-            found = self._answer(smaller, shell, token_ids, keep)
+            found = self._answer(smaller, shell, inputs, keep)
             # A sequence at a time: logits are the largest tensors of all.
             for row in range(len(keep)):
                 one = slice(row, row + 1)
@@ -100,24 +101,29 @@ class Yardstick:
             if self._num_shared:
                 block = self._dense.stack.blocks[self._num_shared - 1]
                 hooks.callback(block.register_forward_hook(note).remove)
-            for token_ids, keep in self._batches.tokens():
-                answer = self._answer(self._dense, self._dense.model, token_ids, keep)
+            for inputs, keep in self._batches:
+                answer = self._answer(self._dense, self._dense.model, inputs, keep)
                 self._truths.append((answer, after[0]))
         return self._truths
 
-    def _answer(self, loaded: Loaded, model: Any, token_ids: Tensor, keep: Tensor) -> Tensor:
+    def _answer(self, loaded: Loaded, model: Any, inputs: Inputs, keep: Tensor) -> Tensor:
         """Last hidden states of models with a head for words, else what `divergence` compares."""
         if not self._by_head:
-            return _outputs(dataclasses.replace(loaded, model=model), token_ids, keep, None)[0]
-        return last_states(dataclasses.replace(loaded, model=model), token_ids, keep)
+            return _outputs(dataclasses.replace(loaded, model=model), inputs, keep, None)[0]
+        return last_states(dataclasses.replace(loaded, model=model), inputs, keep)
 
 
-def _outputs(loaded: Loaded, token_ids: Tensor, keep: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _outputs(loaded: Loaded, batch: Inputs, keep: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Logits or last hidden states, and the positions they stand for (None for all)."""
     if answers_of(loaded) == "states":
-        hidden = last_states(loaded, token_ids, keep)
+        hidden = last_states(loaded, batch, keep)
+        if hidden.dim() == 3 and hidden.shape[:2] != keep.shape:
+            raise UnsupportedArchitectureError(
+                f"`{type(loaded.model).__name__}` answers {tuple(keep.shape)} places with {tuple(hidden.shape)}, not a "
+                "state of each, so how far a repair is from it is not defined. Leave out `--compensate`."
+            )
         return (hidden, None) if places is None else (hidden[:, places.to(hidden.device)], places)
-    inputs = model_inputs(loaded, token_ids, keep)
+    inputs = model_inputs(loaded, batch, keep)
     # A classifier may take it too (BioGPT's), and then looks for its last token among those kept.
     if places is not None and loaded.head != "classifier" and takes(loaded.model, "logits_to_keep"):
         return loaded.model(**inputs, logits_to_keep=places.to(loaded.device))["logits"], places

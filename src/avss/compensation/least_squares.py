@@ -170,7 +170,7 @@ def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
 def dense_states(work: Workpiece, run: Run, text: Batches) -> list[Tensor]:
     """The dense model's stream after the last removed block of a cut, `[B, T, D]` for each batch."""
     facts = _facts(work)
-    return [read_block(work.original, run[1] - 1, facts, (), *batch).state for batch in text.tokens()]
+    return [read_block(work.original, run[1] - 1, facts, (), *batch).state for batch in text]
 
 
 def residual_error(work: Workpiece, run: Run, text: Batches, aims: Sequence[Tensor] | None = None) -> float:
@@ -220,15 +220,15 @@ def _pairs(
     """
     facts = _facts(work)
     before, last = run[0] - 1, run[1] - 1
-    for number, (token_ids, keep) in enumerate(text.tokens()):
-        batch = (facts, token_ids, keep)
+    for number, (inputs, keep) in enumerate(text):
+        batch = (facts, inputs, keep)
         if aims is None and not work.changed and before == work.place(before):
             # Up to its first cut, a raw one is the dense model: one run shows both ends of it.
             both = read_blocks(work.original, {before: paths, last: ()}, *batch)
             patched, wanted = both[before], both[last].state
         else:
             wanted = aims[number] if aims is not None else read_block(work.original, last, facts, (), *batch[1:]).state
-            patched = read_block(work.smaller, work.place(before), facts, paths, token_ids, keep)
+            patched = read_block(work.smaller, work.place(before), facts, paths, inputs, keep)
         wanted = wanted.to(patched.state.device)
         usual = ordinary(wanted, keep)
         yield patched, wanted, usual, keep.to(usual.device) & ~usual

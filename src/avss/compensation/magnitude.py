@@ -41,9 +41,9 @@ def magnitude_ratio(work: Workpiece, run: Run, text: Batches) -> float:
     assert work.facts is not None
     before: Tensor | float = 0.0
     after: Tensor | float = 0.0
-    for token_ids, keep in text.tokens():
-        entering = read_block(work.original, run[0] - 1, work.facts, (), token_ids, keep).state
-        leaving = read_block(work.original, run[1] - 1, work.facts, (), token_ids, keep).state
+    for inputs, keep in text:
+        entering = read_block(work.original, run[0] - 1, work.facts, (), inputs, keep).state
+        leaving = read_block(work.original, run[1] - 1, work.facts, (), inputs, keep).state
         usual = ordinary(leaving, keep) & ordinary(entering, keep).to(leaving.device)
         before = before + entering[usual.to(entering.device)].double().abs().sum(0).cpu()
         after = after + leaving[usual].double().abs().sum(0).cpu()

@@ -167,10 +167,10 @@ def _aim(work: Workpiece, keys: list[Key], text: Batches) -> _Aim:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with hooked(work.smaller.stack, observe), torch.enable_grad():
-            for number, (token_ids, keep) in enumerate(text.tokens()):
+            for number, (inputs, keep) in enumerate(text):
                 current_keep = keep
-                places = torch.arange(number % STRIDE, token_ids.shape[1], STRIDE)
-                total, count = divergence(work.original, work.smaller, token_ids, keep, places=places)
+                places = torch.arange(number % STRIDE, keep.shape[1], STRIDE)
+                total, count = divergence(work.original, work.smaller, inputs, keep, places=places)
                 found = torch.autograd.grad(total, list(parameters.values()))
                 for name, gradient in zip(parameters, found, strict=True):
                     gradients[name] += gradient

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from avss.data.batches import Batches
+from avss.data.batches import Batches, Inputs
 from avss.errors import DataError
 from avss.models.forward import run_body
 from avss.models.load import Loaded
@@ -38,7 +38,7 @@ class Written:
 
 
 def read_block(
-    loaded: Loaded, index: int, facts: Projections, paths: Sequence[str], token_ids: Tensor, keep: Tensor
+    loaded: Loaded, index: int, facts: Projections, paths: Sequence[str], inputs: Inputs, keep: Tensor
 ) -> Written:
     """Runs a model up to the end of one block, and no further.
 
@@ -47,14 +47,14 @@ def read_block(
         index: Place of the block in this model's own stack.
         facts: Where its blocks write.
         paths: Projections whose inputs are wanted.
-        token_ids: `[B, T]`.
+        inputs: Token ids `[B, T]`, or the model's own keyword arguments (images).
         keep: `[B, T]`.
     """
-    return read_blocks(loaded, {index: paths}, facts, token_ids, keep)[index]
+    return read_blocks(loaded, {index: paths}, facts, inputs, keep)[index]
 
 
 def read_blocks(
-    loaded: Loaded, wanted: Mapping[int, Sequence[str]], facts: Projections, token_ids: Tensor, keep: Tensor
+    loaded: Loaded, wanted: Mapping[int, Sequence[str]], facts: Projections, inputs: Inputs, keep: Tensor
 ) -> dict[int, Written]:
     """The same for several blocks in one run: each block's place -> what it read and wrote."""
     features: dict[tuple[int, str], Tensor] = {}
@@ -78,7 +78,7 @@ def read_blocks(
 
     def reader(index: int, path: str) -> Any:
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-            features[index, path] = by_token(args[0], token_ids.shape)
+            features[index, path] = by_token(args[0], keep.shape)
 
         return read
 
@@ -93,7 +93,7 @@ def read_blocks(
             for handle in handles:
                 hooks.callback(handle.remove)
         with contextlib.suppress(_Seen):
-            run_body(loaded, token_ids, keep)
+            run_body(loaded, inputs, keep)
     return {
         index: Written(features=tuple(features[index, path] for path in paths), state=states[index])
         for index, paths in wanted.items()
@@ -116,15 +116,20 @@ def ordinary(state: Tensor, keep: Tensor) -> Tensor:
 
 
 def split(batches: Batches, *, share: float = 0.125) -> tuple[Batches, Batches, Batches]:
-    """Calibration text in three: to fit, to choose a ridge or a step by, and to judge by.
+    """Calibration text or images in three: to fit, to choose a ridge or a step by, and to judge by.
 
-    The last two are `share` of the sequences each, at least one. Fewer than three sequences are halved until there are
-    enough, so that no token is in two of the three.
+    The last two are `share` of the sequences each, at least one. Fewer than three sequences of text are halved until
+    there are enough, so that no token is in two of the three.
 
     Raises:
-        DataError: There are too few tokens for that.
+        DataError: There are too few tokens or images for that.
     """
     sequences = batches.sequences
+    if batches.facts.layout == "images" and len(sequences) < 3:
+        raise DataError(
+            f"A repair is fitted to some images, chosen by others and judged by others still, and "
+            f"`{batches.facts.source}` gives {len(sequences)}. Give three or more, or leave out `--compensate`."
+        )
     while len(sequences) < 3:
         if min(map(len, sequences), default=0) < 4:
             raise DataError(
@@ -141,5 +146,5 @@ def split(batches: Batches, *, share: float = 0.125) -> tuple[Batches, Batches, 
 
 
 def num_tokens(batches: Batches) -> int:
-    """Real tokens."""
-    return sum(len(sequence) for sequence in batches.sequences)
+    """Real tokens, or places of images."""
+    return sum(batches.lengths())

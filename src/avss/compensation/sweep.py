@@ -34,7 +34,7 @@ def sweep(work: Workpiece, fit: Batches, choose: Batches) -> int:
     walks = [
         [
             (Walk.begin(work.original, first, *batch), Walk.begin(work.smaller, work.place(first), *batch))
-            for batch in text.tokens()
+            for batch in text
         ]
         for text in (fit, choose)
     ]

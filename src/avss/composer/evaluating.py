@@ -111,10 +111,12 @@ def evaluate(
 
 def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: dict[str, Any]) -> tuple[TaskConfig, ...]:
     """The tasks as settings: those named, or what suits the model's head."""
-    kinds = {
+    kinds: tuple[str, ...] = {
         "causal": ("perplexity", "choice", "classification", "speed"),
         "masked": ("perplexity", "similarity", "speed"),
     }.get(loaded.head, ("similarity", "speed"))
+    if loaded.is_vision:
+        kinds = ("speed",)  # no images come with avss
     found = (
         with_own_names([task if isinstance(task, TaskConfig) else TaskConfig.parse(task, **settings) for task in tasks])
         if tasks
@@ -128,16 +130,19 @@ def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: di
         what = f"tasks of the kind {' or '.join(f'`{kind}`' for kind in kinds)}"
         refuse_unread({name: next(unread, None)}, what)
     for task in found:
+        if loaded.is_vision:
+            columns = {"text_column": task.text_column, "label_column": task.label_column}
+            refuse_unread(columns, "tables, and this model reads folders of images")
         if not task.shots:
             refuse_unread({"shots_data": task.shots_data}, "solved examples, and none were asked for", "`--shots 4`")
-        if loaded.head in ("classifier", "encoder"):
+        if loaded.head in ("classifier", "encoder", "image-classifier"):
             refuse_unread(
                 {"template": task.template}, f"models that continue text, and this has a `{loaded.head}` head"
             )
     return found
 
 
-def evaluate_all(models: list[Loaded], tasks: Sequence[TaskConfig], timed: Timed) -> list[list[TaskResult]]:
+def evaluate_all(models: Sequence[Loaded], tasks: Sequence[TaskConfig], timed: Timed) -> list[list[TaskResult]]:
     """One list per task, with one result per model in it."""
     results = []
     for task in tasks:

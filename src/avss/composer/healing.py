@@ -10,6 +10,7 @@ from avss.composer.pruning import Pruned, describe_cut
 from avss.composer.records import begin_record, now, places_of, versions
 from avss.config import HealConfig, build
 from avss.cut import cut
+from avss.data.images import Images, find_images
 from avss.data.sources import Texts, read_table, read_texts
 from avss.errors import ConfigError, InvalidPlanError, ModelLoadError
 from avss.evaluation.labelled import match_classifier, read_labelled
@@ -87,7 +88,8 @@ def heal(
     options = _device_of(team, loading or {})
     with timed("Loading the models"):
         smaller, record = _smaller(model, tokenizer, options)
-        smaller.check_reads_text("Healing")
+        if not smaller.is_vision:
+            smaller.check_reads_text("Healing")
         plan = plan or _plan(record, smaller)
         dense = _dense(
             teacher,
@@ -235,9 +237,20 @@ def _check_teacher(dense: Loaded, record: RunRecord) -> None:
 # --- text ---
 
 
-def _texts(data: str | Path | Sequence[str], column: str | None, smaller: Loaded) -> tuple[Texts, list[int] | None]:
+def training_data(data: str | Path | Sequence[str], model: Loaded) -> Texts | Images:
+    """What a model is healed on: text, or images for one that reads those.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return find_images(data) if model.is_vision else read_texts(data)
+
+
+def _texts(
+    data: str | Path | Sequence[str], column: str | None, smaller: Loaded
+) -> tuple[Texts | Images, list[int] | None]:
     if column is None:
-        return read_texts(data), None
+        return training_data(data, smaller), None
     if smaller.head != "classifier" or not isinstance(data, str | Path):
         raise ConfigError(
             f"`--labels {column}` is for classifiers and a table of labelled texts; the model has a `{smaller.head}` "

@@ -250,11 +250,13 @@ def _given(data: DataConfig | str | Sequence[str], settings: Mapping[str, Any]) 
 
 
 def _check_reads_text(loaded: Loaded, plan: PlanConfig, search: SearchConfig, compensate: str) -> None:
-    """Refuses what reads text alone for a stack that reads images.
+    """Refuses what runs the whole model for a tower that reads images within one that reads text too.
 
     Raises:
         ConfigError: Such a thing is asked for.
     """
+    if loaded.is_vision:
+        return
     asked = {
         f"`--compensate {compensate}`": compensate != "none",
         "`--speedup`": plan.speedup is not None,

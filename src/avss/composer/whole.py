@@ -18,7 +18,7 @@ from avss.composer.evaluating import (
     with_measurements,
     wreck_warnings,
 )
-from avss.composer.healing import checkpoints_beside, forget, healing_warnings
+from avss.composer.healing import checkpoints_beside, forget, healing_warnings, training_data
 from avss.composer.inputs import calibration, load, model_settings
 from avss.composer.inspection import refuse_uncuttable
 from avss.composer.provenance import versions as library_versions
@@ -37,10 +37,11 @@ from avss.config import (
     refuse_unread,
     seeded,
 )
-from avss.criteria import CRITERIA, find_criteria
+from avss.criteria import CRITERIA, AbstractCriterion, find_criteria
 from avss.cut import cut
 from avss.data.augment import check_forms
 from avss.data.batches import Batches
+from avss.data.images import Images, holds_images
 from avss.data.sources import Texts, read_texts
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.evaluation import rehearse
@@ -107,36 +108,19 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         UserError: Anything the caller can fix, in one sentence; nothing has been written.
         VerificationError: The saved model was not what it should be; nothing has been published.
     """
-    search = config.search
-    config = _at_its_best(config)
-    repairs = config.compensate != "none" or config.heal is not None
-    check_augment(config.data.augment, config.data.forms, config.data.written, repairs=repairs)
+    config, criteria = _checked(config)
     out = Path(config.out)
-    check_one_target(config.plan)
-    check_search(search, config.plan, repairs=config.compensate != "none")
-    if config.quality == "plain":
-        refuse_unread({"time": config.time}, "`--quality best`, which was not asked for", "`--quality best`")
-    screens = (config.search.screen,) if config.search.screen != "damage" else ()
-    if config.compare:
-        compared = tuple(one.name for one in find_criteria(config.compare))
-        config = config.model_copy(update={"compare": compared})
-    if any(not prompt.strip() for prompt in config.prompts):
-        raise ConfigError("A prompt (`--prompt`) is blank. Give some words for the models to continue.")
-    names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
-    criteria = find_criteria([name for name in names if name != "explicit"])
-    read = [config.model.source, config.data.source, *files_of(config.plan, config.search)]
-    read += [
-        config.heal and config.heal.source,
-        *(name for task in config.tasks for name in (task.data, task.shots_data)),
-    ]
-    check_free(out, force=config.force, sources=read)
     timed = Timed(stages)
+    source = config.heal and (config.heal.source or config.data.source)
     # Before anything dear: a mistake in its name shall not cost a search.
-    training = None if config.heal is None else read_texts(config.heal.source or config.data.source)
+    training = read_texts(source) if source and not holds_images(source) else None
     with timed("Loading the model"):
         loaded = load(**model_settings(config.model))
         refuse_uncuttable(loaded)
-        loaded.check_reads_text("The evaluation of `avss run`")
+        if not loaded.is_vision:
+            loaded.check_reads_text("The evaluation of `avss run`")
+    if source and (training is None or loaded.is_vision):
+        training = training_data(source, loaded)
     tasks = choose_tasks(config.tasks, loaded, config.task_settings.model_dump())
     config, said = _with_forms(config, tasks, loaded.head)
     _check_written(config)
@@ -193,31 +177,10 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
         )
         (folder / "model").mkdir()
         record = save_verified(folder / "model", loaded, smaller[0], record, timed, path="model", raw=raw)
-        results = evaluate_all([loaded, *smaller], tasks, timed)
-        prompts = config.prompts or (DEFAULT_PROMPTS if can_generate(loaded.head) else ())
-        with timed("Writing samples"):
-            samples = [continuations(model, prompts) for model in (loaded, *smaller)]
-        cuts = tuple(
-            one.model_copy(update={"samples": texts}) for one, texts in zip(record.cuts, samples[1:], strict=True)
-        )
-        cuts = with_measurements(cuts, results)
-        record = record.model_copy(
-            update={
-                "dense": tuple(m for result in results for m in result[0].measurements),
-                "cuts": cuts,
-                "warnings": (
-                    *table.warnings,
-                    *chosen.warnings,
-                    *said,
-                    *healing_warnings(cuts[0].healing),
-                    *target_warnings(config.plan, cuts[0]),
-                    *wreck_warnings(cuts),
-                ),
-                "prompts": prompts if samples[0] else (),
-                "samples": samples[0],
-                "seconds": timed.seconds,
-            }
-        )
+        record = _measured(record, config, [loaded, *smaller], tasks, timed)
+        warnings = (*table.warnings, *chosen.warnings, *said, *healing_warnings(record.cuts[0].healing))
+        warnings += (*target_warnings(config.plan, record.cuts[0]), *wreck_warnings(record.cuts))
+        record = record.model_copy(update={"warnings": warnings, "seconds": timed.seconds})
         collected.save(folder / "statistics.safetensors")
         (folder / "model" / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
         (folder / "model" / "record.json").write_text(record.to_json(), encoding="utf-8")
@@ -229,6 +192,55 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     with contextlib.suppress(OSError):  # another unfinished run of this name keeps its state
         notes.parent.rmdir()
     return record
+
+
+def _checked(config: RunConfig) -> tuple[RunConfig, tuple[AbstractCriterion, ...]]:
+    """The run as it will be, and the criteria to score by.
+
+    Raises:
+        UserError: It asks for what cannot be had, or for two things at once, or writes where something is.
+    """
+    given, config = config, _at_its_best(config)
+    repairs = config.compensate != "none" or config.heal is not None
+    check_augment(config.data.augment, config.data.forms, config.data.written, repairs=repairs)
+    check_one_target(config.plan)
+    check_search(given.search, config.plan, repairs=config.compensate != "none")
+    if config.quality == "plain":
+        refuse_unread({"time": config.time}, "`--quality best`, which was not asked for", "`--quality best`")
+    screens = (config.search.screen,) if config.search.screen != "damage" else ()
+    if config.compare:
+        compared = tuple(one.name for one in find_criteria(config.compare))
+        config = config.model_copy(update={"compare": compared})
+    if any(not prompt.strip() for prompt in config.prompts):
+        raise ConfigError("A prompt (`--prompt`) is blank. Give some words for the models to continue.")
+    names = dict.fromkeys((*config.criteria, config.plan.criterion, *config.compare, *screens))
+    criteria = find_criteria([name for name in names if name != "explicit"])
+    read = [config.model.source, config.data.source, *files_of(config.plan, config.search)]
+    read += [
+        config.heal and config.heal.source,
+        *(name for task in config.tasks for name in (task.data, task.shots_data)),
+    ]
+    check_free(Path(config.out), force=config.force, sources=read)
+    return config, criteria
+
+
+def _measured(
+    record: RunRecord, config: RunConfig, models: Sequence[Loaded], tasks: Sequence[TaskConfig], timed: Timed
+) -> RunRecord:
+    """The record with the results and the samples of its models, the dense one first and then one for each cut."""
+    results = evaluate_all(models, tasks, timed)
+    prompts = config.prompts or (DEFAULT_PROMPTS if can_generate(models[0].head) else ())
+    with timed("Writing samples"):
+        samples = [continuations(model, prompts) for model in models]
+    cuts = tuple(one.model_copy(update={"samples": texts}) for one, texts in zip(record.cuts, samples[1:], strict=True))
+    return record.model_copy(
+        update={
+            "dense": tuple(m for result in results for m in result[0].measurements),
+            "cuts": with_measurements(cuts, results),
+            "prompts": prompts if samples[0] else (),
+            "samples": samples[0],
+        }
+    )
 
 
 def _at_its_best(config: RunConfig) -> RunConfig:
@@ -297,7 +309,7 @@ def _versions(
     plan: Plan,
     batches: Batches,
     asking: Asking | None,
-    training: Texts | None,
+    training: Texts | Images | None,
     config: RunConfig,
     timed: Timed,
     clock: "Clock",

@@ -90,11 +90,15 @@ class Batches:
         """The same, filled up with a model's own token id; for None, in batches of one sequence."""
         return dataclasses.replace(self, pad_id=pad_id).in_batches_of(self.batch_size)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, or places that each image takes: all the same."""
+        return _lengths(self.sequences, self.facts)
+
     def first(self, num_tokens: int | None) -> "Batches":
         """The first sequences that hold at most so many tokens together, one at least; all of them for None."""
         if num_tokens is None:
             return self
-        ends = itertools.accumulate(_lengths(self.sequences, self.facts))
+        ends = itertools.accumulate(self.lengths())
         count = sum(end <= num_tokens for end in ends) or 1
         if count == len(self.sequences):
             return self

@@ -68,6 +68,12 @@ def find_images(source: str | Path | Sequence[str | Path]) -> Images:
     return Images(files=files, source=path.name)
 
 
+def holds_images(source: str | Path) -> bool:
+    """Whether a source is an image file, or a folder with one in it; it may be a text's as well, or no file at all."""
+    path = Path(source).expanduser()
+    return _is_image(path) or (path.is_dir() and any(map(_is_image, path.rglob("*"))))
+
+
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 

@@ -56,11 +56,32 @@ def evaluate_task(
             "be measured on the same task. Load all of them with the same `--head`."
         )
     if models[0].model.main_input_name == "pixel_values":
-        raise TaskError(
-            f"The task `{task.kind}` reads text, and `{type(models[0].model).__name__}` reads images. What its blocks "
-            "are worth on images is measured by `avss damage` and `avss compare`."
-        )
+        _check_sees(models[0], task)
     return TASKS[task.kind](models, task, on_step)
+
+
+def _check_sees(loaded: Loaded, task: TaskConfig) -> None:
+    """Refuses a task that has no meaning for a model that reads images.
+
+    Raises:
+        TaskError: It reads text, or asks for labels that the model does not give; or the model reads more than images.
+    """
+    name = type(loaded.model).__name__
+    if not loaded.is_vision:
+        raise TaskError(
+            f"`{name}` reads images and decodes them, and no task here measures that. What its blocks are worth is "
+            "measured by `avss damage` and `avss compare`."
+        )
+    if task.kind not in ("classification", "similarity", "speed"):
+        raise TaskError(
+            f"The task `{task.kind}` reads text, and `{name}` reads images. For images there are "
+            "`classification=DIR`, `similarity=DIR` and `speed`."
+        )
+    if task.kind == "classification" and loaded.head != "image-classifier":
+        raise TaskError(
+            f"`{name}` gives no labels (its head is `{loaded.head}`), so it cannot classify images. For such a model "
+            "there are `similarity=DIR` and `speed`."
+        )
 
 
 def rehearse(loaded: Loaded, tasks: Iterable[TaskConfig | None]) -> None:

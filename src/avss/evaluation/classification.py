@@ -1,7 +1,8 @@
-"""Classification: by a classifier's own labels, or by a language model or encoder that picks a label word."""
+"""Classification of texts or images: by a classifier's own labels, or by a model of language that picks a word."""
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from avss.evaluation.base import (
     text_column_of,
 )
 from avss.evaluation.embedding import encode_texts
+from avss.evaluation.items import AbstractItems, image_items, image_rows
 from avss.evaluation.labelled import Labelled, label_words, match_classifier, read_labelled
-from avss.evaluation.probes import in_batches, num_batches
+from avss.evaluation.probes import num_batches
 from avss.evaluation.scoring import score_continuations
 from avss.evaluation.shots import Shots
 from avss.models.forward import run_outputs
@@ -35,10 +37,11 @@ EXAMPLE_BREAK = "\n\n"
 
 
 def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
-    """Accuracy on labelled texts. What answers depends on the head.
+    """Accuracy on labelled texts or images. What answers depends on the head.
 
-    - `classifier`: the label with the largest logit. Further metrics: `loss`, the mean of -ln p(right label) in nats,
-      and `kl`, the mean KL divergence from the dense model's label probabilities in nats (not for `models[0]`).
+    - `classifier`, `image-classifier`: the label with the largest logit. Further metrics: `loss`, the mean of
+      -ln p(right label) in nats, and `kl`, the mean KL divergence from the dense model's label probabilities in nats
+      (not for `models[0]`).
     - `causal`, `masked`: the label word that, after one blank, scores highest as the continuation of the text in the
       template, see `scoring.score_continuations`. A sum over tokens: choose words of about the same length. Before it
       may stand `task.shots` solved examples, from `task.shots_data` or the evaluation data; an item never sees a text
@@ -53,7 +56,7 @@ def evaluate_classification(models: Sequence[Loaded], task: TaskConfig, on_step:
         TaskError: The model, the label words or the template do not fit the task.
         DataError: The data are missing, or a row has no text or no label that is allowed.
     """
-    if models[0].head == "classifier":
+    if models[0].head in ("classifier", "image-classifier"):
         return _by_labels(models, task, on_step)
     data = read(task)
     words = label_words(data, task.labels)
@@ -124,11 +127,14 @@ def _prompts(
 
 def _by_labels(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
     num_labels = _num_labels(models, task)
-    data = read(task)
+    sees = models[0].is_vision
+    data = read_labelled(image_rows(task), short_source(task), names=task.labels) if sees else read(task)
     data = match_classifier(data, num_labels, models[0].model.config.label2id or {}, task.labels)
     chosen = draw(len(data.texts), task.limit, task.seed)
     labels = np.array([data.labels[index] for index in chosen])
-    logits = _label_logits(models, [data.texts[index] for index in chosen], num_labels, task.batch_size, on_step)
+    texts = [data.texts[index] for index in chosen]
+    items = image_items(models, list(map(Path, texts))) if sees else encode_texts(models, texts)
+    logits = _label_logits(models, items, num_labels, task.batch_size, on_step)
     dense, *others = [torch.log_softmax(one, dim=-1).numpy() for one in logits]
     return [_result(task, labels, dense, probabilities=True)] + [
         _result(task, labels, one, probabilities=True, dense=dense) for one in others
@@ -155,18 +161,14 @@ def _num_labels(models: Sequence[Loaded], task: TaskConfig) -> int:
 
 
 def _label_logits(
-    models: Sequence[Loaded], texts: Sequence[str], num_labels: int, batch_size: int, on_step: OnStep
+    models: Sequence[Loaded], items: AbstractItems, num_labels: int, batch_size: int, on_step: OnStep
 ) -> list[torch.Tensor]:
-    """The logits of every text, `[N, K]`, float64, for each model."""
-    encoded = encode_texts(models, texts)
-    pad_id = models[0].pad_id
-    if pad_id is None:
-        pad_id, batch_size = 0, 1
-    logits = [torch.empty(len(texts), num_labels, dtype=torch.float64) for _ in models]
-    steps = Steps(num_batches(len(texts), batch_size) * len(models), on_step)
-    for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id):
+    """The logits of every item, `[N, K]`, float64, for each model."""
+    logits = [torch.empty(len(items), num_labels, dtype=torch.float64) for _ in models]
+    steps = Steps(num_batches(len(items), batch_size) * len(models), on_step)
+    for chosen, inputs, keep in items.batches(batch_size):
         for model, own in zip(models, logits, strict=True):
-            own[chosen] = run_outputs(model, token_ids, keep).cpu().double()
+            own[chosen] = run_outputs(model, inputs, keep).cpu().double()
             steps.advance()
     return logits
 

@@ -1,24 +1,23 @@
-"""Texts -> one vector each: the hidden state after the last block, pooled over the real tokens.
+"""Texts or images -> one vector each: the hidden state after the last block, pooled over the real tokens or all places.
 
-Shape letters: B batch, T token, D hidden, N texts.
+Shape letters: B batch, T token, D hidden, N items.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from avss.data.batches import pad_id_of
 from avss.errors import DataError
 from avss.evaluation.base import OnStep, Steps, max_len, shared_tokenizer
-from avss.evaluation.probes import in_batches, num_batches
+from avss.evaluation.items import AbstractItems, TextItems
+from avss.evaluation.probes import num_batches
 from avss.models.forward import run_body
 from avss.models.load import Loaded
 from avss.models.pooling import find_pooling
 
 
-def encode_texts(models: Sequence[Loaded], texts: Sequence[str], *, limit: int | None = None) -> list[Tensor]:
+def encode_texts(models: Sequence[Loaded], texts: Sequence[str], *, limit: int | None = None) -> TextItems:
     """Token ids of each text, special tokens included, cut to what the models take (and to `limit`, if given).
 
     Raises:
@@ -36,28 +35,28 @@ def encode_texts(models: Sequence[Loaded], texts: Sequence[str], *, limit: int |
             raise DataError(
                 f"`{text[:60]}` has no token, so it has no embedding. Remove it, or give a text with words."
             )
-    return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+    return TextItems([torch.tensor(ids, dtype=torch.long) for ids in encoded], models[0].pad_id)
 
 
 def embed(
     models: Sequence[Loaded],
-    encoded: Sequence[Tensor],
+    items: AbstractItems,
     *,
     batch_size: int,
     on_step: OnStep = lambda done, total: None,
 ) -> list[np.ndarray]:
-    """The embeddings `[N, D]` of tokenised texts by each model, float64, not normalised."""
-    tokenizer = shared_tokenizer(models)
+    """The embeddings `[N, D]` by each model, float64, not normalised."""
     vectors: list[np.ndarray | None] = [None] * len(models)
     poolings = [find_pooling(model) for model in models]
-    steps = Steps(num_batches(len(encoded), batch_size) * len(models), on_step)
-    for chosen, token_ids, keep in in_batches(encoded, batch_size, pad_id_of(tokenizer)):
+    steps = Steps(num_batches(len(items), batch_size) * len(models), on_step)
+    for chosen, inputs, keep in items.batches(batch_size):
         for place, (model, pooling) in enumerate(zip(models, poolings, strict=True)):
-            hidden_BTD = run_body(model, token_ids, keep).float()
-            pooled_BD = pooling(hidden_BTD, keep.to(hidden_BTD.device)).cpu().numpy()
+            hidden_BTD = run_body(model, inputs, keep).float()
+            counted_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool) if keep is None else keep
+            pooled_BD = pooling(hidden_BTD, counted_BT.to(hidden_BTD.device)).cpu().numpy()
             rows_ND = vectors[place]
             if rows_ND is None:  # a body may end in a projection to another width than its blocks'
-                rows_ND = vectors[place] = np.empty((len(encoded), pooled_BD.shape[1]))
+                rows_ND = vectors[place] = np.empty((len(items), pooled_BD.shape[1]))
             rows_ND[chosen] = pooled_BD
             steps.advance()
     return [rows_ND for rows_ND in vectors if rows_ND is not None]

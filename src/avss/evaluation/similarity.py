@@ -9,13 +9,14 @@ from avss.data.sources import read_texts
 from avss.errors import DataError
 from avss.evaluation.base import OnStep, TaskResult, data_source, draw, measure, short_source
 from avss.evaluation.embedding import cosine, embed, encode_texts
+from avss.evaluation.items import AbstractItems, image_files, image_items
 from avss.models.load import Loaded
 
 _ROWS_AT_ONCE = 1024
 
 
 def evaluate_similarity(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
-    """Compares the embeddings of the paragraphs of the data with those of the dense model, `models[0]`.
+    """Compares the embeddings of the paragraphs or images of the data with those of the dense model, `models[0]`.
 
     An embedding is the hidden state after the last block, pooled as the model's sentence-transformers files say; the
     mean over the real tokens where there are none. Texts are cut to `task.seq_len` tokens. Metrics:
@@ -29,17 +30,25 @@ def evaluate_similarity(models: Sequence[Loaded], task: TaskConfig, on_step: OnS
         DataError: The data are missing, or have fewer than three texts.
         TaskError: The models' vocabularies differ, or a pooling is not known.
     """
-    texts = read_texts(data_source(task), task.text_column).paragraphs()
-    texts = [texts[index] for index in draw(len(texts), task.limit, task.seed)]
-    if len(texts) < 3:
-        raise DataError(
-            f"`{short_source(task)}` gives {len(texts)} texts to compare. At least three are needed, or there is no "
-            "choice of neighbour; give more paragraphs or a larger `limit`."
-        )
-    encoded = encode_texts(models, texts, limit=task.seq_len)
-    dense, *others = embed(models, encoded, batch_size=task.batch_size, on_step=on_step)
+    items = _items(models, task)
+    dense, *others = embed(models, items, batch_size=task.batch_size, on_step=on_step)
     reference = nearest(dense)
     return [_result(task, cosine(dense, one), nearest(one) == reference) for one in (dense, *others)]
+
+
+def _items(models: Sequence[Loaded], task: TaskConfig) -> AbstractItems:
+    images = image_files(task) if models[0].is_vision else ()
+    texts = () if images else read_texts(data_source(task), task.text_column).paragraphs()
+    chosen = draw(len(images or texts), task.limit, task.seed)
+    if len(chosen) < 3:
+        what, more = ("images", "images") if images else ("texts", "paragraphs")
+        raise DataError(
+            f"`{short_source(task)}` gives {len(chosen)} {what} to compare. At least three are needed, or there is no "
+            f"choice of neighbour; give more {more} or a larger `limit`."
+        )
+    if images:
+        return image_items(models, [images[index] for index in chosen])
+    return encode_texts(models, [texts[index] for index in chosen], limit=task.seq_len)
 
 
 def nearest(vectors: np.ndarray) -> np.ndarray:

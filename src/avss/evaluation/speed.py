@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from avss.config import TaskConfig
+from avss.data.batches import Inputs
 from avss.evaluation.base import OnStep, Steps, TaskResult, max_len, task_name
 from avss.models.forward import cache_name, run_body, run_outputs
 from avss.models.load import Loaded
+from avss.models.probe import probe_inputs
 from avss.record import Measurement
 
 NUM_TOKENS = 128
@@ -27,10 +29,12 @@ Timer = Callable[[Loaded], float]
 
 
 def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) -> list[TaskResult]:
-    """Times the models on random tokens. The models take turns, so that a machine that slows down slows all of them.
+    """Times the models on random tokens or images.
 
-    - `latency_ms`: forward pass of one sequence of 128 tokens (fewer, if the model takes fewer), in ms.
-    - `throughput`: tokens a second in the forward pass of `task.batch_size` such sequences.
+    The models take turns, so that a machine that slows down slows all of them.
+
+    - `latency_ms`: forward pass of one sequence of 128 tokens (fewer, if the model takes fewer) or one image, in ms.
+    - `throughput`: tokens or images a second in the forward pass of `task.batch_size` of them.
     - `decode_ms_per_token`: time of each of 16 tokens generated after 128, with cache, in ms; causal heads only, and
       only where all of the models have a cache.
 
@@ -39,7 +43,9 @@ def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) 
     $1.2533 * 1.4826 * MAD / sqrt(n)$, so that a single disturbance does not count.
     """
     length = min(NUM_TOKENS, max_len(models) or NUM_TOKENS)
-    batch = _random_tokens(models, task.batch_size, length, task.seed)
+    sees = models[0].is_vision
+    batch = _random_images(models, task) if sees else _random_tokens(models, task.batch_size, length, task.seed)
+    size, unit = (len(batch), "images/s") if sees else (batch.numel(), "tokens/s")
     timers: dict[str, Timer] = {
         "latency_ms": lambda model: _time_forward(model, batch[:1]),
         "throughput": lambda model: _time_forward(model, batch),
@@ -53,7 +59,7 @@ def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) 
         metric: _take_turns(models, timer, SECONDS_PER_MODEL / len(timers), steps) for metric, timer in timers.items()
     }
     return [
-        TaskResult(tuple(_measurement(task, metric, seconds[metric][place], batch.numel()) for metric in timers))
+        TaskResult(tuple(_measurement(task, metric, seconds[metric][place], size, unit) for metric in timers))
         for place in range(len(models))
     ]
 
@@ -83,6 +89,11 @@ def _random_tokens(models: Sequence[Loaded], num_sequences: int, length: int, se
     return token_ids
 
 
+def _random_images(models: Sequence[Loaded], task: TaskConfig) -> Tensor:
+    """Images of the size that the config names, `[B, channel, height, width]`."""
+    return probe_inputs(models[0], num_sequences=task.batch_size, seed=task.seed)["pixel_values"]
+
+
 def _take_turns(models: Sequence[Loaded], timer: Timer, budget: float, steps: Steps) -> list[np.ndarray]:
     """The seconds of each repeat, for each model."""
     for model in models:
@@ -99,12 +110,12 @@ def _take_turns(models: Sequence[Loaded], timer: Timer, budget: float, steps: St
     return [np.array(own) for own in seconds]
 
 
-def _time_forward(model: Loaded, token_ids: Tensor) -> float:
-    token_ids = token_ids.to(model.device)
+def _time_forward(model: Loaded, batch: Tensor) -> float:
+    inputs: Inputs = {"pixel_values": batch.to(model.device)} if model.is_vision else batch.to(model.device)
     # A decoder that classifies refuses a batch without a padding token; its head is next to nothing.
     run = run_body if model.pad_id is None else run_outputs
     start = _now(model)
-    run(model, token_ids)
+    run(model, inputs)
     return _now(model) - start
 
 
@@ -138,12 +149,12 @@ def _now(model: Loaded) -> float:
     return time.perf_counter()
 
 
-def _measurement(task: TaskConfig, metric: str, seconds: np.ndarray, num_tokens: int) -> Measurement:
+def _measurement(task: TaskConfig, metric: str, seconds: np.ndarray, size: int, unit: str) -> Measurement:
     median, error = float(np.median(seconds)), median_error(seconds)
     if metric == "throughput":
-        value = num_tokens / median
+        value = size / median
         # Delta method: the relative error stays.
-        scaled_error, unit = None if error is None else value * error / median, "tokens/s"
+        scaled_error = None if error is None else value * error / median
     else:
         value, scaled_error, unit = 1000 * median, None if error is None else 1000 * error, "ms"
     return Measurement(

@@ -12,9 +12,11 @@ import torch
 from avss.compensation import Workpiece, Yardstick, settle_answers
 from avss.compensation.answers import MOST_TEXT
 from avss.config import HealConfig, as_given, refuse_unread
+from avss.data.images import Images
 from avss.data.sources import Texts
 from avss.errors import InvalidPlanError, UnsupportedArchitectureError
 from avss.forms import Rows, choosing_forms
+from avss.healing.images import prepare_images
 from avss.healing.loop import Loop, Report
 from avss.healing.objectives import find_objective
 from avss.healing.pace import Clock
@@ -46,7 +48,7 @@ def heal(
     dense: Loaded,
     smaller: Loaded,
     plan: Plan,
-    texts: Texts,
+    texts: Texts | Images,
     config: HealConfig,
     *,
     labels: Sequence[int] | None = None,
@@ -66,7 +68,7 @@ def heal(
         dense: The model it was cut from: the teacher.
         smaller: The smaller model.
         plan: The blocks removed.
-        texts: Text to train on, a part of which is held out.
+        texts: Text or images to train on, a part of which is held out.
         config: Budget, weights, learning rate ...
         labels: For classifiers: one a text; `config.label_weight` says how much they count.
         rows: What the dense model wrote for `config.forms` already; None to let it write what is wanted.
@@ -88,7 +90,11 @@ def heal(
     """
     _check_pair(dense, smaller, plan)
     _check_read(smaller, config, has_labels=labels is not None)
-    text = prepare_text(smaller, texts, config, labels=labels)
+    text = (
+        prepare_images(smaller, texts, config)
+        if isinstance(texts, Images)
+        else prepare_text(smaller, texts, config, labels=labels)
+    )
     found = {"batch_size": text.facts.batch_size, "held_out": len(text.held_out)}
     if smaller.pad_id is None:
         found["micro_batch_size"] = 1

@@ -136,7 +136,7 @@ class Loop:
         config = self._config
         drawn = self._text.drawn(self._steps * self._batch_size, self._batch_size)
         # Sequences of one length lie side by side: less padding in a part of the batch.
-        drawn = sorted(drawn, key=lambda pair: len(self._text.train[pair[1]]))
+        drawn = sorted(drawn, key=lambda pair: self._text.length(pair[1]))
         whole = self._text.batch(drawn)
         count, num_tokens = self._objective.count(whole), whole.num_tokens
         factor = learning_rate_factor(self._team.agree(self._pace.middle_of_step(num_tokens)), config.warmup)

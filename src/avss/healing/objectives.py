@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from avss.config import HealConfig
+from avss.errors import UnsupportedArchitectureError
 from avss.healing.divergence import chunk_size, divergence
 from avss.healing.pair import Pair, Sides
 from avss.healing.text import Batch
@@ -143,7 +144,7 @@ class AnswerObjective(AbstractObjective):
             self.title += f", with a share of {self._label_weight:g} on the labels"
 
     def count(self, batch: Batch) -> int:
-        return len(batch.token_ids)
+        return len(batch.keep)
 
     def loss(self, sides: Sides, batch: Batch, scale: float) -> Loss:
         logits, dense = sides.output.float(), sides.dense.float()
@@ -181,10 +182,15 @@ class StateObjective(AbstractObjective):
         self._pooling = find_pooling(model)
 
     def count(self, batch: Batch) -> int:
-        return len(batch.token_ids)
+        return len(batch.keep)
 
     def loss(self, sides: Sides, batch: Batch, scale: float) -> Loss:
         keep_BT = batch.keep.to(sides.output.device)
+        if sides.output.shape[:2] != keep_BT.shape:
+            raise UnsupportedArchitectureError(
+                f"The model answers {tuple(keep_BT.shape)} places with {tuple(sides.output.shape)}, not a state of "
+                "each, so it cannot be healed towards the dense model's states."
+            )
         share_BT = keep_BT / keep_BT.sum(1, keepdim=True)
         output_BTD, dense_BTD = (
             torch.where(keep_BT[..., None], side.float(), 0.0) for side in (sides.output, sides.dense)

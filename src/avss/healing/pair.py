@@ -123,7 +123,7 @@ class Pair:
     def _answer(self, loaded: Loaded, batch: Batch) -> Tensor:
         by_body = loaded.head in ("causal", "masked", "encoder")
         runs: Any = body_of(loaded.model) if by_body else loaded.model
-        inputs = model_inputs(loaded, batch.token_ids, batch.keep, part=runs if by_body else None)
+        inputs = model_inputs(loaded, batch.inputs, batch.keep, part=runs if by_body else None)
         # A cache would be filled twice where blocks are computed again.
         if takes(runs, "use_cache"):
             inputs["use_cache"] = False

@@ -1,4 +1,4 @@
-"""The text to heal on: what is trained on, what is held out, and in which order it comes. All of it drawn from seeds.
+"""What to heal on: what is trained on, what is held out, and in which order it comes. All of it drawn from seeds.
 
 Shape letters: B batch, T token.
 """
@@ -15,7 +15,9 @@ from avss.data.augment import Asked, Augmentation, augmentation
 from avss.data.batches import (
     DOCUMENT_BREAK,
     Batches,
+    Inputs,
     Layout,
+    check_one_size,
     content_hash,
     masked_places,
     need_tokenizer,
@@ -41,14 +43,14 @@ class Batch:
     """Sequences side by side, and what is asked about them.
 
     Attributes:
-        token_ids: What the models read, `[B, T]`, padded on the right.
+        inputs: What the models read: token ids `[B, T]`, padded on the right, or images.
         keep: True for real tokens, `[B, T]`.
         asked: Places whose prediction or state counts, `[B, T]`.
         words: The text's own token at each place asked about, -100 where there is none, `[B, T]`.
         labels: A label for each sequence, `[B]`; None without labels.
     """
 
-    token_ids: Tensor
+    inputs: Inputs
     keep: Tensor
     asked: Tensor
     words: Tensor
@@ -65,7 +67,7 @@ class HealingText:
     """Sequences to train on and sequences held out, none in both.
 
     Attributes:
-        train: Token ids of each sequence.
+        train: Token ids of each sequence, or pixels of each image.
         held_out: The same, never trained on.
         train_labels: A label for each of `train`; None without labels.
         held_out_labels: The same for `held_out`.
@@ -78,8 +80,8 @@ class HealingText:
         held_out_facts: Of the held-out text.
     """
 
-    train: tuple[Tensor, ...]
-    held_out: tuple[Tensor, ...]
+    train: Sequence[Tensor]
+    held_out: Sequence[Tensor]
     train_labels: tuple[int, ...] | None
     held_out_labels: tuple[int, ...] | None
     mask_id: int | None
@@ -99,6 +101,10 @@ class HealingText:
         orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(size)
                   for epoch in range(start // size, (start + count - 1) // size + 1)}  # fmt: skip
         return [(place // size, int(orders[place // size][place % size])) for place in range(start, start + count)]
+
+    def length(self, index: int) -> int:
+        """Tokens of a training sequence, or places that an image takes."""
+        return self.facts.seq_len if self.facts.layout == "images" else len(self.train[index])
 
     def batch(self, drawn: Sequence[tuple[int, int]]) -> Batch:
         """The training sequences drawn, side by side."""
@@ -120,7 +126,7 @@ class HealingText:
 
     def held_out_batches(self) -> Batches:
         """The held-out sequences as calibration text, one at a time."""
-        return Batches(self.held_out, 1, self.pad_id, self.held_out_facts.model_copy(update={"batch_size": 1}))
+        return Batches(tuple(self.held_out), 1, self.pad_id, self.held_out_facts.model_copy(update={"batch_size": 1}))
 
     def asked(self) -> list[Asked]:
         """The given sentences as prompts, up to their answers."""
@@ -140,6 +146,11 @@ class HealingText:
         return self._batch([self.held_out[index] for index in indices], labels, [(self.seed, 0, i) for i in indices])
 
     def _batch(self, sequences: list[Tensor], labels: list[int] | None, seeds: list[tuple[int, int, int]]) -> Batch:
+        if self.facts.layout == "images":
+            check_one_size([tuple(one.shape[1:]) for one in sequences], self.facts.source)
+            keep = torch.ones((len(sequences), self.facts.seq_len), dtype=torch.bool)
+            words = torch.full_like(keep, -100, dtype=torch.long)
+            return Batch({"pixel_values": torch.stack(sequences)}, keep, keep, words, None)
         token_ids, keep = pad(sequences, self.pad_id)
         words = torch.full_like(token_ids, -100)
         if self.mask_id is None:

@@ -9,6 +9,7 @@ from torch import nn
 from avss.errors import ConfigError
 from avss.models.forward import run_body
 from avss.models.load import Loaded, quiet_transformers
+from avss.models.probe import brief_inputs
 from avss.models.shared_prefix import num_alone
 from avss.record import Plan
 
@@ -131,7 +132,7 @@ def _passed(model: Loaded) -> dict[int, bool]:
     ]
     try:
         with torch.no_grad():
-            run_body(model, torch.arange(min(4, model.vocabulary))[None])
+            run_body(model, brief_inputs(model))
     finally:
         for handle in handles:
             handle.remove()

@@ -172,6 +172,12 @@ class Loaded:
         """Whether the part of the model that runs the stack takes images for its main input."""
         return not self.reads_text and self.tower().model.main_input_name == "pixel_values"
 
+    @property
+    def is_vision(self) -> bool:
+        """Whether the model as a whole reads images and nothing else: no decoder that writes about them."""
+        is_both = getattr(self.model.config, "is_encoder_decoder", False)
+        return self.model.main_input_name == "pixel_values" and self.reads_images and not is_both
+
     def check_float64(self) -> None:
         """Refuses a device that does not compute in float64, in which statistics, damage and repairs add up.
 
@@ -210,7 +216,7 @@ class Loaded:
         if self.reads_images:
             raise ConfigError(
                 f"{what} reads text, and the stack `{self.stack.path}` of `{type(self.model).__name__}` reads images. "
-                "For such a stack there are `avss score`, `avss damage`, `avss compare`, `avss stability`, `avss "
+                "For such a tower there are `avss score`, `avss damage`, `avss compare`, `avss stability`, `avss "
                 "prune` and `avss verify`."
             )
 

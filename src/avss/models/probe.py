@@ -73,6 +73,11 @@ def probe_inputs(loaded: Loaded, *, num_sequences: int = 2, length: int = LENGTH
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+def brief_inputs(loaded: Loaded) -> Tensor | Inputs:
+    """The cheapest that runs the blocks: a few token ids `[1, T]`, or drawn images where the stack reads those."""
+    return probe_inputs(loaded) if loaded.reads_images else torch.arange(min(4, loaded.vocabulary))[None]
+
+
 def _main_input(model: PreTrainedModel, accepted: Any) -> str:
     """What the model reads, by its own word; towers often inherit that word and read something else."""
     if model.main_input_name in accepted:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from avss.models.forward import run_body
 from avss.models.load import Loaded
+from avss.models.probe import probe_inputs
 from avss.models.stack import hidden_from_output, hooked
 
 
@@ -61,7 +62,9 @@ class Projections:
 
 _LLAMA = Projections(attention="self_attn.o_proj", mlp="mlp.down_proj")
 _BERT = Projections(attention="attention.output.dense", mlp="output.dense", closing_norm="output.LayerNorm")
-_NORMED_WRITES = "its blocks normalise what they write to the residual stream, so no linear solve fits it exactly"
+_NORMED_WRITES = (
+    "its blocks normalise or rescale what they write to the residual stream, so no linear solve fits it exactly"
+)
 _NORMED = dataclasses.replace(_LLAMA, obstacle=_NORMED_WRITES)
 
 PROJECTIONS: Mapping[str, Projections] = {
@@ -147,11 +150,12 @@ def find_first_by_trial(loaded: Loaded) -> Projections | None:
 
 
 class _Trial:
-    """A middle block in use, on drawn tokens: which modules' outputs does it add to the residual stream?
+    """A middle block in use, on drawn tokens or images: which modules' outputs does it add to the residual stream?
 
     Attributes:
         block: The block.
-        given: What it was given, `[B, T, D]`; None where words alone do not reach the stack, or not one row a token.
+        given: What it was given, `[B, T, D]`; None where words or images alone do not reach the stack, or not one row
+            a token or place.
         plain: What it returned.
     """
 
@@ -159,7 +163,11 @@ class _Trial:
         self._loaded, self._outputs = loaded, outputs
         self.block = _middle(loaded)
         self._generator = torch.Generator().manual_seed(0)
-        self._token_ids = torch.randint(loaded.vocabulary, (2, 8), generator=self._generator)
+        self._drawn: Tensor | dict[str, Tensor] = (
+            probe_inputs(loaded)
+            if loaded.reads_images
+            else torch.randint(loaded.vocabulary, (2, 8), generator=self._generator)
+        )
         entering: list[Tensor] = []
         middle = len(loaded.stack.blocks) // 2
 
@@ -169,8 +177,8 @@ class _Trial:
 
         with hooked(loaded.stack, observe):
             self._run()
-        self.given = entering[-1] if entering and entering[-1].shape[:-1] == self._token_ids.shape else None
-        self.plain = outputs[-1] if outputs and outputs[-1].shape[:-1] == self._token_ids.shape else None
+        self.given = entering[-1] if entering and self._is_by_place(entering[-1]) else None
+        self.plain = outputs[-1] if outputs and self._is_by_place(outputs[-1]) else None
         dtypes = [one.dtype for one in (self.given, self.plain) if one is not None]
         self._rounding = max(torch.finfo(dtype).eps for dtype in (*dtypes, loaded.model.dtype))
 
@@ -179,6 +187,12 @@ class _Trial:
     def of(cls, loaded: Loaded) -> Iterator["_Trial"]:
         with block_output(_middle(loaded)) as outputs:
             yield cls(loaded, outputs)
+
+    def _is_by_place(self, state: Tensor) -> bool:
+        """Whether it is one row a token; of images, one row a place."""
+        if isinstance(self._drawn, Tensor):
+            return state.shape[:-1] == self._drawn.shape
+        return state.dim() == 3 and len(state) == len(self._drawn["pixel_values"])
 
     def candidates(self) -> list[tuple[str, nn.Module]]:
         """The linear maps as wide as the stream that every block has, in the order of their names."""
@@ -248,7 +262,7 @@ class _Trial:
 
     def _run(self, *handles: Any) -> None:
         try:
-            run_body(self._loaded, self._token_ids)
+            run_body(self._loaded, self._drawn)
         finally:
             for handle in handles:
                 handle.remove()

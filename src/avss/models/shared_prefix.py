@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from avss.errors import UnsupportedArchitectureError
 from avss.models.forward import run_body, run_outputs
 from avss.models.load import Loaded
+from avss.models.probe import brief_inputs
 from avss.models.stack import BlockStack, hidden_from_call, hidden_from_output, replace_hidden
 
 Removed = frozenset[int]
@@ -87,7 +88,7 @@ def num_alone(loaded: Loaded) -> int:
         return result
 
     with around_blocks(loaded.stack, note):
-        run_body(loaded, torch.arange(min(4, loaded.vocabulary))[None])
+        run_body(loaded, brief_inputs(loaded))
     return next((index for index in sorted(notes) if notes[index]), len(loaded.stack))
 
 

@@ -31,7 +31,7 @@ class Walk:
     calls: list[Call]
 
     @classmethod
-    def begin(cls, loaded: Loaded, first: int, token_ids: Tensor, keep: Tensor) -> Self:
+    def begin(cls, loaded: Loaded, first: int, inputs: Tensor | Mapping[str, Tensor], keep: Tensor) -> Self:
         """Stands before block `first` of a model's own stack."""
         calls: list[Call] = []
         states: list[Tensor] = []
@@ -44,7 +44,7 @@ class Walk:
 
         handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in loaded.stack.blocks]
         try:
-            run_body(loaded, token_ids, keep)
+            run_body(loaded, inputs, keep)
         finally:
             for handle in handles:
                 handle.remove()

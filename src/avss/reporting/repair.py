@@ -10,7 +10,7 @@ COMPENSATION_COLUMNS = ("cut", "method", "ridge", "error", "divergence", "kept")
 """Titles of `compensation_rows`."""
 
 _MEASURES = {
-    "kl": "KL divergence from the dense model (nats a token)",
+    "kl": "KL divergence from the dense model (nats)",
     "cosine": "cosine distance from the dense model",
     "squared": "squared difference from the dense model's output",
 }
@@ -26,9 +26,9 @@ def compensation_sentences(repair: Compensation) -> list[str]:
         kept = sum(cut.applied for cut in repair.cuts)
         said.append(
             f"Repaired without training (`{repair.method}`: {kept} of {len(repair.cuts)} cuts solved for"
-            f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} tokens: the "
-            f"{_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to {numbers.number(repair.after)} "
-            f"on {repair.judge_tokens:,} tokens that it had not seen"
+            f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} {repair.unit}: "
+            f"the {_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to "
+            f"{numbers.number(repair.after)} on {repair.judge_tokens:,} {repair.unit} that it had not seen"
             f"{rewritten(repair.augment, repair.forms)}."
         )
     if repair.answers is not None:

@@ -1,0 +1,119 @@
+"""The images to heal on: what is trained on and what is held out, drawn from a seed and opened when they are read."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+from torch import Tensor
+
+from avss.config import HealConfig, refuse_unread
+from avss.data.images import Images, open_image
+from avss.errors import DataError
+from avss.healing.text import HealingText
+from avss.models.images import count_places, image_processor
+from avss.models.load import Loaded
+from avss.record import DataFacts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STEP_IMAGES = 16
+"""Images in a step of the optimiser, where no number is asked for."""
+HELD_OUT_IMAGES = 128
+"""Images held out, at most a fifth of all, likewise."""
+
+_OF_TEXT = ("seq_len", "augment", "forms", "written")
+
+
+class ImageFiles(Sequence[Tensor]):
+    """Images as a model reads them, `[channel, height, width]` each; a file is opened each time it is asked for.
+
+    Args:
+        files: The images.
+        process: An image as the model reads it.
+    """
+
+    def __init__(self, files: Sequence[Path], process: "Callable[[Image], Tensor]") -> None:
+        self._files, self._process = tuple(files), process
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFiles": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | ImageFiles":
+        """One image, or some of them unopened."""
+        if isinstance(index, slice):
+            return ImageFiles(self._files[index], self._process)
+        return self._process(open_image(self._files[index]))
+
+    def content_hash(self) -> str:
+        """SHA-256 over the bytes of the files, 16 hex digits."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> HealingText:
+    """Sets a part of the images aside.
+
+    Args:
+        loaded: The model.
+        images: Where from.
+        config: `batch_size`, `held_out` and `seed` count.
+
+    Raises:
+        ConfigError: It asks for what only a text has.
+        DataError: Fewer than two images, or no image processor.
+    """
+    usual = HealConfig()
+    changed = {name: value for name in _OF_TEXT if (value := getattr(config, name)) != getattr(usual, name)}
+    refuse_unread(changed, "text, and this model reads images")
+    total = len(images.files)
+    if total < 2:
+        raise DataError(
+            f"`{images.source}` gives {total} image{'s' if total != 1 else ''}, and healing needs one to train on and "
+            "one held out at least. Give more images."
+        )
+    order = np.random.default_rng(config.seed).permutation(total)
+    num_held_out = min(config.held_out or HELD_OUT_IMAGES, max(1, total // 5))
+    process = image_processor(loaded)
+    held_out, train = (
+        ImageFiles([images.files[index] for index in sorted(chosen)], process)
+        for chosen in (order[:num_held_out], order[num_held_out:])
+    )
+    first = train[0]
+    num_places, (_, height, width) = count_places(loaded, first), first.shape
+
+    def facts(some: ImageFiles) -> DataFacts:
+        return DataFacts(
+            source=images.source,
+            layout="images",
+            image_size=(height, width),
+            num_sequences=len(some),
+            seq_len=num_places,
+            num_tokens=len(some) * num_places,
+            batch_size=config.batch_size or STEP_IMAGES,
+            seed=config.seed,
+            content_hash=some.content_hash(),
+        )
+
+    return HealingText(
+        train=train,
+        held_out=held_out,
+        train_labels=None,
+        held_out_labels=None,
+        mask_id=None,
+        special_ids=(),
+        pad_id=0,
+        seed=config.seed,
+        augmentation=None,
+        facts=facts(train),
+        held_out_facts=facts(held_out),
+    )
