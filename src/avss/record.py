@@ -1095,6 +1095,11 @@ class Healing(FrozenValue):
     answers: AnswerFit | None = None
 
     @property
+    def unit(self) -> Literal["places", "tokens"]:
+        """What `num_tokens` counts: tokens of text, or places that images take."""
+        return "places" if self.data.layout == "images" else "tokens"
+
+    @property
     def kept(self) -> bool:
         """Whether any weight changed: not where training only did harm."""
         return self.best_step > 0 or (self.answers is not None and self.answers.kept)

@@ -209,9 +209,10 @@ def _healing_facts(healing: Healing) -> list[tuple[str, str]]:
     return [
         ("objective", healing.objective),
         ("trained", f"{healing.weights}; {healing.num_trained:,} parameters"),
-        ("text", f"{data.source}, {data.num_sequences:,} sequences of up to {data.seq_len:,} tokens"),
-        ("held out", f"{held_out.num_sequences:,} sequences, {held_out.num_tokens:,} tokens"),
-        ("done", f"{healing.num_tokens:,} tokens in {healing.num_steps:,} steps, {numbers.duration(healing.seconds)}"),
+        ("trained on", f"{data.source}, {data.num_sequences:,} {data.unit} of up to {data.seq_len:,} {healing.unit}"),
+        ("held out", f"{held_out.num_sequences:,} {held_out.unit}, {held_out.num_tokens:,} {healing.unit}"),
+        ("done", f"{healing.num_tokens:,} {healing.unit} in {healing.num_steps:,} steps, "
+                 f"{numbers.duration(healing.seconds)}"),
         ("stopped by", healing.stopped),
         ("held-out objective", f"{numbers.number(healing.before.loss)} → {numbers.number(healing.after.loss)}, "
                                f"kept: step {healing.best_step:,}"),

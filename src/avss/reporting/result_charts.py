@@ -1,4 +1,4 @@
-"""Charts of what was measured: language modelling before and after, retention, size and speed."""
+"""Charts of what was measured: perplexities and losses before and after, retention, size and speed."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,9 @@ def language_chart(record: RunRecord) -> alt.Chart | None:
     if not panels:
         return None
     chart = alt.concat(*panels, columns=2)
-    return theme.finished(chart, "Language modelling before and after", "Lower is better. Bars: ± one standard error.")
+    models = any(row.metric in tables.PERPLEXITIES for row in rows)
+    title = "Language modelling before and after" if models else "Losses before and after"
+    return theme.finished(chart, title, "Lower is better. Bars: ± one standard error.")
 
 
 def retention_chart(record: RunRecord) -> alt.Chart | None:
@@ -105,7 +107,9 @@ def _language_panel(record: RunRecord, row: ComparisonRow) -> Any | None:
             x=alt.X("low:Q", scale=scale), x2="high:Q"
         ),
         base.mark_circle(size=46, opacity=1).encode(x=x),
-        base.mark_text(align="left", dx=9).encode(x=x, text="text:N", color=alt.value(theme.DENSE)),
+        base.mark_text(align="left", dx=9).encode(
+            x=alt.X("end:Q", scale=scale), text="text:N", color=alt.value(theme.DENSE)
+        ),
     ]  # fmt: skip
     title = f"{row.title}{' (log scale)' if _is_log(scale) else ''}"
     return alt.layer(*layers).properties(
@@ -129,6 +133,7 @@ def _estimate_row(name: str, place: int, one: Estimate) -> dict[str, Any]:
         "value": one.value if known else None,
         "low": max(one.value - spread, one.value / 100) if spread is not None else None,
         "high": one.value + spread if spread is not None else None,
+        "end": one.value + (spread or 0.0) if known else None,
         "text": one.text,
     }
 

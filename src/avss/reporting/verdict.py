@@ -180,15 +180,16 @@ def _healing_sentences(cut: Cut) -> list[str]:
         if (healing.settings.get("augment") or 0.0, forms) == (repair.augment, tuple(repair.forms)):
             prompts = f", {form_share_of(healing):.0%} of the sequences as prompts" if forms else ""
             other = f" (read in the same ways{prompts})"
-    spent = f"on {tokens} tokens of {healing.data.source}{other} in {time}"
+    spent = f"on {tokens} {healing.unit} of {healing.data.source}{other} in {time}"
+    held_out = "held-out images" if healing.unit == "places" else "held-out text"
     if healing.num_steps == 0:
         return ["There was no time for a single step of healing; the weights are as they were before it."]
     told = [answers_sentence(healing.answers)] if healing.answers is not None else []
     if healing.best_step == 0:
         weights = "its weights were thrown away" if healing.kept else "the weights are as they were before it"
-        return [f"Healing {spent} made held-out text no better; {weights}.", *told]
+        return [f"Healing {spent} made {held_out} no better; {weights}.", *told]
     before, after = healing.before, healing.after
-    found = f"{numbers.number(before.loss)} -> {numbers.number(after.loss)} on held-out text"
+    found = f"{numbers.number(before.loss)} -> {numbers.number(after.loss)} on {held_out}"
     return [f"It was healed by training {healing.weights}, {spent}: {healing.objective}, {found}.", *told]
 
 
