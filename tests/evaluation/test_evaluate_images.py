@@ -1,5 +1,6 @@
 """Tasks on images: against transformers and NumPy, an image at a time; and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +154,11 @@ def test_a_model_that_decodes_what_it_sees_is_refused(folders, labelled):
 def test_columns_are_refused_where_no_table_is_read(folders, labelled):
     with pytest.raises(ConfigError, match="--label-column"):
         choose_tasks([f"similarity={labelled}"], load_model(str(folders["vit"])), {"label_column": "label"})
+
+
+def test_a_file_that_is_no_image_is_told_before_anything_is_run(folders, labelled, tmp_path):
+    data = tmp_path / "animals"
+    shutil.copytree(labelled, data)
+    (data / "dog" / "zebra.png").write_text("no image")
+    with pytest.raises(DataError, match=r"zebra\.png` cannot be read as an image"):
+        run(both(folders["vit"], WORDS), "classification", data, limit=3)

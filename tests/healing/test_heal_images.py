@@ -148,3 +148,23 @@ def test_one_image_is_too_few(seeing, pictures):
     one = seeing("vit")
     with pytest.raises(DataError, match="gives 1 image"):
         heal(one.dense, one.smaller, one.plan, Images(pictures.files[:1], "one"), settings())
+
+
+def test_a_file_that_is_no_image_is_told_before_healing(seeing, tmp_path):
+    folder = draw_images(tmp_path / "pictures", 12)
+    (folder / "zebra.png").write_text("no image")
+    one = seeing("vit")
+    with pytest.raises(DataError, match=r"zebra\.png` cannot be read as an image"):
+        heal(one.dense, one.smaller, one.plan, find_images(folder), settings())
+
+
+def test_images_of_several_sizes_are_told_before_healing(seeing, pictures):
+    one = seeing("vit")
+    file = one.folder / "preprocessor_config.json"
+    whole = file.read_text()
+    try:
+        file.write_text(whole[:-1] + ', "do_resize": false}')
+        with pytest.raises(DataError, match="differ"):
+            heal(one.dense, one.smaller, one.plan, pictures, settings())
+    finally:
+        file.write_text(whole)

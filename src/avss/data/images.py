@@ -1,8 +1,9 @@
 """Reads images from where users keep them: one file, several, or a folder with any folders inside."""
 
+import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,10 +91,28 @@ def open_image(path: Path) -> "Image":
     """
     from PIL import Image, ImageOps  # only images need it
 
+    with _readable(path), Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_images(files: Iterable[Path]) -> None:
+    """Looks at the head of each file: what is no image shall not show after hours of other work.
+
+    Raises:
+        DataError: A file is none.
+    """
+    from PIL import Image  # only images need it
+
+    for path in files:
+        with _readable(path), Image.open(path) as image:
+            image.verify()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     # Pillow raises whatever its many readers raise; to the user they all mean: this is no readable image.
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(f"`{path}` cannot be read as an image: {reason}. Replace it, or take it away.") from error

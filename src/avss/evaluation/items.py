@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from avss.data.batches import Inputs
-from avss.data.images import find_images, open_image
+from avss.data.images import check_images, find_images, open_image
 from avss.data.sources import Row
 from avss.errors import DataError
 from avss.evaluation.base import data_source
@@ -105,13 +105,15 @@ def image_files(task: "TaskConfig") -> tuple[Path, ...]:
     """The image files of a task.
 
     Raises:
-        DataError: None were named, or there are none.
+        DataError: None were named, there are none, or a file is no image.
     """
     if task.data == "builtin":
         raise DataError(
             f"The model reads images, and none come with avss. Give a folder of images: `--task {task.kind}=DIR`."
         )
-    return find_images(data_source(task)).files
+    files = find_images(data_source(task)).files
+    check_images(files)
+    return files
 
 
 def image_rows(task: "TaskConfig") -> list[Row]:

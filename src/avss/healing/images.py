@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from avss.config import HealConfig, refuse_unread
-from avss.data.images import Images, open_image
+from avss.data.batches import check_one_size
+from avss.data.images import Images, check_images, open_image
 from avss.errors import DataError
 from avss.healing.text import HealingText
 from avss.models.images import count_places, image_processor
@@ -24,6 +25,8 @@ STEP_IMAGES = 16
 HELD_OUT_IMAGES = 128
 """Images held out, at most a fifth of all, likewise."""
 
+_LOOKED_AT = 32
+"""Training images whose size is looked at beforehand."""
 _OF_TEXT = ("seq_len", "augment", "forms", "written")
 
 
@@ -70,7 +73,8 @@ def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> Healin
 
     Raises:
         ConfigError: It asks for what only a text has.
-        DataError: Fewer than two images, or no image processor.
+        DataError: Fewer than two images, a file that is none, images that come in different sizes, or no image
+            processor.
     """
     usual = HealConfig()
     changed = {name: value for name in _OF_TEXT if (value := getattr(config, name)) != getattr(usual, name)}
@@ -81,6 +85,7 @@ def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> Healin
             f"`{images.source}` gives {total} image{'s' if total != 1 else ''}, and healing needs one to train on and "
             "one held out at least. Give more images."
         )
+    check_images(images.files)
     order = np.random.default_rng(config.seed).permutation(total)
     num_held_out = min(config.held_out or HELD_OUT_IMAGES, max(1, total // 5))
     process = image_processor(loaded)
@@ -88,7 +93,9 @@ def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> Healin
         ImageFiles([images.files[index] for index in sorted(chosen)], process)
         for chosen in (order[:num_held_out], order[num_held_out:])
     )
-    first = train[0]
+    # Those of another shape, if there are any, are most likely among the first.
+    first, *others = (train[index] for index in range(min(_LOOKED_AT, len(train))))
+    check_one_size([tuple(one.shape[1:]) for one in (first, *others)], images.source)
     num_places, (_, height, width) = count_places(loaded, first), first.shape
 
     def facts(some: ImageFiles) -> DataFacts:

@@ -103,7 +103,7 @@ def _language_panel(record: RunRecord, row: ComparisonRow) -> Any | None:
     if start is not None:
         layers.append(base.mark_rule(strokeWidth=1, strokeDash=[2, 2], opacity=0.7).encode(x=x, x2=alt.datum(start)))
     layers += [
-        base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2).encode(
+        base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, clip=True).encode(
             x=alt.X("low:Q", scale=scale), x2="high:Q"
         ),
         base.mark_circle(size=46, opacity=1).encode(x=x),
