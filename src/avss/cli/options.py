@@ -63,8 +63,8 @@ Data = Annotated[
 TrainingData = Annotated[
     str,
     typer.Option(
-        help="Text to train on: txt, csv, json, jsonl or parquet file, folder, hub data set, or builtin; a part of it "
-        "is held out.",
+        help="Text to train on: txt, csv, json, jsonl or parquet file, folder, hub data set, or builtin; for a model "
+        "that reads images a folder of them. A part of it is held out.",
     ),
 ]
 Augment = Annotated[
@@ -269,8 +269,9 @@ Task = Annotated[
     list[str] | None,
     typer.Option(
         "--task",
-        help="perplexity, choice, classification, similarity or speed; with its own data as kind=FILE. Repeatable. "
-        "Language models classify by the prompt of reviews; another stands in a config file, or in `avss evaluate`.",
+        help="perplexity, choice, classification, similarity or speed; with its own data as kind=FILE, "
+        "images as kind=DIR. Repeatable. Language models classify by the prompt of reviews; another stands in a config "
+        "file, or in `avss evaluate`.",
         show_default="what suits the model",
     ),
 ]

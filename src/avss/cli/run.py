@@ -58,7 +58,8 @@ def command(
     heal_data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on; without --heal for 30m, or under --quality best for what is left of --time.",
+            help="Text or images to train on; without --heal for 30m, or under --quality best for what is left of "
+            "--time.",
             show_default="the calibration text",
         ),
     ] = None,

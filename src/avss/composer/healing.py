@@ -54,7 +54,7 @@ def heal(
         model: The smaller model: a folder that `avss prune` or `avss run` wrote, or what `avss.prune` returned. Any
             other model needs `plan`. It is left as it was.
         teacher: The dense model; by default the one named in the folder's record.
-        data: The text to train on; a part of it is held out.
+        data: The text to train on, or the images (as for `avss.score`); a part of it is held out.
         budget: A time or a number of tokens: `30m`, `1h30m`, `500k`, `2M`, or `30m,2M`.
         labels: For classifiers: the column of `data` that holds the labels; `label_weight` says how much they count,
             one half unless it is given.

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from torch import Tensor
@@ -118,6 +119,67 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"`{path}` cannot be read as an image: {reason}. Replace it, or take it away.") from error
 
 
+class ImageFiles(Sequence[Tensor]):
+    """Images as a model reads them, `[channel, height, width]` each; a file is opened each time it is asked for.
+
+    Args:
+        files: The images.
+        process: An image as the model reads it.
+    """
+
+    def __init__(self, files: Sequence[Path], process: "Callable[[Image], Tensor]") -> None:
+        self._files, self._process = tuple(files), process
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFiles": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | ImageFiles":
+        """One image, or some of them unopened."""
+        if isinstance(index, slice):
+            return ImageFiles(self._files[index], self._process)
+        return self._process(open_image(self._files[index]))
+
+    def content_hash(self) -> str:
+        """SHA-256 over the bytes of the files, 16 hex digits."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+def image_facts(
+    source: str, pixels: Tensor, num_places: int, count: int, *, batch_size: int, seed: int, content_hash: str
+) -> DataFacts:
+    """Images for the record.
+
+    Args:
+        source: Their name.
+        pixels: One of them as the model reads it, `[channel, height, width]`; all have its size.
+        num_places: Places of the hidden state that each takes.
+        count: How many there are.
+        batch_size: Images in a forward pass, or in a step of healing.
+        seed: Of their draw.
+        content_hash: Of all of them.
+    """
+    _, height, width = pixels.shape
+    return DataFacts(
+        source=source,
+        layout="images",
+        image_size=(height, width),
+        num_sequences=count,
+        seq_len=num_places,
+        num_tokens=count * num_places,
+        batch_size=batch_size,
+        seed=seed,
+        content_hash=content_hash,
+    )
+
+
 def image_batches(
     images: Images,
     process: Callable[["Image"], Tensor],
@@ -147,14 +209,11 @@ def image_batches(
     chosen = np.random.default_rng(seed).permutation(len(images.files))[:samples]
     pixels = tuple(process(open_image(images.files[index])) for index in chosen)
     check_one_size([tuple(one.shape[1:]) for one in pixels], images.source)
-    num_places, (_, height, width) = count_places(pixels[0]), pixels[0].shape
-    facts = DataFacts(
-        source=images.source,
-        layout="images",
-        image_size=(height, width),
-        num_sequences=len(pixels),
-        seq_len=num_places,
-        num_tokens=len(pixels) * num_places,
+    facts = image_facts(
+        images.source,
+        pixels[0],
+        count_places(pixels[0]),
+        len(pixels),
         batch_size=batch_size,
         seed=seed,
         content_hash=content_hash(pixels),

@@ -5,26 +5,22 @@ Shape letters: B batch, T token.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from avss.config import TaskConfig
 from avss.data.batches import Inputs
-from avss.data.images import check_images, find_images, open_image
+from avss.data.images import ImageFiles, check_images, find_images
 from avss.data.sources import Row
 from avss.errors import DataError
 from avss.evaluation.base import data_source
 from avss.evaluation.probes import in_batches
 from avss.models.images import image_processor
 from avss.models.load import Loaded
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from avss.config import TaskConfig
 
 Batch = tuple[list[int], Inputs, Tensor | None]
 """Which items they are, what the model reads, and keep `[B, T]`; None where every place counts."""
@@ -70,22 +66,20 @@ class ImageItems(AbstractItems):
     """Images, opened when they are wanted.
 
     Attributes:
-        files: Of the images.
-        process: An image as the model reads it.
+        images: As the model reads them.
     """
 
-    files: Sequence[Path]
-    process: "Callable[[Image], Tensor]"
+    images: ImageFiles
 
     def __len__(self) -> int:
         """How many there are."""
-        return len(self.files)
+        return len(self.images)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """In order; images that come in another size than those beside them, in a batch of their own."""
-        for start in range(0, len(self.files), batch_size):
-            chosen = list(range(start, min(start + batch_size, len(self.files))))
-            pixels = [self.process(open_image(self.files[index])) for index in chosen]
+        for start in range(0, len(self.images), batch_size):
+            chosen = list(range(start, min(start + batch_size, len(self.images))))
+            pixels = [self.images[index] for index in chosen]
             for size in dict.fromkeys(one.shape for one in pixels):
                 alike = [place for place, one in enumerate(pixels) if one.shape == size]
                 stacked = torch.stack([pixels[place] for place in alike])
@@ -98,10 +92,10 @@ def image_items(models: Sequence[Loaded], files: Sequence[Path]) -> ImageItems:
     Raises:
         DataError: There is none beside it.
     """
-    return ImageItems(files, image_processor(models[0]))
+    return ImageItems(ImageFiles(files, image_processor(models[0])))
 
 
-def image_files(task: "TaskConfig") -> tuple[Path, ...]:
+def image_files(task: TaskConfig) -> tuple[Path, ...]:
     """The image files of a task.
 
     Raises:
@@ -116,7 +110,7 @@ def image_files(task: "TaskConfig") -> tuple[Path, ...]:
     return files
 
 
-def image_rows(task: "TaskConfig") -> list[Row]:
+def image_rows(task: TaskConfig) -> list[Row]:
     """The image files of a task with the label of each: the folder inside the data that it lies in.
 
     Raises:

@@ -1,24 +1,15 @@
 """The images to heal on: what is trained on and what is held out, drawn from a seed and opened when they are read."""
 
-import hashlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, overload
-
 import numpy as np
-from torch import Tensor
 
 from avss.config import HealConfig, refuse_unread
 from avss.data.batches import check_one_size
-from avss.data.images import Images, check_images, open_image
+from avss.data.images import ImageFiles, Images, check_images, image_facts
 from avss.errors import DataError
 from avss.healing.text import HealingText
 from avss.models.images import count_places, image_processor
 from avss.models.load import Loaded
 from avss.record import DataFacts
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 STEP_IMAGES = 16
 """Images in a step of the optimiser, where no number is asked for."""
@@ -28,39 +19,6 @@ HELD_OUT_IMAGES = 128
 _LOOKED_AT = 32
 """Training images whose size is looked at beforehand."""
 _OF_TEXT = ("seq_len", "augment", "forms", "written")
-
-
-class ImageFiles(Sequence[Tensor]):
-    """Images as a model reads them, `[channel, height, width]` each; a file is opened each time it is asked for.
-
-    Args:
-        files: The images.
-        process: An image as the model reads it.
-    """
-
-    def __init__(self, files: Sequence[Path], process: "Callable[[Image], Tensor]") -> None:
-        self._files, self._process = tuple(files), process
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._files)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ImageFiles": ...
-    def __getitem__(self, index: int | slice) -> "Tensor | ImageFiles":
-        """One image, or some of them unopened."""
-        if isinstance(index, slice):
-            return ImageFiles(self._files[index], self._process)
-        return self._process(open_image(self._files[index]))
-
-    def content_hash(self) -> str:
-        """SHA-256 over the bytes of the files, 16 hex digits."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        return digest.hexdigest()[:16]
 
 
 def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> HealingText:
@@ -96,16 +54,14 @@ def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> Healin
     # Those of another shape, if there are any, are most likely among the first.
     first, *others = (train[index] for index in range(min(_LOOKED_AT, len(train))))
     check_one_size([tuple(one.shape[1:]) for one in (first, *others)], images.source)
-    num_places, (_, height, width) = count_places(loaded, first), first.shape
+    num_places = count_places(loaded, first)
 
     def facts(some: ImageFiles) -> DataFacts:
-        return DataFacts(
-            source=images.source,
-            layout="images",
-            image_size=(height, width),
-            num_sequences=len(some),
-            seq_len=num_places,
-            num_tokens=len(some) * num_places,
+        return image_facts(
+            images.source,
+            first,
+            num_places,
+            len(some),
             batch_size=config.batch_size or STEP_IMAGES,
             seed=config.seed,
             content_hash=some.content_hash(),
