@@ -72,6 +72,7 @@ def collect(
     if forward or not backward:
         seen += _forward(loaded, batches, forward, on_batch)
     if backward:
+        loaded.check_in_memory("A score by gradients")
         seen += _backward(loaded, batches, backward, on_batch)
     weights = tuple(one for one in wanted if one.probe == "weights")
     if weights:
@@ -176,7 +177,10 @@ def _backward(
 
 
 def _weights(loaded: Loaded, statistics: tuple[AbstractStatistic, ...]) -> Seen:
-    numbers = [WeightNumbers.of(weight_matrices(block).values()) for block in loaded.stack.blocks]
+    numbers = []
+    for block in loaded.stack.blocks:
+        with loaded.files.at_hand(block) if loaded.files is not None else contextlib.nullcontext():
+            numbers.append(WeightNumbers.of(weight_matrices(block).values()))
     return {(one, index): one.observe(numbers[index]) for one in statistics for index in range(len(numbers))}
 
 

@@ -197,7 +197,7 @@ class ModelConfig(Settings):
     dtype: str = "auto"
     """Dtype to compute in: `auto`, float32, bfloat16, float16."""
     device: str = "auto"
-    """`auto`, cpu, cuda, cuda:N, mps, or `map` to spread over all GPUs."""
+    """`auto`, cpu, cuda, cuda:N, mps, `map` to spread over all GPUs, or `disk` to read each block when it runs."""
     revision: str | None = None
     """Hub branch, tag or commit."""
     trust_remote_code: bool = False

@@ -110,6 +110,23 @@ def fresh_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Where avss keeps what can be made again: `$AVSS_CACHE`, `$XDG_CACHE_HOME/avss` or `~/.cache/avss`."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("AVSS_CACHE") or Path(home) / "avss")
+
+
+def scratch_folder(name: str) -> Path:
+    """A new folder in the cache for large files that only this process needs. Those of killed processes are swept.
+
+    Not the system's temporary folder, which is memory on many machines.
+    """
+    path = cache_folder() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{_process()}-", dir=path.parent))
+
+
 def _open_up(folder: Path) -> None:
     """Gives files and folders the modes that the user's umask asks for: some writers make private ones."""
     umask = os.umask(0)

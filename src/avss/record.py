@@ -874,19 +874,20 @@ class Verification(FrozenValue):
     Attributes:
         reload_strict: A fresh load found no missing, unexpected or mismatched key.
         max_diff_memory: Largest difference of its outputs from those of the model in memory; nan where outputs were
-            not compared.
-        max_diff_bypass: Largest difference from the original model with the removed blocks bypassed; nan likewise.
+            not compared, None where memory does not hold the model.
+        max_diff_bypass: Largest difference from the original model with the removed blocks bypassed; nan where outputs
+            were not compared.
         of_raw_cut: Whether `max_diff_bypass` is that of the cut before its weights were changed, in memory.
         tolerance: What was allowed for both.
         cached_generation: Greedy tokens with cache equal those without; None for models that do not generate.
         num_generated: Tokens compared for that.
         bytes_equal: Every kept weight has the name, shape and bytes it should have; None where weights were saved from
             memory rather than copied.
-        outputs_compared: Whether the model was run. False where it does not fit in memory.
+        outputs_compared: Whether the model was run. False where not even a block at a time fits in memory.
     """
 
     reload_strict: bool
-    max_diff_memory: JsonFloat = math.nan
+    max_diff_memory: JsonFloat | None = math.nan
     max_diff_bypass: JsonFloat = math.nan
     of_raw_cut: bool = False
     tolerance: float = 0.0
@@ -898,7 +899,8 @@ class Verification(FrozenValue):
     @property
     def passed(self) -> bool:
         """Whether every check held."""
-        within = self.max_diff_memory <= self.tolerance and self.max_diff_bypass <= self.tolerance
+        differences = (self.max_diff_memory, self.max_diff_bypass)
+        within = all(one <= self.tolerance for one in differences if one is not None)
         same = within or not self.outputs_compared
         return self.reload_strict and same and self.cached_generation is not False and self.bytes_equal is not False
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import avss
-from avss import scoring
+from avss import output, scoring
 from avss.composer.disk import EarlierScores, fits_memory, memory_needed, score_blind
+from avss.composer.proof import prove_at_rest
 from avss.composer.provenance import versions
 from avss.config import PlanConfig, parse_bytes
 from avss.criteria import find_criteria
-from avss.errors import ConfigError, InvalidPlanError
+from avss.errors import ConfigError, InvalidPlanError, VerificationError
+from avss.models.load import adopt, save_model
 from avss.models.shards import read_checkpoint
 from avss.record import Compensation, RunRecord
 from tests.commands.test_bad_input import refused
 from tests.commands.test_hub import cached, offline
+from tests.laws.test_every_architecture import NAMED
 from tests.support.architectures import ARCHITECTURES, randomise
 from tests.support.gguf_files import write_gguf
 
@@ -120,6 +124,101 @@ def test_scores_of_an_earlier_run_choose(avss_command, llama_folder, text_file, 
     )
 
 
+@pytest.mark.parametrize("flags", [("--on-disk",), ("--max-memory", "1MB")])
+@pytest.mark.parametrize("criterion", ["block-influence", "magnitude"])
+def test_blocks_are_chosen_a_block_at_a_time(avss_command, llama_folder, text_file, tmp_path, criterion, flags):
+    """The same scores and the same cut as in memory, from the first to the last digit."""
+    common = ("--count", 2, "--criterion", criterion, "--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
+    for name, place in (("disk", flags), ("memory", ())):
+        answer = avss_command("prune", llama_folder, *common, *place, "--out", tmp_path / name)
+        assert answer.code == 0, answer.err
+    one, two = (RunRecord.read(tmp_path / name) for name in ("disk", "memory"))
+    assert (one.scores, one.data, one.stability, one.cuts[0].plan) == (
+        two.scores,
+        two.data,
+        two.stability,
+        two.cuts[0].plan,
+    )
+    assert (one.model.device, two.model.device) == ("disk", "cpu")
+    assert any("it is cut on disk" in said for said in one.warnings) == (flags != ("--on-disk",))
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("disk", "memory")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert-classifier", "mixtral", "t5", "vit"])
+def test_what_memory_does_not_hold_is_run_a_block_at_a_time(tmp_path, name):
+    """Room for everything but the blocks, and for one of them."""
+    folder, plan = tmp_path / "whole", {"blocks": "1", "on_disk": True}
+    model = ARCHITECTURES[name]() if name in ARCHITECTURES else NAMED[name][0]()
+    save_model(adopt(model), folder)
+    allowed = memory_needed(read_checkpoint(folder).num_values) - 1
+    proof = avss.prune(folder, **plan, max_memory=allowed, out=tmp_path / "rest").record.cuts[0].verification
+    assert proof is not None
+    assert (proof.passed, proof.outputs_compared, proof.bytes_equal) == (True, True, True)
+    assert proof.max_diff_memory is None
+    assert proof.max_diff_bypass <= proof.tolerance
+    assert proof.num_generated == (2 if name in ("llama", "gpt2", "mixtral") else 0)
+    assert "bypassed" in (tmp_path / "rest" / "README.md").read_text()
+    scratch = output.cache_folder()
+    assert not scratch.exists() or not list(scratch.glob(".blocks*"))
+
+
+def test_a_wrong_copy_is_withdrawn_a_block_at_a_time(llama_folder, tmp_path):
+    avss.prune(llama_folder, blocks="1", on_disk=True, out=tmp_path / "one", max_memory=10**6)
+    plan = avss.RunRecord.read(tmp_path / "one").cuts[0].plan
+    assert prove_at_rest(llama_folder, tmp_path / "one", plan).passed
+    avss.prune(llama_folder, blocks="2", on_disk=True, out=tmp_path / "two", max_memory=10**6)
+    with pytest.raises(VerificationError, match="withdrawn"):
+        prove_at_rest(llama_folder, tmp_path / "two", plan)
+
+
+@pytest.mark.parametrize("verb", ["score", "damage", "compare", "stability", "evaluate"])
+def test_a_model_that_does_not_fit_stays_on_disk(avss_command, llama_folder, text_file, tmp_path, monkeypatch, verb):
+    small = ("--data", text_file, "--samples", 4, "--seq-len", 16)
+    if verb == "evaluate":
+        small = ("--task", f"perplexity={text_file}", "--seq-len", 16, "--limit", 4)
+    answers = {}
+    for name, flags in (("memory", ()), ("disk", ("--device", "disk"))):
+        answers[name] = avss_command(verb, llama_folder, *small, *flags)
+        assert answers[name].code == 0, answers[name].err
+
+    def without_text(said: str) -> str:
+        """Without the warnings: one speaks of gradients, which cannot be had on disk."""
+        return "\n".join(line for line in said.splitlines() if "gradient" not in line and "taylor" not in line)
+
+    assert without_text(answers["disk"].out) == without_text(answers["memory"].out)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+    unfit = avss_command(verb, llama_folder, *small)
+    assert unfit.code == 0, unfit.err
+    assert ("its blocks stay on disk" in unfit.out + unfit.err) == (verb != "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("prune", ("--blocks", 1, "--out", "OUT")),
+        ("run", ("--blocks", 1, "--out", "OUT")),
+        ("heal", ("--out", "OUT", "--budget", "1k")),
+        ("evaluate", ("--task", "speed")),
+        ("score", ("--criteria", "taylor")),
+        ("score", ("--reference", "--seq-len", 16)),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_on_disk(
+    avss_command, llama_folder, text_file, tmp_path, verb, arguments
+):
+    given = [tmp_path / "out" if one == "OUT" else one for one in arguments]
+    data = () if verb == "evaluate" else ("--data", text_file)
+    answer = avss_command(verb, llama_folder, *given, *data, "--device", "disk", "--quiet")
+    refused(answer, "needs the whole model in memory", "--device cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_is_not_left_on_disk(avss_command, gguf_file):
+    refused(avss_command("score", gguf_file, "--device", "disk"), "decoded in memory", "--device disk")
+
+
 def test_scores_of_another_model_are_refused(avss_command, llama_folder, encoder_folder, text_file, tmp_path):
     small = ("--data", text_file, "--samples", 4, "--seq-len", 16, "--quiet")
     assert avss_command("score", encoder_folder, "--out", tmp_path / "scores", *small).code == 0
@@ -188,14 +287,13 @@ def test_scores_are_compared_by_what_both_sides_know(llama_folder):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("--count", 1), ("block-influence", "needs the model in memory", "first, last, random", "--scores")),
+        (("--count", 1, "--criterion", "taylor"), ("taylor", "needs gradients", "--blocks", "--scores")),
         (("--blocks", "99"), ("`99`", "0 to 4")),
         (("--blocks", "0-4"), ("removes all",)),
         (("--blocks", "1", "--max-memory", "much"), ("much", "300MB")),
         (("--blocks", "1", "--max-memory", "-3GB"), ("-3GB",)),
         (("--blocks", "1", "--format", "gguf"), ("--on-disk",)),
         (("--blocks", "1", "--dtype", "bfloat16"), ("keeps every weight", "--dtype")),
-        (("--count", 1, "--criterion", "magnitude"), ("magnitude", "in memory")),
         (("--count", 9, "--criterion", "last"), ("cannot be removed",)),
     ],
 )

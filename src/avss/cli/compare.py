@@ -60,6 +60,7 @@ def command(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 stack=stack,
+                or_disk=True,
             )
         record = composer.compare(
             loaded,

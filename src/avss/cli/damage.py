@@ -41,7 +41,10 @@ def command(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 stack=stack,
+                or_disk=True,
             )
+        if loaded.note and not quiet:
+            typer.echo(loaded.note, err=True)
         table = composer.damage(
             loaded, data, stages=stages, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed
         )

@@ -35,7 +35,9 @@ Dtype = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="auto, cpu, cuda, cuda:N, map (all GPUs), or mps (no scores, damage or repair).", rich_help_panel=_LOADING
+        help="auto, cpu, cuda, cuda:N, map (all GPUs), disk (a block at a time: scores, damage, evaluation), or "
+        "mps (no scores, damage or repair).",
+        rich_help_panel=_LOADING,
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_LOADING)]
@@ -153,7 +155,7 @@ OnDisk = Annotated[
     bool | None,
     typer.Option(
         "--on-disk/--in-memory",
-        help="Copy the kept weights from file to file, without the model in memory.",
+        help="Copy the kept weights from file to file; score and verify a block at a time.",
         show_default="on disk where the model does not fit in memory",
         rich_help_panel=_FILES,
     ),

@@ -98,7 +98,7 @@ def command(
     find_sites(sites)
     with opt.shown_stages(quiet=quiet) as stages:
         with stages("Loading the model"):
-            loaded = composer.load(model, **loading)
+            loaded = composer.load(model, or_disk=True, **loading)
         table = composer.score(
             loaded,
             data,

@@ -171,10 +171,11 @@ def show_verification(proof: Verification) -> None:
             "original. It was not run."
         )
         return
+    memory = "" if proof.max_diff_memory is None else f"{proof.max_diff_memory:.2g} from memory and "
     generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}
     _console().print(
         "[green]Verified[/green]: strict reload, outputs differ by "
-        f"{proof.max_diff_memory:.2g} from memory and {'the raw cut by ' if proof.of_raw_cut else ''}"
+        f"{memory}{'the raw cut by ' if proof.of_raw_cut else ''}"
         f"{proof.max_diff_bypass:.2g} from the bypassed original"
         f"{generation[proof.cached_generation]}."
     )

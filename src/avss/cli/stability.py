@@ -59,7 +59,10 @@ def command(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 stack=stack,
+                or_disk=True,
             )
+        if loaded.note and not quiet:
+            typer.echo(loaded.note, err=True)
         study = composer.stability(
             loaded,
             data or ["builtin"],

@@ -78,7 +78,7 @@ def compare(
     wanted = find_criteria(criteria if isinstance(criteria, str) else list(criteria))
     size = {"count": count} if count is not None else {"fraction": 0.25 if fraction is None else fraction}
     config = build(PlanConfig, {**size, "protect": protect})
-    loaded = load(model, tokenizer, stack=stack)
+    loaded = load(model, tokenizer, stack=stack, or_disk=True)
     scoring, judging = _parts(loaded, data, damage_data, damage_samples, settings)
     share = config.fraction or (config.count or 1) / len(loaded.stack)
     table, _ = score_loaded(loaded, scoring, wanted, True, share, stages, protect=protect)

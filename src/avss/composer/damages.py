@@ -56,7 +56,7 @@ def damage(
     Raises:
         UserError: Anything the caller can fix, in one sentence.
     """
-    loaded = load(model, tokenizer, stack=stack)
+    loaded = load(model, tokenizer, stack=stack, or_disk=True)
     if not isinstance(data, DataConfig):
         settings |= {"samples": samples, "batch_size": batch_size}
     return damage_loaded(loaded, calibration(loaded, data, **settings), stages)

@@ -33,6 +33,7 @@ from avss.errors import (
 from avss.models.apart import empty_model
 from avss.models.shards import (
     Checkpoint,
+    bits_of,
     check_copy,
     copy_companions,
     fill,
@@ -45,7 +46,7 @@ from avss.models.shards import (
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, explicit_plan, make_plan, protecting
 from avss.progress import Stages, Timed, silent
-from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, Verification
+from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, ScoreTable, Verification
 from avss.reporting.card import render_card
 
 OVERHEAD_BYTES = 600_000_000
@@ -62,6 +63,18 @@ def memory_needed(num_values: int, *, dtype: str = "auto") -> int:
     return OVERHEAD_BYTES + 2 * width * num_values
 
 
+def memory_to_load(num_values: int, num_bytes: int, *, width: int) -> int:
+    """Bytes that a model takes to be loaded and run.
+
+    Args:
+        num_values: Its parameters.
+        num_bytes: Bytes of them as they are stored.
+        width: Bytes of a value that is computed with; where these are others, both are held for a moment.
+    """
+    computed = width * num_values
+    return OVERHEAD_BYTES + computed + (num_bytes if num_bytes != computed else 0)
+
+
 def fits_memory(
     source: str, *, max_memory: int | None = None, dtype: str = "auto", revision: str | None = None
 ) -> str | None:
@@ -69,29 +82,34 @@ def fits_memory(
 
     What is no folder of safetensors, here or on the hub, is not judged: it is cut in memory, or refused there.
     """
-    num_values = _num_values(source, revision)
-    if num_values is None:
+    stored = stored_size(source, revision)
+    if stored is None:
         return None
-    needed = memory_needed(num_values, dtype=dtype)
+    needed = memory_needed(stored[0], dtype=dtype)
     allowed = max_memory or psutil.virtual_memory().available
     if needed <= allowed:
         return None
     what = "`--max-memory` allows" if max_memory else "are free"
-    return f"The model takes about {_size(needed)} in memory and {_size(allowed)} {what}: it is cut on disk."
+    return f"The model takes about {size_text(needed)} in memory and {size_text(allowed)} {what}: it is cut on disk."
 
 
-def _num_values(source: str, revision: str | None) -> int | None:
-    """The values in a model's weights, by their headers alone; None where these cannot be read."""
+def stored_size(source: str, revision: str | None = None) -> tuple[int, int] | None:
+    """The values in a model's weights and their bytes, by their headers alone; None where these cannot be read."""
     folder = Path(source).expanduser()
     try:
         if not is_hub_id(source):
-            return read_checkpoint(folder).num_values if (folder / "config.json").is_file() else None
+            return _size_of(read_checkpoint(folder)) if (folder / "config.json").is_file() else None
         with contextlib.suppress(ModelLoadError, LocalEntryNotFoundError):  # a whole snapshot needs no network
             cached = snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True)
-            return read_checkpoint(Path(cached)).num_values
-        return sum(get_safetensors_metadata(source, revision=revision).parameter_count.values())
+            return _size_of(read_checkpoint(Path(cached)))
+        counts = get_safetensors_metadata(source, revision=revision).parameter_count
+        return sum(counts.values()), sum(num * bits_of(dtype) // 8 for dtype, num in counts.items())
     except Exception:  # no network has many names; whoever loads the model says what is wrong
         return None
+
+
+def _size_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.num_values, checkpoint.num_bytes
 
 
 def is_hub_id(source: str) -> bool:
@@ -105,7 +123,8 @@ def is_hub_id(source: str) -> bool:
     return True
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """A number of bytes in words, e.g. `1.2 GB`."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
 
 
@@ -239,9 +258,13 @@ def score_blind(criterion: AbstractCriterion, num_blocks: int, seed: int) -> Blo
 
 
 def choose_unseen(
-    config: PlanConfig, model: ModelFacts, scores: str | Path | None, seed: int, pinned: Sequence[int] = ()
+    config: PlanConfig,
+    model: ModelFacts,
+    scores: str | Path | ScoreTable | None,
+    seed: int,
+    pinned: Sequence[int] = (),
 ) -> tuple[Plan, BlockScores | None]:
-    """The plan for a model through which no text passes: a list, a baseline, or the scores of an earlier run.
+    """The plan for a model that is not in memory: a list, a baseline, or scores, of an earlier run or made for this.
 
     Blocks that the architecture cannot lose are `pinned`: nothing but a list names them.
 
@@ -252,7 +275,9 @@ def choose_unseen(
     if config.blocks is not None:
         return explicit_plan(config, num_blocks), None
     (criterion,) = find_criteria([config.criterion])
-    if scores is not None:
+    if isinstance(scores, ScoreTable):
+        found = EarlierScores(scores[config.criterion], scores.model, versions()).of(model)
+    elif scores is not None:
         found = scores_of(scores, config.criterion).of(model)
     else:
         found = score_blind(criterion, num_blocks, seed)
@@ -260,17 +285,22 @@ def choose_unseen(
     return make_plan(found, guarded, protects_ends=criterion.protects_ends), found
 
 
-def check_unseen(config: PlanConfig, scores: str | Path | None) -> None:
+def wants_scores(config: PlanConfig, scores: object) -> bool:
+    """Whether a plan waits for scores: its blocks are not named, and its criterion looks at the model."""
+    (criterion,) = find_criteria([config.criterion])
+    return config.blocks is None and scores is None and bool(criterion.needs)
+
+
+def check_unseen(config: PlanConfig, scores: str | Path | ScoreTable | None) -> None:
     """Refuses early what `choose_unseen` has no way to choose by.
 
     Raises:
-        ConfigError: The criterion needs text.
+        ConfigError: The criterion needs scores, and there are none.
         DataError: There are no scores where they should be.
     """
-    (criterion,) = find_criteria([config.criterion])
-    if config.blocks is None and scores is not None:
+    if config.blocks is None and isinstance(scores, str | Path):
         scores_of(scores, config.criterion)
-    elif config.blocks is None and criterion.needs:
+    elif wants_scores(config, scores):
         blind = ", ".join(name for name, one in CRITERIA.items() if not one.needs)
         raise ConfigError(
             f"`{config.criterion}` needs the model in memory, to pass text through it or to read its weights, and a "
@@ -285,7 +315,7 @@ def prune_on_disk(
     *,
     out: Path,
     force: bool = False,
-    scores: str | Path | None = None,
+    scores: str | Path | ScoreTable | None = None,
     max_memory: int | None = None,
     head: str = "auto",
     revision: str | None = None,
@@ -306,7 +336,7 @@ def prune_on_disk(
         config: Which blocks go.
         out: Folder to write; it appears whole, or not at all.
         force: Whether a folder that avss wrote may be replaced.
-        scores: Record of an earlier run, for criteria that need text.
+        scores: Record of an earlier run, or scores made for this one, for criteria that look at the model.
         max_memory: Bytes that verification may use; by default what is free.
         head: What the model is used as; `auto` takes the class named in its config.
         revision: Hub branch, tag or commit.
@@ -323,7 +353,8 @@ def prune_on_disk(
     """
     check_one_target(config)
     check_unseen(config, scores)
-    check_free(out, force=force, sources=(source, scores))
+    table = scores if isinstance(scores, ScoreTable) else None
+    check_free(out, force=force, sources=(source,) if table is not None else (source, scores))
     timed = Timed(stages)
     folder = find_folder(source, revision)
     checkpoint = read_checkpoint(folder)
@@ -359,11 +390,16 @@ def prune_on_disk(
                     f"The copy failed verification and has been withdrawn: {'; '.join(wrong[:4])}. Nothing was "
                     "published. Is the disk full, or is something writing to the model?"
                 )
-            fits = memory_needed(checkpoint.num_values) <= (max_memory or psutil.virtual_memory().available)
-            proof = (
-                _prove(readable, target, plan, head=head, trust_remote_code=trust_remote_code, device=device)
-                if fits
-                else Verification(reload_strict=True, bytes_equal=True, outputs_compared=False)
+            proof = _prove(
+                readable,
+                target,
+                plan,
+                room=max_memory or psutil.virtual_memory().available,
+                whole=memory_needed(checkpoint.num_values),
+                at_rest=_memory_at_rest(checkpoint, path, outline["num_blocks"]),
+                head=head,
+                trust_remote_code=trust_remote_code,
+                device=device,
             )
         record = RunRecord(
             created=now(),
@@ -371,7 +407,9 @@ def prune_on_disk(
             versions=versions(),
             model=dense,
             scores=() if found is None else (found,),
-            warnings=tuple(filter(None, (note, _surplus_note(surplus)))),
+            data=None if table is None else table.data,
+            stability=() if table is None else table.stability,
+            warnings=tuple(filter(None, (note, *(() if table is None else table.warnings), _surplus_note(surplus)))),
             cuts=(
                 Cut(
                     plan=plan,
@@ -421,10 +459,28 @@ def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], renam
         )
 
 
-def _prove(source: Path, folder: Path, plan: Plan, *, device: str, **loading: Any) -> Verification:
-    # From here on the model is in memory, and so may torch be.
+def _memory_at_rest(checkpoint: Checkpoint, path: str, num_blocks: int) -> int:
+    """Bytes that it takes to run a model a block at a time: everything but the blocks, and the largest block."""
+    sizes = [0] * num_blocks
+    for name, tensor in checkpoint.tensors.items():
+        index, _, _ = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and index.isdigit() and int(index) < num_blocks:
+            sizes[int(index)] += math.prod(tensor.shape)
+    return OVERHEAD_BYTES + 4 * (checkpoint.num_values - sum(sizes) + max(sizes))
+
+
+def _prove(
+    source: Path, folder: Path, plan: Plan, *, room: int, whole: int, at_rest: int, device: str, **loading: Any
+) -> Verification:
+    """Runs original and result, as whole models or a block at a time; neither, where there is no room for that."""
+    if at_rest > room:
+        return Verification(reload_strict=True, bytes_equal=True, outputs_compared=False)
+    # From here on weights are in memory, and so may torch be.
     proof = importlib.import_module("avss.composer.proof")
-    found = proof.prove_saved(source, folder, plan, device="cpu" if device == "auto" else device, **loading)
+    if whole <= room:
+        found = proof.prove_saved(source, folder, plan, device="cpu" if device == "auto" else device, **loading)
+    else:
+        found = proof.prove_at_rest(source, folder, plan, **loading)
     return found.model_copy(update={"bytes_equal": True})
 
 

@@ -115,6 +115,8 @@ def choose_tasks(tasks: Sequence[TaskConfig | str], loaded: Loaded, settings: di
         "causal": ("perplexity", "choice", "classification", "speed"),
         "masked": ("perplexity", "similarity", "speed"),
     }.get(loaded.head, ("similarity", "speed"))
+    if loaded.files is not None:
+        kinds = tuple(kind for kind in kinds if kind != "speed")
     if loaded.is_vision:
         kinds = ("speed",)  # no images come with avss
     found = (

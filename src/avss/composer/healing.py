@@ -88,6 +88,7 @@ def heal(
     options = _device_of(team, loading or {})
     with timed("Loading the models"):
         smaller, record = _smaller(model, tokenizer, options)
+        smaller.check_in_memory("Healing")
         if not smaller.is_vision:
             smaller.check_reads_text("Healing")
         plan = plan or _plan(record, smaller)

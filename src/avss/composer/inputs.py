@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+import psutil
 import torch
 from torch import Tensor
 
+from avss.composer.disk import memory_to_load, size_text, stored_size
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.augment import augmentation
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
@@ -20,6 +22,7 @@ from avss.models.load import Loaded, adopt, load_model
 from avss.models.probe import probe_inputs
 from avss.models.stack import AUTO
 from avss.models.verify import Batch
+from avss.output import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +39,12 @@ def checkpoint_folder(source: str | Path) -> Path:
 
 
 def load(
-    model: AnyModel, tokenizer: "PreTrainedTokenizerBase | None" = None, *, head: str = "auto", **settings: Any
+    model: AnyModel,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    head: str = "auto",
+    or_disk: bool = False,
+    **settings: Any,
 ) -> Loaded:
     """Loads a model by name, or wraps one that is loaded already.
 
@@ -45,6 +53,8 @@ def load(
             function returned, of which `stack` alone can still be chosen.
         tokenizer: For a model object: its tokenizer.
         head: `auto`, or what to use it as: causal, masked, classifier, image-classifier, encoder, seq2seq.
+        or_disk: Whether a model that does not fit is left on disk, to be read a block at a time, where `device` is
+            `auto`; for what can be done so (`avss.models.load.Loaded.check_in_memory`).
         **settings: `dtype`, `device`, `revision`, `trust_remote_code`, `stack`; see `avss.config.ModelConfig`.
 
     Raises:
@@ -57,14 +67,38 @@ def load(
         return adopt(model, tokenizer, head=head, stack=settings.get("stack", AUTO))
     folder = checkpoint_folder(model)
     config = build(ModelConfig, {"source": str(folder if folder.is_dir() else model), "head": head, **settings})
-    return load_model(
+    note = too_large(config) if or_disk and config.device == "auto" else None
+    device = "disk" if note else config.device
+    loaded = load_model(
         config.source,
         head=config.head,
         dtype=config.dtype,
-        device=config.device,
+        device=device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         stack=config.stack,
+        scratch=scratch_folder("blocks") if device == "disk" else None,
+    )
+    return dataclasses.replace(loaded, note=note)
+
+
+def too_large(config: ModelConfig) -> str | None:
+    """None where a model fits the machine; otherwise a sentence that says why its blocks stay on disk."""
+    stored = stored_size(config.source, config.revision)
+    if stored is None:
+        return None
+    if torch.cuda.is_available():
+        width = 4 if config.dtype == "float32" else 2 if config.dtype != "auto" else max(1, stored[1] // stored[0])
+        where, free = "on the GPU", torch.cuda.mem_get_info()[0]
+    else:
+        width = 2 if config.dtype in ("bfloat16", "float16") else 4
+        where, free = "in memory", psutil.virtual_memory().available
+    needed = memory_to_load(*stored, width=width)
+    if needed <= free:
+        return None
+    return (
+        f"The model takes about {size_text(needed)} {where} and {size_text(free)} are free: its blocks stay on disk, "
+        "and each is read when it runs. Larger batches (`--batch-size`) read them less often."
     )
 
 

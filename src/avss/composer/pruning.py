@@ -10,7 +10,7 @@ from avss.compensation import compensate as compensate_cut
 from avss.compensation import split
 from avss.composer.asking import Asking
 from avss.composer.choosing import choose
-from avss.composer.disk import fits_memory, prune_on_disk, scores_of
+from avss.composer.disk import fits_memory, prune_on_disk, scores_of, wants_scores
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
 from avss.composer.inspection import refuse_uncuttable
@@ -28,7 +28,7 @@ from avss.config import (
     parse_bytes,
     seeded,
 )
-from avss.criteria import find_criteria
+from avss.criteria import AbstractCriterion, find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
 from avss.errors import ConfigError, unknown_name
@@ -92,6 +92,7 @@ def prune(
     max_memory: str | int | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     stack: str = "auto",
+    loading: Mapping[str, Any] | None = None,
     command: str | None = None,
     stages: Stages = silent,
     **settings: Any,
@@ -123,6 +124,7 @@ def prune(
         max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free.
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
+        loading: For a model named that is cut on disk: `head`, `revision`, `trust_remote_code`.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, `written`.
@@ -170,7 +172,9 @@ def prune(
         check_free(Path(out), force=force, sources=(model, data, scores, *files_of(config, hard)))
     allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
     from_file = isinstance(model, str | Path)
-    reason = fits_memory(str(model), max_memory=allowed) if from_file and on_disk is None and out is not None else None
+    reason = None
+    if from_file and on_disk is None and out is not None:
+        reason = fits_memory(str(model), max_memory=allowed, revision=(loading or {}).get("revision"))
     if on_disk or reason or file_format == "gguf":
         check_plain(config, stack=stack)
         check_compensation(compensate, in_memory=False)
@@ -181,7 +185,9 @@ def prune(
         if file_format == "gguf":
             record = prune_gguf(model, config, data=data, **common, **settings)
         else:
-            record = prune_on_disk(str(model), config, seed=seed, note=reason, **common)
+            if wants_scores(config, scores):
+                common["scores"] = _score_on_disk(str(model), config, wanted, data, settings, loading or {}, stages)
+            record = prune_on_disk(str(model), config, seed=seed, note=reason, **(loading or {}), **common)
         return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
@@ -241,6 +247,38 @@ def prune(
             (folder / "README.md").write_text(render_card(record, record.cuts[0]), encoding="utf-8")
             (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record, loaded=smaller)
+
+
+def _score_on_disk(
+    model: str,
+    plan: PlanConfig,
+    criterion: AbstractCriterion,
+    data: DataConfig | str | Sequence[str],
+    settings: Mapping[str, Any],
+    loading: Mapping[str, Any],
+    stages: Stages,
+) -> ScoreTable:
+    """The scores of a model that memory does not hold: a block at a time."""
+    if any(need.probe == "backward" for need in criterion.needs):
+        raise ConfigError(
+            f"`{criterion.name}` needs gradients, and so the whole model in memory; a cut on disk does not load it. "
+            "Choose by another criterion, name the blocks (`--blocks`), or give scores made where it fits (`--scores`)."
+        )
+    with stages("Loading the model"):
+        loaded = load(model, **{**loading, "device": "disk"})
+    table, _ = score_loaded(
+        loaded,
+        calibration(loaded, data, **settings),
+        (criterion,),
+        True,
+        plan.share(len(loaded.stack)),
+        stages,
+        protect=plan.protect,
+        chooses=plan.takes_the_lowest,
+    )
+    if loaded.files is not None:
+        loaded.files.close()
+    return table
 
 
 def _given(data: DataConfig | str | Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _counter(advance: Callable[[int, int], None], total: int) -> Callable[[], No
 def _load_seeded(model: AnyModel, tokenizer: Any, *, head: str, seed: int, **loading: Any) -> Loaded:
     torch.default_generator.manual_seed(seed)
     loaded = load(model, tokenizer, head=head, **loading)
+    loaded.check_in_memory("`--reference`, which measures gradients,")
     if isinstance(model, str | Path) and head == "auto" and loaded.head in ("encoder", "masked"):
         torch.default_generator.manual_seed(seed)
         loaded = load(model, tokenizer, head="classifier", **loading)

@@ -67,7 +67,7 @@ def score(
     looked_at = find_sites(sites)
     if not 0 < fraction < 1:  # nan fails both comparisons
         raise ConfigError(f"The fraction `{fraction}` must lie between 0 and 1, both excluded; 0.25 is a quarter.")
-    loaded = load(model, tokenizer, stack=stack)
+    loaded = load(model, tokenizer, stack=stack, or_disk=True)
     batches = calibration(loaded, data, **settings)
     return score_loaded(loaded, batches, wanted, first_token, fraction, stages, sites=looked_at)[0]
 
@@ -98,6 +98,7 @@ def score_loaded(
         chooses: Whether the lowest scores are what goes; else nothing is said about how sure that choice is.
         sites: Where in the blocks to look as well.
     """
+    criteria, left_out = _without_gradients(criteria) if loaded.files is not None else (criteria, ())
     with stages("Scoring blocks") as advance:
         done = 0
         sites = () if sites == ("block",) else sites
@@ -138,11 +139,32 @@ def score_loaded(
         scores=tuple(one for one, _ in sure),
         model=loaded.facts(),
         data=batches.facts,
-        warnings=(*problems, *score_warnings(scores, collected, count=count, protected=stay), *unsettled),
+        warnings=(
+            *_said(loaded),
+            *left_out,
+            *problems,
+            *score_warnings(scores, collected, count=count, protected=stay),
+            *unsettled,
+        ),
         stability=stability,
         sites=tuple(_figures(site, collected, first_token=first_token) for site in sites),
     )
     return table, collected
+
+
+def _said(loaded: Loaded) -> tuple[str, ...]:
+    return () if loaded.note is None else (loaded.note,)
+
+
+def _without_gradients(
+    criteria: tuple[AbstractCriterion, ...],
+) -> tuple[tuple[AbstractCriterion, ...], tuple[str, ...]]:
+    """The criteria for which no whole model must be in memory, and a sentence on the others; all, if none is left."""
+    possible = tuple(one for one in criteria if not any(need.probe == "backward" for need in one.needs))
+    left = ", ".join(f"`{one.name}`" for one in criteria if one not in possible)
+    if not possible or not left:
+        return criteria, ()
+    return possible, (f"Left out: {left}: gradients need the whole model in memory.",)
 
 
 def _figures(site: str, collected: Collected, *, first_token: bool) -> SiteFigures:

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from avss.evaluation import evaluate_task
 from avss.evaluation.base import data_sources
 from avss.models.load import Loaded
 from avss.models.rewrite import refusal
+from avss.output import cache_folder
 from avss.progress import Stages
 from avss.record import CurvePoint, Plan, SearchResult
 from avss.search import Budget, Curve, Ledger, Measure, Rules, find_curve
@@ -317,11 +317,8 @@ def passes_of_all(num_blocks: int, num_free: int, count: int) -> float:
 
 
 def state_folder(config: SearchConfig) -> Path:
-    """Where searches keep their measurements: the setting, `$AVSS_CACHE`, `$XDG_CACHE_HOME/avss` or `~/.cache/avss`."""
-    if config.cache is not None:
-        return Path(config.cache)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("AVSS_CACHE") or Path(home) / "avss") / "search"
+    """Where searches keep their measurements: the setting, or a folder in the cache."""
+    return Path(config.cache) if config.cache is not None else cache_folder() / "search"
 
 
 def _key(loaded: Loaded, batches: Batches, method: str, config: SearchConfig, rules: Rules) -> str:

@@ -77,7 +77,7 @@ def stability(
     if amounts[0] > samples:
         raise ConfigError(f"`--sizes {amounts[0]}` is more than the {samples} sequences of a draw (`--samples`).")
     shares = [amount / samples for amount in amounts]
-    loaded = load(model, tokenizer, stack=stack)
+    loaded = load(model, tokenizer, stack=stack, or_disk=True)
     count = count_of_fraction(fraction, len(loaded.stack))
     trials: list[StabilityTrial] = []
     reference: dict[str, FloatArray] = {}

@@ -42,6 +42,8 @@ def evaluate_speed(models: Sequence[Loaded], task: TaskConfig, on_step: OnStep) 
     repeats take longer. The standard error is that of the median of normal values with a robust spread,
     $1.2533 * 1.4826 * MAD / sqrt(n)$, so that a single disturbance does not count.
     """
+    for model in models:
+        model.check_in_memory("A measurement of speed")
     length = min(NUM_TOKENS, max_len(models) or NUM_TOKENS)
     sees = models[0].is_vision
     batch = _random_images(models, task) if sees else _random_tokens(models, task.batch_size, length, task.seed)

@@ -7,6 +7,9 @@ import fnmatch
 import functools
 import hashlib
 import json
+import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from avss.errors import ConfigError, ModelLoadError, unknown_name
+from avss.models.blockwise import BlockFiles, device_map
 from avss.models.families import facts_of
 from avss.models.gguf import shared_reader
 from avss.models.shards import copy_companions, module_names
@@ -67,6 +71,8 @@ class Loaded:
         companions: Folder whose other files (pooling, sentence-transformers modules) belong to the model.
         stack_name: Which stack to work on: `auto`, or its name or path.
         limits: How the tokenizer cut and padded texts when it came; every call to it changes that.
+        files: Where the blocks' weights are, for a model whose blocks are read when they run; None for one in memory.
+        note: A sentence on how it was loaded that the user should read.
     """
 
     model: PreTrainedModel
@@ -78,6 +84,8 @@ class Loaded:
     companions: Path | None = None
     stack_name: str = AUTO
     limits: "_Limits | None" = None
+    files: BlockFiles | None = None
+    note: str | None = None
 
     @functools.cached_property
     def stack(self) -> BlockStack:
@@ -114,7 +122,9 @@ class Loaded:
     def device(self) -> torch.device:
         """Where inputs must be."""
         embeddings = self.embeddings
-        return next(self.model.parameters()).device if embeddings is None else embeddings.weight.device
+        if embeddings is not None:
+            return embeddings.weight.device
+        return next(one.device for one in self.model.parameters() if one.device.type != "meta" or self.files is None)
 
     @property
     def embeddings(self) -> torch.nn.Embedding | None:
@@ -197,11 +207,28 @@ class Loaded:
             ConfigError: It is.
         """
         places = set(map(str, (getattr(self.model, "hf_device_map", None) or {}).values()))
+        self.check_in_memory("A cut, a repair or healing")
         if len(places) > 1:
             raise ConfigError(
                 f"The model is spread over {', '.join(sorted(places))}, and a cut builds the smaller one on one. "
                 "Load it on one (`--device cpu`), or score it here (`avss score MODEL --device map --out scores`) and "
                 "cut it from file to file (`avss prune MODEL --on-disk --scores scores`)."
+            )
+
+    def check_in_memory(self, what: str) -> None:
+        """Refuses a model whose blocks stay in their files for what needs all of them at once.
+
+        Args:
+            what: Begins the sentence, e.g. `Healing`.
+
+        Raises:
+            ConfigError: They do.
+        """
+        if self.files is not None:
+            raise ConfigError(
+                f"{what} needs the whole model in memory, and the blocks of this one stay on disk (`--device disk`). "
+                "Use `--device cpu` or a GPU. On disk there are scores without gradients, `avss damage`, `avss "
+                "compare` and `avss evaluate`, and `avss prune MODEL --on-disk` cuts by such scores."
             )
 
     def check_reads_text(self, what: str) -> None:
@@ -255,7 +282,7 @@ class Loaded:
             dtype=dtype_name(self.stored_dtype),
             compute_dtype=dtype_name(self.model.dtype),
             device=str(self.device),
-            fingerprint=fingerprint(self.model),
+            fingerprint=fingerprint(self.model, self.files),
         )
 
 
@@ -279,13 +306,19 @@ def _short_source(source: str) -> str:
     return path.name if path.exists() else source
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256, 16 hex digits, over the config and up to 1,024 evenly spaced values of every weight."""
+def fingerprint(model: PreTrainedModel, files: BlockFiles | None = None) -> str:
+    """SHA-256, 16 hex digits, over the config and up to 1,024 evenly spaced values of every weight.
+
+    Args:
+        model: The model.
+        files: Where the weights of its blocks are, if they are not in memory.
+    """
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where it lies is no part of what it is
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
+        held = tensor if files is None or tensor.device.type != "meta" else files.weight(name)
+        flat = held.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.float().cpu().numpy().tobytes())
@@ -294,17 +327,21 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' progress bars and notices: avss reports what matters itself."""
+    """Silences progress bars and notices of transformers and accelerate: avss reports what matters itself."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
+    accelerated = logging.getLogger("accelerate")
+    level = accelerated.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    accelerated.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        accelerated.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -318,6 +355,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stack: str = AUTO,
+    scratch: Path | None = None,
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
@@ -326,10 +364,13 @@ def load_model(
         head: `auto` takes the class named in the config; otherwise one of `HEADS`.
         dtype: Dtype to compute in. `auto`: the stored one on an accelerator; float32 on a CPU, where half precision is
             slow and nothing is lost by widening.
-        device: `auto` (CUDA, else the CPU), a torch device, or `map` to spread the model over all GPUs.
+        device: `auto` (CUDA, else the CPU), a torch device, `map` to spread the model over all GPUs, or `disk` to leave
+            its blocks in their files and compute as for `auto`: each is read when it runs (`avss.models.blockwise`).
         revision: Hub branch, tag or commit.
         trust_remote_code: Whether code that comes with the model may run.
         stack: Which stack of blocks to work on: `auto`, or its name or path; see `avss.models.stack.find_stack`.
+        scratch: An empty folder for blocks that are stored otherwise than they are computed (mixtures of experts),
+            which `disk` writes anew; removed with the model, or by `files.close`. By default a temporary one.
 
     Raises:
         ConfigError: `head`, `dtype` or `device` is unknown.
@@ -338,22 +379,42 @@ def load_model(
     _check_choices(head, dtype)
     target = _find_device(device)
     location = _locate(str(source), revision)
+    if device == "disk" and location.gguf_file:
+        raise ConfigError("A GGUF file is decoded in memory, as a whole. Leave out `--device disk`.")
     # A GGUF file is decoded in one place.
-    spread = _DTYPES.get(dtype, "auto") if device == "map" and not location.gguf_file else None
+    is_placed = device in ("map", "disk") and not location.gguf_file
     with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
         config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
         model_class, found_head = _model_class(config, head, trust_remote_code=trust_remote_code)
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         if revision and not location.is_local:
             options["revision"] = revision
-        model = _read_weights(location, model_class, config, spread=spread, options=options)
+        placed: dict[str, Any] = {}
+        if is_placed:
+            placed = {"dtype": _DTYPES.get(dtype, "auto"), "device_map": "auto"}
+        if device == "disk":
+            empty = _empty_of(str(source), model_class, config, trust_remote_code=trust_remote_code)
+            placed["device_map"] = device_map(empty, target)
+            placed["offload_folder"] = tempfile.mkdtemp(prefix="avss-") if scratch is None else str(scratch)
+            if dtype == "auto" and target.type == "cpu":
+                placed["dtype"] = torch.float32
+        files = None
+        try:
+            model = _read_weights(location, model_class, config, placed=placed, options=options)
+            if device == "disk":
+                files = BlockFiles(model, Path(placed["offload_folder"]))
+        finally:
+            if files is None and "offload_folder" in placed:
+                shutil.rmtree(placed["offload_folder"], ignore_errors=True)
         tokenizer = _read_tokenizer(location, options)
     if location.gguf_file:
         model, stored = _unquantise(model, file_bytes=Path(location.gguf_file).stat().st_size)
+    elif files is not None:
+        stored = files.dtype
     else:
-        stored = model.dtype if spread is None else _stored_dtype(config, model)
-    compute = _compute_dtype(dtype, stored, target) if spread is None else model.dtype
-    if spread is None:
+        stored = _stored_dtype(config, model) if is_placed else model.dtype
+    compute = model.dtype if is_placed else _compute_dtype(dtype, stored, target)
+    if not is_placed:
         model = cast(Any, in_dtype(model, compute)).to(target)
     return Loaded(
         model=model.eval(),
@@ -366,6 +427,7 @@ def load_model(
         companions=_companions(location, options),
         stack_name=stack,
         limits=_limits_of(tokenizer),
+        files=files,
     )
 
 
@@ -400,24 +462,28 @@ def load_empty(
     with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
         config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
         model_class, found = _model_class(config, head, trust_remote_code=trust_remote_code)
-        try:
-            with accelerate.init_empty_weights(include_buffers=True):
-                # An auto class builds from a config by a method of its own.
-                model = (
-                    model_class.from_config(config, trust_remote_code=trust_remote_code)
-                    if hasattr(model_class, "from_config")
-                    else model_class(config)
-                )
-        except Exception as error:  # the class of a model may raise anything at values it does not know
-            raise ModelLoadError(
-                f"`{source}` cannot be built as its config says: `{model_class.__name__}` stops with "
-                f"{type(error).__name__}: {first_line(error)}. Was the config made by another version of transformers, "
-                "or changed by hand?"
-            ) from error
+        model = _empty_of(str(source), model_class, config, trust_remote_code=trust_remote_code)
         tokenizer = _read_tokenizer(location, options) if with_tokenizer else None
     return Loaded(
         model=model.eval(), tokenizer=tokenizer, head=found, source=str(source), revision=revision, stack_name=stack
     )
+
+
+def _empty_of(source: str, model_class: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        with accelerate.init_empty_weights(include_buffers=True):
+            # An auto class builds from a config by a method of its own.
+            return (
+                model_class.from_config(config, trust_remote_code=trust_remote_code)
+                if hasattr(model_class, "from_config")
+                else model_class(config)
+            )
+    except Exception as error:  # the class of a model may raise anything at values it does not know
+        raise ModelLoadError(
+            f"`{source}` cannot be built as its config says: `{model_class.__name__}` stops with "
+            f"{type(error).__name__}: {first_line(error)}. Was the config made by another version of transformers, "
+            "or changed by hand?"
+        ) from error
 
 
 def adopt(
@@ -518,16 +584,15 @@ def _check_choices(head: str, dtype: str) -> None:
 
 
 def _find_device(device: str) -> torch.device:
-    if device == "map":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "auto":  # not `mps`, see `Loaded.check_float64`
+    if device in ("auto", "map", "disk"):  # not `mps`, see `Loaded.check_float64`
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"The device `{device}` is not there ({first_line(error)}). Allowed: auto, map, cpu, cuda, cuda:N, mps."
+            f"The device `{device}` is not there ({first_line(error)}). Allowed: auto, cpu, cuda, cuda:N, map, disk, "
+            "mps."
         ) from error
     return found
 
@@ -622,15 +687,14 @@ def _read_weights(
     model_class: Any,
     config: PretrainedConfig,
     *,
-    spread: torch.dtype | str | None,
+    placed: Mapping[str, Any],
     options: dict[str, Any],
 ) -> PreTrainedModel:
-    """The model as it is stored; with `spread`, a dtype, over all devices and in that dtype from the start."""
+    """The model as it is stored; or `placed`: arguments of transformers that say where its parts go, in which dtype."""
     arguments = {**location.arguments, **options, "dtype": torch.float32 if location.gguf_file else "auto"}
     if not location.gguf_file:
         arguments |= {"config": config, "use_safetensors": True}
-    if spread is not None:
-        arguments |= {"device_map": "auto", "dtype": spread}
+    arguments |= placed
     try:
         model, info = model_class.from_pretrained(**arguments, output_loading_info=True)
     except Exception as error:
@@ -639,10 +703,10 @@ def _read_weights(
             "Only safetensors and GGUF weights are read; is the download whole?"
         ) from error
     _refuse_missing(model, info, location.name)
-    if any(value.device.type == "meta" for value in model.parameters()):
+    if placed.get("device_map") == "auto" and any(value.device.type == "meta" for value in model.parameters()):
         raise ModelLoadError(
             f"`{location.name}` does not fit the GPUs: some of its weights would wait elsewhere (`--device map`), "
-            "where they cannot be read. Use `--device cpu`, or cut it from file to file (`--on-disk`)."
+            "where they cannot be read. Use `--device disk` to score it, a block at a time; or `--device cpu`."
         )
     return model
 

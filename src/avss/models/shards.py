@@ -111,6 +111,11 @@ class Checkpoint:
         return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}.get(name, name.lower())
 
 
+def bits_of(dtype: str) -> int:
+    """Bits of one value, by the format's name of its dtype; of one that is not known, as many as of a float32."""
+    return _BITS.get(dtype, 32)
+
+
 # --- reading ---
 
 

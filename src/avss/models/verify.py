@@ -149,8 +149,9 @@ def _prompt(loaded: Loaded, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | 
 
 def _explain(result: Verification, problems: dict[str, list[str]]) -> str:
     failed = [f"{kind.replace('_', ' ')} {keys[:4]}" for kind, keys in problems.items()]
-    if not result.max_diff_memory <= result.tolerance:
-        failed.append(f"its outputs differ from the model in memory by {result.max_diff_memory:.3g}")
+    differs = result.max_diff_memory
+    if differs is not None and not differs <= result.tolerance:
+        failed.append(f"its outputs differ from the model in memory by {differs:.3g}")
     if not result.max_diff_bypass <= result.tolerance:
         failed.append(f"its outputs differ from the original with the blocks bypassed by {result.max_diff_bypass:.3g}")
     if result.cached_generation is False:
