@@ -74,7 +74,31 @@ UNLISTED: dict[str, tuple[Callable[[], PreTrainedModel], str | None]] = {
 where the sum is normalised."""
 
 
+def scaled(builder: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """Draws the vectors by which blocks scale what they write by channel; one channel of each is all but closed."""
+
+    def build() -> PreTrainedModel:
+        model, generator = builder(), torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for path, value in model.named_parameters():
+                if "layer_scale" in path or "lambda_" in path:
+                    value.copy_(0.2 + 1.8 * torch.rand(value.shape, generator=generator))
+                    value[3] = 1e-6
+        return model
+
+    return build
+
+
+SCALED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "dinov2-scaled": (scaled(VISION["dinov2"].build), "layer_scale2.lambda1"),
+    "beit-scaled": (scaled(tiny("BeitForImageClassification", "beit", layer_scale_init_value=0.1)), "lambda_2"),
+}
+"""Name -> builder of a model whose blocks scale what they write by channel, and the last of these vectors."""
+
+
 def built(name: str) -> PreTrainedModel:
+    if name in SCALED:
+        return SCALED[name][0]()
     if name in VISION:
         return VISION[name].build()
     return UNLISTED[name][0]() if name in UNLISTED else ARCHITECTURES[name]()
@@ -117,7 +141,7 @@ def test_a_trial_finds_what_the_facts_say(name):
         assert found is None
         return
     assert found is not None
-    assert found.mlp == FACTS[name].mlp
+    assert (found.attention, found.mlp) == (FACTS[name].attention, FACTS[name].mlp)
     assert found.gain(loaded.model.config) == pytest.approx(FACTS[name].gain(loaded.model.config), rel=1e-4)
 
 
@@ -126,7 +150,7 @@ def test_unknown_type_is_repaired_by_what_a_trial_shows_and_none_without_a_map()
     loaded.model.config.model_type = "unheard"
     facts = find_projections(loaded)
     assert facts is not None
-    assert (facts.attention, facts.mlp) == (None, "mlp.down_proj")
+    assert (facts.attention, facts.mlp) == ("self_attn.o_proj", "mlp.down_proj")
     assert facts.measured_gain == pytest.approx(0.7, rel=1e-4)
     block = loaded.stack.blocks[1]
     block.mlp.down_proj = nn.Sequential(block.mlp.down_proj)  # no longer where the other blocks have theirs
@@ -151,6 +175,26 @@ def test_a_trial_finds_the_same_in_every_dtype(name, dtype):
     assert found.mlp == expected
     gain = {"granite": 0.7, "minicpm3": 0.4 / 5**0.5}.get(name)
     assert found.measured_gain == (1.0 if gain is None else pytest.approx(gain, rel=2e-3))
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("bloom", "self_attention.dense"),
+        ("falcon", "self_attention.dense"),
+        ("minicpm3", "self_attn.o_proj"),
+        ("mpt", "attn.out_proj"),
+        ("opt", "self_attn.out_proj"),
+        ("phi", "self_attn.dense"),
+        ("vit", "attention.o_proj"),
+        ("siglip", "self_attn.out_proj"),
+    ],
+)
+def test_a_trial_finds_both_maps_of_types_without_facts(name, attention):
+    """One after the other or beside each other (Falcon, Phi), as their source code has it."""
+    found = find_by_trial(adopt(built(name)))
+    assert found is not None
+    assert found.attention == attention
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -318,14 +362,13 @@ def replicate(loaded: Loaded, block: int) -> None:
     removing the second is made up for exactly by moving its projection into the first.
     """
     facts = find_projections(loaded)
-    attention = facts.attention or "self_attn.out_proj"  # a trial finds the MLP's alone
     first, second = loaded.stack.blocks[block], loaded.stack.blocks[block + 1]
     own = copy.deepcopy(second.get_submodule(facts.mlp).state_dict())
     closing = copy.deepcopy(second.get_submodule(facts.closing_norm).state_dict()) if facts.closing_norm else None
     second.load_state_dict(first.state_dict())
     second.get_submodule(facts.mlp).load_state_dict(own)
     zero(first.get_submodule(facts.mlp))
-    zero(second.get_submodule(attention))
+    zero(second.get_submodule(facts.attention))
     if closing is not None:
         # A norm of normalised states is the identity where it has no weight of its own.
         for one in (first, second):
@@ -373,9 +416,13 @@ def observe(model, index, facts, keep_pair, batch, keep) -> None:
     keep_pair(tuple(found))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "bert", "opt", "vit", "siglip"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "bert", "opt", "vit", "siglip", *SCALED])
 def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
-    """The MLP's projection alone, one ridge: against numpy over every token's input and residual in one matrix."""
+    """The MLP's projection alone, one ridge: against numpy over every token's input and residual in one matrix.
+
+    What is solved for is what the block writes: the weight is that over the block's gain, and channels that are all but
+    closed keep theirs.
+    """
     monkeypatch.setattr("avss.compensation.least_squares.choose_ridge", functools.partial(choose_ridge, ridges=(0.01,)))
     work = begin(name, 2)
     facts = work.facts
@@ -383,7 +430,7 @@ def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
     inputs, missing, anchors = [], [], []
     if facts.closing_norm:
         work.copy_norm(1, facts.closing_norm, work.original.stack.blocks[2].get_submodule(facts.closing_norm))
-    gain = facts.gain(work.original.model.config)
+    gain = facts.gain_of(work.original.stack.blocks[1], work.original.owner).expand(32).numpy()
     for batch, keep in text:
         seen: dict[str, torch.Tensor] = {}
         for model, index, key in ((work.original, 2, "aim"), (work.smaller, 1, "now")):
@@ -391,13 +438,14 @@ def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
         usual = keep.clone()
         usual[:, 0] = False
         for rows, store in ((usual, (inputs, missing)), (keep & ~usual, (anchors, anchors))):
-            store[0].append(gain * seen["now"][0].reshape(*keep.shape, -1)[rows].double())
+            store[0].append(seen["now"][0].reshape(*keep.shape, -1)[rows].double())
             store[1].append((seen["aim"][1] - seen["now"][1])[rows].double())
     features, residuals = torch.cat(inputs).numpy(), torch.cat(missing).numpy()
+    width = features.shape[1]
     extra = [torch.cat(anchors[0::2]).numpy(), torch.cat(anchors[1::2]).numpy()]
     has_bias = bias_of(work.linear(1, facts.mlp)) is not None
     shrink = np.sqrt(0.01 * np.mean(np.sum(features**2, 0))) * np.eye(features.shape[1])
-    rows, aims = np.vstack([features, extra[0], shrink]), np.vstack([residuals, extra[1], np.zeros((48, 32))])
+    rows, aims = np.vstack([features, extra[0], shrink]), np.vstack([residuals, extra[1], np.zeros((width, 32))])
     if has_bias:
         ones = np.concatenate([np.ones(len(features) + len(extra[0])), np.zeros(len(shrink))])[:, None]
         rows = np.hstack([rows, ones])
@@ -405,7 +453,8 @@ def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
     before = matrix_of(work.linear(1, facts.mlp)).double()
     refit(work, (2, 3), text, text)
     change = (matrix_of(work.linear(1, facts.mlp)).double() - before).numpy().T
-    np.testing.assert_allclose(change, solution[:48], atol=2e-5)
+    expected = np.where(gain > 1e-3, solution[:width] / np.maximum(gain, 1e-3), 0)
+    np.testing.assert_allclose(change, expected, atol=2e-5 / min(1.0, np.min(gain[gain > 1e-3])))
 
 
 def test_scale_is_the_ratio_of_mean_magnitudes():
@@ -808,19 +857,27 @@ def test_a_repair_needs_three_images():
     assert [len(part.sequences) for part in (fit, choose, judge)] == [1, 1, 1]
 
 
-def test_channels_scaled_apart_leave_no_plain_sum():
-    """DINOv2 scales what its blocks write channel by channel: no least squares at a cut, rounds all the same."""
-    loaded = adopt(built("dinov2"))
-    with torch.no_grad():
-        for name, value in loaded.model.named_parameters():
-            if "layer_scale" in name:
-                value.copy_(torch.linspace(0.2, 2.0, len(value)))
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_trial_finds_the_weight_that_scales_each_channel(name, dtype):
+    loaded, last = adopt(built(name).to(dtype)), SCALED[name][1]
+    before = {path: value.clone() for path, value in loaded.model.state_dict().items()}
     facts = find_projections(loaded)
     assert facts is not None
-    assert facts.obstacle
+    assert (facts.channel_gain, facts.obstacle) == (last, None)
+    assert (facts.attention, facts.mlp) == ("attention.o_proj", "mlp.fc2")
+    after = loaded.model.state_dict()
+    assert all(torch.equal(before[path], after[path]) for path in before)
+    for block in loaded.stack.blocks:
+        assert torch.equal(facts.gain_of(block, loaded.owner), block.get_parameter(last).double())
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_channels_scaled_apart_are_solved_for(name):
+    loaded = adopt(built(name))
     plan = without(len(loaded.stack), 2)
     smaller = cut(loaded, plan)
     repaired, story = compensate(loaded, smaller, plan, random_images(loaded), method="auto", rounds=3)
     assert story.applied, story.note
-    assert not any(one.applied for one in story.cuts)
+    assert all(one.applied for one in story.cuts)
     assert mean_divergence(loaded, repaired, split(random_images(loaded))[2]) < story.before

@@ -67,7 +67,7 @@ class Readings:
     def _sums(self, text: Batches) -> dict[Solved, NormalEquations]:
         work, facts = self._work, _facts(self._work)
         module = work.linear(self._run[0] - 1, facts.last)
-        matrix, bias, gain = matrix_of(module), bias_of(module), facts.gain(work.smaller.owner)
+        matrix, bias, gain = matrix_of(module), bias_of(module), work.gain(self._run[0] - 1)
         sizes: dict[Solved, int] = {"refit": matrix.shape[1], "linear": matrix.shape[0]}
         sums: dict[Solved, NormalEquations] = {
             method: NormalEquations.empty((sizes[method],), matrix.shape[0], affine=bias is not None)
@@ -78,9 +78,9 @@ class Readings:
             for method, equations in sums.items():
                 features = patched.features[0]
                 if method == "linear":
-                    features = _apply(features.double(), matrix.double(), bias)
-                equations.add(gain * features[usual], missing[usual])
-                equations.add_anchors(gain * features[anchor], missing[anchor])
+                    features = gain.to(features.device) * _apply(features.double(), matrix.double(), bias)
+                equations.add(features[usual], missing[usual])
+                equations.add_anchors(features[anchor], missing[anchor])
         return sums
 
 
@@ -92,8 +92,7 @@ def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Re
     readings = readings or Readings(work, run, ("refit",))
     matrix, old_bias = matrix_of(work.linear(block, facts.last)), bias_of(work.linear(block, facts.last))
     ridge, solution = choose_ridge(readings.of(fit, "refit"), readings.of(choose, "refit"))
-    constant = None if old_bias is None else solution[-1] / facts.gain(work.smaller.owner)
-    work.add(block, facts.last, solution[: matrix.shape[1]].T, constant)
+    work.write(block, solution[: matrix.shape[1]].T, None if old_bias is None else solution[-1])
     return ridge
 
 
@@ -122,7 +121,7 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
     facts = _facts(work)
     _take_closing_norm(work, run)
     module = work.linear(run[0] - 1, facts.last)
-    matrix, bias, gain = matrix_of(module).double(), bias_of(module), facts.gain(work.smaller.owner)
+    matrix, bias, gain = matrix_of(module).double(), bias_of(module), work.gain(run[0] - 1)
     solution: Tensor | None = None
     ridge = 0.0
     for _ in range(COSINE_ROUNDS):
@@ -131,7 +130,8 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
             sums = NormalEquations.empty((matrix.shape[0],), matrix.shape[0], affine=False)
             for patched, wanted, usual, anchor in _pairs(work, run, (facts.last,), text):
                 outputs, anchors = (
-                    gain * _apply(patched.features[0][chosen].double(), matrix, bias) for chosen in (usual, anchor)
+                    gain.to(matrix.device) * _apply(patched.features[0][chosen].double(), matrix, bias)
+                    for chosen in (usual, anchor)
                 )
                 missing, anchors_missing = ((wanted - patched.state)[chosen].double() for chosen in (usual, anchor))
                 if solution is None:
@@ -153,18 +153,19 @@ def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
 
 
 def _fold(work: Workpiece, run: Run, solution: Tensor) -> None:
-    """Multiplies the projection before a cut by one plus the map found; a last row of it is a constant."""
+    """Multiplies what the block before a cut writes by one plus the map found; a last row of it is a constant."""
     facts = _facts(work)
     block = run[0] - 1
     module = work.linear(block, facts.last)
     matrix, bias = matrix_of(module).double(), bias_of(module)
-    change = solution[: matrix.shape[0]].T.to(matrix.device)
+    # The map is of what is written, which the block has multiplied by its gain.
+    change = solution[: matrix.shape[0]].T.to(matrix.device) * work.gain(block).to(matrix.device)
     bias_change = None
     if bias is not None:
         bias_change = change @ bias.double()
         if len(solution) > matrix.shape[0]:
-            bias_change = bias_change + solution[-1].to(matrix.device) / facts.gain(work.smaller.owner)
-    work.add(block, facts.last, change @ matrix, bias_change)
+            bias_change = bias_change + solution[-1].to(matrix.device)
+    work.write(block, change @ matrix, bias_change)
 
 
 def dense_states(work: Workpiece, run: Run, text: Batches) -> list[Tensor]:

@@ -55,7 +55,7 @@ def sweep(work: Workpiece, fit: Batches, choose: Batches) -> int:
 def _fit_block(work: Workpiece, block: int, walks: list[list[tuple[Walk, Walk]]]) -> bool:
     """Solves for one block, whose dense walks have passed it and whose patched walks stand before it."""
     assert work.facts is not None
-    path, gain = work.facts.last, work.facts.gain(work.smaller.owner)
+    path = work.facts.last
     module, place = work.linear(block, path), work.place(block)
     width, affine = matrix_of(module).shape[1], bias_of(module) is not None
     seen: list[Tensor] = []
@@ -67,7 +67,7 @@ def _fit_block(work: Workpiece, block: int, walks: list[list[tuple[Walk, Walk]]]
             for dense, patched in text:
                 seen.clear()
                 state = patched.through(work.smaller, place)
-                missing, features = dense.hidden.to(state.device) - state, gain * by_token(seen[0], dense.keep.shape)
+                missing, features = dense.hidden.to(state.device) - state, by_token(seen[0], dense.keep.shape)
                 usual = ordinary(dense.hidden, dense.keep).to(state.device)
                 anchor = dense.keep.to(state.device) & ~usual
                 sums.add(features[usual], missing[usual])
@@ -79,5 +79,5 @@ def _fit_block(work: Workpiece, block: int, walks: list[list[tuple[Walk, Walk]]]
     _, solution = choose_ridge(fitted, held)
     if not held.error(solution) < held.error():
         return False
-    work.add(block, path, solution[:width].T.clone(), solution[-1].clone() / gain if affine else None)
+    work.write(block, solution[:width].T.clone(), solution[-1].clone() if affine else None)
     return True

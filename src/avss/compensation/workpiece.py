@@ -9,6 +9,9 @@ from avss.models.load import Loaded, assemble
 from avss.models.projections import Projections, bias_of, matrix_of, set_linear
 from avss.record import Plan
 
+_CLOSED = 1e-3
+"""Share of the largest gain of a block below which a channel counts as closed."""
+
 
 @dataclasses.dataclass
 class Workpiece:
@@ -67,6 +70,28 @@ class Workpiece:
         at = "cpu" if matrix.device.type == "mps" else matrix.device  # Apple's GPUs have no float64
         bias = None if bias_delta is None or old is None else old.to(at).double() + bias_delta.to(at)
         self.set(block, path, matrix.to(at).double() + delta.to(at, torch.float64), bias)
+
+    def gain(self, block: int) -> Tensor:
+        """What a kept block multiplies with what its last projection returns: `[D]` or one number, float64, CPU."""
+        assert self.facts is not None
+        return self.facts.gain_of(self.smaller.stack.blocks[self.place(block)], self.smaller.owner).cpu()
+
+    def write(self, block: int, delta: Tensor, constant: Tensor | None = None) -> None:
+        """Changes the last projection of a block so that the block adds `delta` times its input more to the stream.
+
+        A channel that the block all but closes is left as it is: no finite weight could write there.
+
+        Args:
+            block: Original index.
+            delta: What is to be written more, `[out, in]`, after the block's gain.
+            constant: A constant to be written besides, `[out]`, where the projection has a bias.
+        """
+        assert self.facts is not None
+        gain = self.gain(block)
+        is_open = gain.abs() > _CLOSED * gain.abs().max()
+        per_unit = torch.where(is_open, 1 / gain, 0.0).to(delta.device)
+        change = delta.double() * (per_unit[:, None] if per_unit.dim() else per_unit)
+        self.add(block, self.facts.last, change, None if constant is None else constant * per_unit)
 
     def copy_norm(self, block: int, path: str, source: nn.Module) -> None:
         """Gives a norm the weight and bias of another one."""

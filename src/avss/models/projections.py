@@ -7,6 +7,7 @@ still be steered.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -33,6 +34,8 @@ class Projections:
         mlp: Path of the MLP's: the last map of the block. None where a mixture of experts has many.
         gain_field: Config field that the block multiplies both outputs with, if there is one.
         measured_gain: The same number where it was measured.
+        channel_gain: Path within a block of the weight that scales what the MLP's map writes, channel by channel (the
+            layer scale of DINOv2 and BEiT): $g$ is this vector then.
         closing_norm: Path of the norm that the sum passes at the end of a post-norm block.
         obstacle: Why the sum is not linear in these weights; None where it is.
     """
@@ -41,12 +44,24 @@ class Projections:
     mlp: str | None
     gain_field: str | None = None
     measured_gain: float = 1.0
+    channel_gain: str | None = None
     closing_norm: str | None = None
     obstacle: str | None = None
 
     def gain(self, config: Any) -> float:
         """What the block multiplies the projections' outputs with."""
         return float(getattr(config, self.gain_field)) if self.gain_field else self.measured_gain
+
+    def gain_of(self, block: nn.Module, config: Any) -> Tensor:
+        """What a block multiplies the MLP projection's outputs with, `[D]` or one number, in float64.
+
+        Args:
+            block: The block.
+            config: The config that owns its stack.
+        """
+        if self.channel_gain is None:
+            return torch.tensor(self.gain(config), dtype=torch.float64)
+        return block.get_parameter(self.channel_gain).detach().double().flatten()
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -106,17 +121,24 @@ def find_projections(loaded: Loaded) -> Projections | None:
 
 
 def find_by_trial(loaded: Loaded) -> Projections | None:
-    """Looks for the one linear map whose output a block adds to the residual stream last.
+    """Looks for the one linear map whose output a block adds to the residual stream last, and for the first.
 
     Pushes the output of each candidate in a middle block, every token another way: a plain summand moves what the block
-    returns by the same multiple of each push. Post-norm blocks and normalised outputs do not pass, and nor does a map
-    whose outputs are not one row a token.
+    returns by the same multiple of each push, or each channel by its own, which a weight of the block holds. Post-norm
+    blocks and normalised outputs do not pass, and nor does a map whose outputs are not one row a token.
     """
     with _Trial.of(loaded) as trial:
-        for path, module in reversed(trial.candidates()):
+        candidates = trial.candidates()
+        for path, module in reversed(candidates):
             gain = trial.last_gain(module)
-            if gain is not None:
-                return Projections(attention=None, mlp=path, measured_gain=gain)
+            weight = trial.channel_gain(module) if gain is None or gain != 1.0 else None
+            if gain is None and weight is None:
+                continue
+            others = [(other, one) for other, one in candidates if other != path]
+            first = trial.first_of(others)
+            if first is None:  # attention and MLP beside each other (Falcon, Phi): both are written last
+                first = next((other for other, one in others if trial.last_gain(one) is not None), None)
+            return Projections(attention=first, mlp=path, measured_gain=gain or 1.0, channel_gain=weight)
     return None
 
 
@@ -213,20 +235,62 @@ class _Trial:
         if plain is None:
             return None
         push = _PUSH * torch.randn(plain.shape, generator=self._generator).to(plain) * plain.std()
-        tokens = plain.shape[:-1]
-
-        def pushed(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            fits = by_token(output, tokens).shape == push.shape
-            return output + push.reshape(output.shape) if fits else output
-
-        self._run(module.register_forward_hook(pushed))
+        self._run(module.register_forward_hook(_pushing(push)))
         return _multiple(self._outputs[-1] - plain, push, self._rounding)
+
+    def channel_gain(self, module: nn.Module) -> str | None:
+        """Path of the block's weight that scales what the module writes, channel by channel, on its way to the sum.
+
+        A weight is believed where the multiples measured are its values, and half as much again once it is.
+        """
+        gains = self._channel_gains(module)
+        if gains is None:
+            return None
+        for path, weight in self.block.named_parameters():
+            if weight.numel() != len(gains) or not self._agree(gains, weight.detach().flatten()):
+                continue
+            owner, _, leaf = path.rpartition(".")
+            holder = self.block.get_submodule(owner)
+            holder._parameters[leaf] = nn.Parameter(1.5 * weight.detach(), requires_grad=False)
+            try:
+                larger = self._channel_gains(module)
+            finally:
+                holder._parameters[leaf] = weight
+            if larger is not None and self._agree(larger, 1.5 * weight.detach().flatten()):
+                return path
+        return None
+
+    def _channel_gains(self, module: nn.Module) -> Tensor | None:
+        """The multiple of a push by which what the block returns moves, for each channel `[D]`, or None."""
+        self._run()
+        plain = self._outputs[-1]
+        push = _PUSH * torch.randn(plain.shape, generator=self._generator).to(plain) * plain.std()
+        self._run(module.register_forward_hook(_pushing(push)))
+        return _multiples(self._outputs[-1] - plain, push, self._rounding) if self.plain is not None else None
+
+    def _agree(self, gains: Tensor, weight: Tensor) -> bool:
+        off = (gains - weight.double()).abs().max() / gains.abs().max().clamp_min(1e-12)
+        return bool(off < max(1e-3, 4 * self._rounding))
+
+    def first_of(self, candidates: Sequence[tuple[str, nn.Module]]) -> str | None:
+        """Path of the map that writes to the stream first, as it is or by way of what reads it: the attention's."""
+        for path, module in candidates:
+            reader = self.reader(module)
+            written = (self._written_first(one) for one in (module, reader) if one is not None)
+            if any(_multiples(*pair, self._rounding) is not None for pair in itertools.chain.from_iterable(written)):
+                return path
+        return None
 
     def first_gain(self, module: nn.Module) -> float | None:
         """The multiple of a drawn output of the module that the block's input has gained where something reads it."""
+        gains = (_multiple(moved, drawn, self._rounding) for moved, drawn in self._written_first(module))
+        return next((gain for gain in gains if gain is not None), None)
+
+    def _written_first(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the block's input has gained where something reads it, beside what the module was made to return."""
         given = self.given
         if given is None:
-            return None
+            return
         drawn = _PUSH * torch.randn(given.shape, generator=self._generator).to(given) * given.std()
         read: list[Tensor] = []
 
@@ -240,8 +304,8 @@ class _Trial:
             module.register_forward_hook(replaced),
             *(one.register_forward_pre_hook(remember) for one in self.block.modules() if one is not self.block),
         )
-        gains = (_multiple(state - given, drawn, self._rounding) for state in read if state.shape == given.shape)
-        return next((gain for gain in gains if gain is not None), None)
+        rows = (by_token(state, given.shape[:-1]) for state in read)
+        yield from ((state - given, drawn) for state in rows if state.shape == given.shape)
 
     def reader(self, module: nn.Module) -> nn.Module | None:
         """The module, no map itself, that makes something else of this one's output as it is; None without one."""
@@ -268,6 +332,16 @@ class _Trial:
                 handle.remove()
 
 
+def _pushing(push: Tensor) -> Any:
+    """A hook that adds to what a module returns, where that is one row a token."""
+
+    def pushed(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        fits = by_token(output, push.shape[:-1]).shape == push.shape
+        return output + push.reshape(output.shape) if fits else output
+
+    return pushed
+
+
 def _middle(loaded: Loaded) -> nn.Module:
     return loaded.stack.blocks[len(loaded.stack.blocks) // 2]
 
@@ -286,6 +360,15 @@ def _multiple(moved: Tensor, push: Tensor, rounding: float) -> float | None:
     if not (gain > _LEAST_GAIN and off < max(_LARGEST_MISS, (2 * rounding) ** 2) * gain**2):
         return None
     return 1.0 if abs(gain - 1) < max(1e-4, rounding / 4) else gain
+
+
+def _multiples(moved: Tensor, push: Tensor, rounding: float) -> Tensor | None:
+    """The factors `[D]` by which the channels of one tensor are multiples of the other's, or None."""
+    moved, push = (one.double().flatten(0, -2) for one in (moved, push))
+    gains = (moved * push).sum(0) / push.square().sum(0)
+    off = (moved - gains * push).square().mean() / push.square().mean()
+    size = gains.square().mean()
+    return gains if bool((size > _LEAST_GAIN**2) & (off < max(_LARGEST_MISS, (2 * rounding) ** 2) * size)) else None
 
 
 def by_token(rows: Tensor, tokens: Sequence[int]) -> Tensor:
