@@ -47,7 +47,7 @@ def render(results: list[dict[str, Any]], version: str) -> str:
         "config and lost its first block, one in the middle, its last and two scattered ones. Every cut that was made "
         "obeys every law: the block count agrees, an empty plan changes no bit, cut = bypass, ties stay ties, kept "
         "weights are shared, a fresh strict load gives the same outputs, cached = uncached generation, scores do not "
-        "depend on padding, no hook stays behind.",
+        "depend on padding, no hook stays behind, and with its blocks on disk the whole model gives the same outputs.",
         "",
         "What a type cannot do whole, it is not asked for cut: generation is compared where the original generates the "
         "same with its cache as without, padding where the original's own outputs do not depend on it. Text "

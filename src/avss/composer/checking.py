@@ -4,20 +4,23 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from avss.composer.disk import OVERHEAD_BYTES, is_hub_id
+from avss.composer.disk import OVERHEAD_BYTES, is_hub_id, memory_at_rest
 from avss.composer.gguf_pruning import find_gguf
 from avss.composer.inputs import checkpoint_folder, probe_batch
 from avss.composer.proof import tolerance_of
 from avss.composer.records import places_of
 from avss.config import parse_bytes
 from avss.errors import InvalidPlanError, ModelLoadError, UnsupportedArchitectureError
+from avss.models.blockwise import device_map
 from avss.models.families import facts_of
 from avss.models.fresh import FreshRunError, run_afresh
 from avss.models.gguf_file import GgufFile, check_cut
@@ -25,6 +28,7 @@ from avss.models.load import Loaded, load_empty, load_model
 from avss.models.shards import Checkpoint, compare_bytes, find_stack_path, indexed, later_name, read_checkpoint
 from avss.models.stack import AUTO, bypassed, find_stacks
 from avss.models.verify import Batch, at_tokens, keep_of, largest_difference, outputs_at_tokens
+from avss.output import scratch_folder
 from avss.progress import Stages, silent
 from avss.record import Check, CheckReport, Plan, RunRecord
 
@@ -107,12 +111,12 @@ def verify(
     dense = _read(str(original), _folder(original)) if original is not None else None
     if plan is None and dense is not None:
         plan, stack = _infer_plan(saved, dense, head=head, trust_remote_code=trust_remote_code)
-    if OVERHEAD_BYTES + 4 * saved.num_values > allowed:
-        notes.append("It was not run: it does not fit in the memory there is.")
-    else:
-        with stages("Running it in a fresh process"):
-            batch, outputs, found = _run(saved, head=head, trust_remote_code=trust_remote_code, stack=stack)
-        checks += found
+    with stages("Running it in a fresh process"):
+        batch, outputs, found, unrun = _run(
+            saved, head=head, trust_remote_code=trust_remote_code, stack=stack, allowed=allowed
+        )
+    checks += found
+    notes += unrun
     if dense is None or plan is None:
         notes.append(_no_original(record))
         return CheckReport(model=str(model), plan=plan, checks=tuple(checks), notes=tuple(notes))
@@ -130,12 +134,12 @@ def verify(
             # A healing that helped nothing is saved from memory too.
             copied = record is not None and record.model.device == "disk" and record.cuts[0].healing is None
             checks += _compare_bytes(saved, dense, plan, notes, empty, copied=copied)
-            needed = OVERHEAD_BYTES + 2 * 4 * dense.num_values
+            whole_fits = OVERHEAD_BYTES + 2 * 4 * dense.num_values <= allowed
             if saved.gguf is not None and dense.gguf is None:
                 notes.append("Its outputs were not compared: it is quantised, and the original is not.")
             elif outputs is None or batch is None:
                 notes.append("Its outputs were not compared: it did not run.")
-            elif needed > allowed:
+            elif not whole_fits and not _fits_at_rest(dense, empty, allowed):
                 notes.append("Its outputs were not compared: the original does not fit in the memory there is.")
             else:
                 if saved.gguf is not None:
@@ -147,11 +151,14 @@ def verify(
                         folder or dense.source,
                         head=head,
                         dtype="float32",
-                        device="cpu",
+                        device="cpu" if whole_fits else "disk",
                         trust_remote_code=trust_remote_code,
                         stack=stack,
+                        scratch=None if whole_fits else scratch_folder("blocks"),
                     )
-                checks.append(_compare_outputs(outputs, batch, whole, plan))
+                    checks.append(_compare_outputs(outputs, batch, whole, plan))
+                    if whole.files is not None:
+                        whole.files.close()
             if against is None and not all(check.passed for check in checks):
                 notes.append(
                     f"The original, `{original}`, was found by its name in the record. If that is another model of "
@@ -229,15 +236,33 @@ def _describe(saved: _Saved) -> str:
 # --- running ---
 
 
+def _fits_at_rest(saved: _Saved, empty: Loaded | None, allowed: int) -> bool:
+    """Whether a model can be run a block at a time."""
+    if saved.checkpoint is None or empty is None:
+        return False
+    num_blocks = len(empty.stack)
+    path = find_stack_path(list(saved.checkpoint.tensors), num_blocks, empty.stack.path)
+    return memory_at_rest(saved.checkpoint, path, num_blocks) <= allowed
+
+
 def _run(
-    saved: _Saved, *, head: str, trust_remote_code: bool, stack: str
-) -> tuple[Batch | None, Tensor | None, list[Check]]:
-    """The probe batch, the outputs at its real tokens, and what was checked."""
+    saved: _Saved, *, head: str, trust_remote_code: bool, stack: str, allowed: int
+) -> tuple[Batch | None, Tensor | None, list[Check], list[str]]:
+    """The probe batch, the outputs at its real tokens, what was checked, and what could not be."""
     gguf_file = saved.gguf.path.name if saved.gguf else None
+    fits = OVERHEAD_BYTES + 4 * saved.num_values <= allowed
+    scratch: Path | None = None
+    too_large = ["It was not run: it does not fit in the memory there is."]
+    if not fits and allowed < OVERHEAD_BYTES:
+        return None, None, [], too_large
     try:
         empty = load_empty(
             saved.source, head=head, trust_remote_code=trust_remote_code, with_tokenizer=True, stack=stack
         )
+        if not fits:
+            if not _fits_at_rest(saved, empty, allowed):
+                return None, None, [], too_large
+            scratch = scratch_folder("blocks")
         batch, tower = _in_float32(probe_batch(empty)), empty.tower()
         fresh = run_afresh(
             saved.folder,
@@ -247,9 +272,16 @@ def _run(
             part=next(name for name, part in empty.model.named_modules() if part is tower.model),
             gguf_file=gguf_file,
             trust_remote_code=trust_remote_code,
+            places=None if fits else device_map(empty.model, torch.device("cpu")),
+            scratch=scratch,
         )
     except (ModelLoadError, FreshRunError) as error:
-        return None, None, [Check(what=_LOADS, passed=False, found=str(error))]
+        if not fits:  # not every architecture runs so
+            return None, None, [], [f"It was not run: it does not fit in memory, and from disk it stops ({error})."]
+        return None, None, [Check(what=_LOADS, passed=False, found=str(error))], []
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     # Of a GGUF file transformers renames every key, and some have no place in the class: only what lacks is told.
     kinds = ("missing_keys", "mismatched_keys") if saved.gguf else tuple(fresh.problems)
     wrong = {kind: keys for kind, keys in fresh.problems.items() if kind in kinds}
@@ -261,7 +293,7 @@ def _run(
     )
     if fresh.cached_generation is not None:
         checks.append(Check(what=_CACHE, passed=fresh.cached_generation, found="greedy tokens compared"))
-    return batch, outputs, checks
+    return batch, outputs, checks, []
 
 
 def _in_float32(batch: Batch) -> Batch:

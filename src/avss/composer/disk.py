@@ -396,7 +396,7 @@ def prune_on_disk(
                 plan,
                 room=max_memory or psutil.virtual_memory().available,
                 whole=memory_needed(checkpoint.num_values),
-                at_rest=_memory_at_rest(checkpoint, path, outline["num_blocks"]),
+                at_rest=memory_at_rest(checkpoint, path, outline["num_blocks"]),
                 head=head,
                 trust_remote_code=trust_remote_code,
                 device=device,
@@ -459,7 +459,7 @@ def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], renam
         )
 
 
-def _memory_at_rest(checkpoint: Checkpoint, path: str, num_blocks: int) -> int:
+def memory_at_rest(checkpoint: Checkpoint, path: str, num_blocks: int) -> int:
     """Bytes that it takes to run a model a block at a time: everything but the blocks, and the largest block."""
     sizes = [0] * num_blocks
     for name, tensor in checkpoint.tensors.items():

@@ -114,6 +114,8 @@ def run_afresh(
     part: str = "",
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
+    places: Mapping[str, str] | None = None,
+    scratch: Path | None = None,
 ) -> FreshRun:
     """Loads a model by its auto class and runs it, on the CPU in float32, in a process that does not import avss.
 
@@ -125,6 +127,9 @@ def run_afresh(
         part: Path of the part that is run, e.g. a vision tower; the whole by default.
         gguf_file: Name of a GGUF file in the folder, for a model that is one.
         trust_remote_code: Whether code that comes with the model may run.
+        places: For a model that memory does not hold, where its parts go (`avss.models.blockwise.device_map`):
+            transformers then reads them from disk itself. Two tokens are generated instead of many.
+        scratch: An empty folder for what it writes for that.
 
     Raises:
         FreshRunError: It could not be loaded or run.
@@ -134,6 +139,9 @@ def run_afresh(
     options: dict[str, Any] = by_path or {"use_safetensors": True}
     if trust_remote_code:
         options["trust_remote_code"] = True
+    if places is not None:
+        options |= {"device_map": dict(places), "offload_folder": str(scratch)}
+    num_generated = NUM_GENERATED if places is None else 2
     with tempfile.TemporaryDirectory() as place:
         files = {name: str(Path(place) / f"{name}.safetensors") for name in ("batch", "outputs")}
         by_name = isinstance(batch, Mapping)
@@ -148,7 +156,7 @@ def run_afresh(
             "by_name": by_name,
             "outputs_named": OUTPUT_NAMES,
             "options": options,
-            "num_generated": NUM_GENERATED if head == "causal" and not by_name else 0,
+            "num_generated": num_generated if head == "causal" and not by_name else 0,
             "num_threads": torch.get_num_threads(),
         }
         command = [sys.executable, "-P", "-W", "ignore", "-c", _SCRIPT, json.dumps(question)]
