@@ -67,12 +67,13 @@ def collect(
     wanted = tuple(dict.fromkeys(statistics))
     forward = tuple(one for one in wanted if one.probe in ("block", "stack"))
     backward = tuple(one for one in wanted if one.probe == "backward")
+    if backward:
+        loaded.check_in_memory("A score by gradients")
     batches = list(batches) if forward and backward else batches
     seen: list[Seen] = []
     if forward or not backward:
         seen += _forward(loaded, batches, forward, on_batch)
     if backward:
-        loaded.check_in_memory("A score by gradients")
         seen += _backward(loaded, batches, backward, on_batch)
     weights = tuple(one for one in wanted if one.probe == "weights")
     if weights:

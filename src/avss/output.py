@@ -119,12 +119,16 @@ def cache_folder() -> Path:
 def scratch_folder(name: str) -> Path:
     """A new folder in the cache for large files that only this process needs. Those of killed processes are swept.
 
-    Not the system's temporary folder, which is memory on many machines.
+    Not the system's temporary folder, which is memory on many machines, unless the cache cannot be written to.
     """
     path = cache_folder() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}{_process()}-", dir=path.parent))
+    prefix = f".{path.name}{_MARK}{_process()}-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    except OSError:  # a home that cannot be written to, as in some containers
+        return Path(tempfile.mkdtemp(prefix=prefix))
 
 
 def _open_up(folder: Path) -> None:

@@ -884,6 +884,7 @@ class Verification(FrozenValue):
         bytes_equal: Every kept weight has the name, shape and bytes it should have; None where weights were saved from
             memory rather than copied.
         outputs_compared: Whether the model was run. False where not even a block at a time fits in memory.
+        note: Why it was not run, where that is another reason.
     """
 
     reload_strict: bool
@@ -895,6 +896,7 @@ class Verification(FrozenValue):
     num_generated: int = 0
     bytes_equal: bool | None = None
     outputs_compared: bool = True
+    note: str = ""
 
     @property
     def passed(self) -> bool:

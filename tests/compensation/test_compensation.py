@@ -457,6 +457,16 @@ def test_refit_is_the_ridge_solution_over_collected_matrices(name, monkeypatch):
     np.testing.assert_allclose(change, expected, atol=2e-5 / min(1.0, np.min(gain[gain > 1e-3])))
 
 
+def test_scale_is_refused_where_a_trial_does_not_show_all_that_writes():
+    """T5's decoder writes three times a block."""
+    loaded = adopt(built("opt"))
+    plan = without(len(loaded.stack), 2)
+    smaller = cut(loaded, plan)
+    repaired, story = compensate(loaded, smaller, plan, random_text(), method="scale")
+    assert repaired is smaller
+    assert story.note
+
+
 def test_scale_is_the_ratio_of_mean_magnitudes():
     work = begin("llama", 2, 3)
     text = random_text(ragged=False)

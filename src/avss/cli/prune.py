@@ -131,34 +131,15 @@ def command(
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
     text |= opt.given(augment=augment, forms=opt.forms(form), written=written)
     loading: dict[str, Any] = {"head": head, "revision": revision}
-    asked: dict[str, Any] = {
-        "criterion": criterion,
-        **choice,
-        "contiguous": contiguous,
-        "rule": plan.rule,
-        "protect": protect,
-        "compensate": compensate,
-        "plan": targets,
-        "search": search,
-        "data": data,
-    }
     with opt.shown_stages(quiet=quiet) as stages:
-        if (on_disk or reason) and disk.wants_scores(plan, scores):
-            from avss import composer
+        if on_disk or reason:
+            loading |= {"trust_remote_code": trust_remote_code, "device": device}
+            if disk.wants_scores(plan, scores):
+                from avss.composer.pruning import score_on_disk
 
-            loading |= {"trust_remote_code": trust_remote_code, "device": device}
-            record = composer.prune(
-                model,
-                on_disk=on_disk,
-                max_memory=allowed,
-                loading=loading,
-                stages=stages,
-                **asked,
-                **common,
-                **text,
-            ).record
-        elif on_disk or reason:
-            loading |= {"trust_remote_code": trust_remote_code, "device": device}
+                common["scores"] = score_on_disk(
+                    model, plan, data=data, settings=text, loading=loading, max_memory=allowed, stages=stages
+                )
             record = disk.prune_on_disk(
                 model, plan, seed=seed, max_memory=allowed, note=reason, stages=stages, **common, **loading
             )
@@ -175,7 +156,21 @@ def command(
                 loaded = composer.load(
                     model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, stack=stack, **loading
                 )
-            record = composer.prune(loaded, stages=stages, **asked, **common, **text).record
+            record = composer.prune(
+                loaded,
+                criterion=criterion,
+                **choice,
+                contiguous=contiguous,
+                rule=plan.rule,
+                protect=protect,
+                compensate=compensate,
+                plan=targets,
+                search=search,
+                data=data,
+                stages=stages,
+                **common,
+                **text,
+            ).record
     if json:
         typer.echo(record.to_json())
     elif not quiet:

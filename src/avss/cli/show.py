@@ -168,7 +168,7 @@ def show_verification(proof: Verification) -> None:
     if not proof.outputs_compared:
         _console().print(
             "[green]Verified[/green]: names and shapes are those of the smaller model's class, the bytes those of the "
-            "original. It was not run."
+            f"original. It was not run{f': {escape(proof.note)}' if proof.note else ''}."
         )
         return
     memory = "" if proof.max_diff_memory is None else f"{proof.max_diff_memory:.2g} from memory and "

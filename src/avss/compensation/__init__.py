@@ -192,7 +192,7 @@ def _reason_against(method: CompensationMethod, smaller: Loaded, plan: Plan) -> 
             f"Where the blocks of `{model_type}` write to the residual stream is not known, and a trial found no "
             f"linear map that does, so the cut was left raw. Known: {', '.join(sorted(PROJECTIONS))}."
         )
-    if facts.attention is None and method == "scale":
+    if (facts.attention is None or not facts.is_complete) and method == "scale":
         return f"`scale` must know everything that the blocks of `{model_type}` write, and does not. `refit` can."
     if facts.obstacle and method not in ("auto", "steer"):
         return f"`{method}` cannot repair `{model_type}`: {facts.obstacle}. `steer` can."

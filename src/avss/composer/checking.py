@@ -82,8 +82,8 @@ def verify(
             is beside it, in the working directory or in the hub's cache.
         head: What to use it as; `auto` takes the class named in the config.
         trust_remote_code: Whether code that comes with the model may run.
-        max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free. A model that does not fit is not
-            run.
+        max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free. A model that does not fit is run
+            from disk, and one whose embeddings and largest block do not fit is not run.
         stages: Where progress goes.
 
     Raises:
@@ -151,7 +151,7 @@ def verify(
                         folder or dense.source,
                         head=head,
                         dtype="float32",
-                        device="cpu" if whole_fits else "disk",
+                        device="cpu" if whole_fits else "disk:cpu",
                         trust_remote_code=trust_remote_code,
                         stack=stack,
                         scratch=None if whole_fits else scratch_folder("blocks"),

@@ -1,5 +1,6 @@
 """`avss.damage`: the true cost of leaving out each block."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 DAMAGE_SAMPLES, DAMAGE_BATCH_SIZE = 16, 2
 """Less text than a score's, since it is read once for each block; small batches, since hidden states and word
 probabilities of a batch are kept."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def damage(
@@ -57,6 +61,8 @@ def damage(
         UserError: Anything the caller can fix, in one sentence.
     """
     loaded = load(model, tokenizer, stack=stack, or_disk=True)
+    if loaded.note and not isinstance(model, Loaded):
+        _log.warning(loaded.note)
     if not isinstance(data, DataConfig):
         settings |= {"samples": samples, "batch_size": batch_size}
     return damage_loaded(loaded, calibration(loaded, data, **settings), stages)

@@ -69,10 +69,10 @@ def memory_to_load(num_values: int, num_bytes: int, *, width: int) -> int:
     Args:
         num_values: Its parameters.
         num_bytes: Bytes of them as they are stored.
-        width: Bytes of a value that is computed with; where these are others, both are held for a moment.
+        width: Bytes of a value that is computed with; where most are stored otherwise, both are held for a moment.
     """
-    computed = width * num_values
-    return OVERHEAD_BYTES + computed + (num_bytes if num_bytes != computed else 0)
+    stored_width = round(num_bytes / max(1, num_values))
+    return OVERHEAD_BYTES + width * num_values + (num_bytes if stored_width != width else 0)
 
 
 def fits_memory(
@@ -303,9 +303,8 @@ def check_unseen(config: PlanConfig, scores: str | Path | ScoreTable | None) -> 
     elif wants_scores(config, scores):
         blind = ", ".join(name for name, one in CRITERIA.items() if not one.needs)
         raise ConfigError(
-            f"`{config.criterion}` needs the model in memory, to pass text through it or to read its weights, and a "
-            f"cut on disk does not load it. Name the blocks with `--blocks`; or choose by {blind}; or give scores made "
-            "where the model fits (`avss score MODEL --out DIR`, then `--scores DIR`)."
+            f"`{config.criterion}` needs scores of the model, and this cut on disk makes none. Name the blocks with "
+            f"`--blocks`; or choose by {blind}; or give scores (`avss score MODEL --out DIR`, then `--scores DIR`)."
         )
 
 
@@ -466,7 +465,8 @@ def memory_at_rest(checkpoint: Checkpoint, path: str, num_blocks: int) -> int:
         index, _, _ = name.removeprefix(f"{path}.").partition(".")
         if name.startswith(f"{path}.") and index.isdigit() and int(index) < num_blocks:
             sizes[int(index)] += math.prod(tensor.shape)
-    return OVERHEAD_BYTES + 4 * (checkpoint.num_values - sum(sizes) + max(sizes))
+    # Twice: experts are joined from parts, and both are held for a moment.
+    return OVERHEAD_BYTES + 4 * (checkpoint.num_values - sum(sizes) + 2 * max(sizes))
 
 
 def _prove(
@@ -478,7 +478,8 @@ def _prove(
     # From here on weights are in memory, and so may torch be.
     proof = importlib.import_module("avss.composer.proof")
     if whole <= room:
-        found = proof.prove_saved(source, folder, plan, device="cpu" if device == "auto" else device, **loading)
+        place = "cpu" if device.partition(":")[0] in ("auto", "disk") else device
+        found = proof.prove_saved(source, folder, plan, device=place, **loading)
     else:
         found = proof.prove_at_rest(source, folder, plan, **loading)
     return found.model_copy(update={"bytes_equal": True})

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from avss.composer.disk import memory_to_load, size_text, stored_size
+from avss.composer.disk import OVERHEAD_BYTES, memory_to_load, size_text, stored_size
 from avss.config import DataConfig, ModelConfig, build
 from avss.data.augment import augmentation
 from avss.data.batches import Batches, Layout, interleave, make_batches, need_tokenizer
@@ -77,7 +77,7 @@ def load(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         stack=config.stack,
-        scratch=scratch_folder("blocks") if device == "disk" else None,
+        scratch=scratch_folder("blocks") if device.partition(":")[0] == "disk" else None,
     )
     return dataclasses.replace(loaded, note=note)
 
@@ -87,19 +87,23 @@ def too_large(config: ModelConfig) -> str | None:
     stored = stored_size(config.source, config.revision)
     if stored is None:
         return None
+    num_values, num_bytes = stored
+    free = psutil.virtual_memory().available
     if torch.cuda.is_available():
-        width = 4 if config.dtype == "float32" else 2 if config.dtype != "auto" else max(1, stored[1] // stored[0])
-        where, free = "on the GPU", torch.cuda.mem_get_info()[0]
+        # Through memory as it is stored, and then to the GPU.
+        width = 4 if config.dtype == "float32" else 2 if config.dtype != "auto" else round(num_bytes / num_values)
+        asked = [(width * num_values, torch.cuda.mem_get_info()[0], "on the GPU")]
+        asked.append((OVERHEAD_BYTES + num_bytes, free, "in memory"))
     else:
         width = 2 if config.dtype in ("bfloat16", "float16") else 4
-        where, free = "in memory", psutil.virtual_memory().available
-    needed = memory_to_load(*stored, width=width)
-    if needed <= free:
-        return None
-    return (
-        f"The model takes about {size_text(needed)} {where} and {size_text(free)} are free: its blocks stay on disk, "
-        "and each is read when it runs. Larger batches (`--batch-size`) read them less often."
-    )
+        asked = [(memory_to_load(num_values, num_bytes, width=width), free, "in memory")]
+    for needed, there, where in asked:
+        if needed > there:
+            return (
+                f"The model takes about {size_text(needed)} {where} and {size_text(there)} are free: its blocks stay "
+                "on disk, and each is read when it runs. Larger batches (`--batch-size`) read them less often."
+            )
+    return None
 
 
 def calibration(loaded: Loaded, data: DataConfig | str | Sequence[str] = "builtin", **settings: Any) -> Batches:

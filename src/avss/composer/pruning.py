@@ -6,14 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
+
 from avss.compensation import compensate as compensate_cut
 from avss.compensation import split
 from avss.composer.asking import Asking
 from avss.composer.choosing import choose
-from avss.composer.disk import fits_memory, prune_on_disk, scores_of, wants_scores
+from avss.composer.disk import (
+    find_folder,
+    fits_memory,
+    memory_at_rest,
+    prune_on_disk,
+    scores_of,
+    size_text,
+    wants_scores,
+)
 from avss.composer.gguf_pruning import prune_gguf
 from avss.composer.inputs import AnyModel, calibration, load, probe_batch
-from avss.composer.inspection import refuse_uncuttable
+from avss.composer.inspection import example_plan, refuse_uncuttable
 from avss.composer.records import begin_record
 from avss.composer.scores import score_loaded
 from avss.config import (
@@ -28,13 +38,15 @@ from avss.config import (
     parse_bytes,
     seeded,
 )
-from avss.criteria import AbstractCriterion, find_criteria
+from avss.criteria import find_criteria
 from avss.cut import cut
 from avss.data.batches import Batches
 from avss.errors import ConfigError, unknown_name
 from avss.evaluation import rehearse
 from avss.models.load import Loaded, save_model
+from avss.models.outline import EmptyModel
 from avss.models.rewrite import config_changes
+from avss.models.shards import find_stack_path, indexed, read_checkpoint
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
 from avss.plan import check_one_target, check_plain, check_search, files_of
@@ -124,7 +136,7 @@ def prune(
         max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free.
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
-        loading: For a model named that is cut on disk: `head`, `revision`, `trust_remote_code`.
+        loading: For a model named: `head`, `revision`, `trust_remote_code`, `device`.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, `written`.
@@ -186,12 +198,20 @@ def prune(
             record = prune_gguf(model, config, data=data, **common, **settings)
         else:
             if wants_scores(config, scores):
-                common["scores"] = _score_on_disk(str(model), config, wanted, data, settings, loading or {}, stages)
+                common["scores"] = score_on_disk(
+                    str(model),
+                    config,
+                    data=data,
+                    settings=settings,
+                    loading=loading or {},
+                    max_memory=allowed,
+                    stages=stages,
+                )
             record = prune_on_disk(str(model), config, seed=seed, note=reason, **(loading or {}), **common)
         return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
-        loaded = load(model, tokenizer, stack=stack)
+        loaded = load(model, tokenizer, stack=stack, **(loading or {}))
         refuse_uncuttable(loaded)
     _check_reads_text(loaded, config, hard, compensate)
     table, batches = None, None
@@ -249,35 +269,69 @@ def prune(
     return Pruned(model=smaller.model, tokenizer=smaller.tokenizer, plan=chosen.plan, record=record, loaded=smaller)
 
 
-def _score_on_disk(
+def score_on_disk(
     model: str,
     plan: PlanConfig,
-    criterion: AbstractCriterion,
+    *,
     data: DataConfig | str | Sequence[str],
     settings: Mapping[str, Any],
     loading: Mapping[str, Any],
+    max_memory: int | None,
     stages: Stages,
 ) -> ScoreTable:
-    """The scores of a model that memory does not hold: a block at a time."""
+    """The scores that a cut on disk chooses by, a block at a time.
+
+    Args:
+        model: Folder or hub id.
+        plan: Names the criterion.
+        data: The calibration text.
+        settings: Of the text.
+        loading: `head`, `revision`, `trust_remote_code`, `device` to compute on.
+        max_memory: Bytes that may be used; by default what is free.
+        stages: Where progress goes.
+
+    Raises:
+        ConfigError: The criterion needs gradients, or not even a block at a time fits.
+        UnsupportedArchitectureError: The model cannot be cut from file to file, whatever its scores.
+    """
+    (criterion,) = find_criteria([plan.criterion])
     if any(need.probe == "backward" for need in criterion.needs):
         raise ConfigError(
             f"`{criterion.name}` needs gradients, and so the whole model in memory; a cut on disk does not load it. "
             "Choose by another criterion, name the blocks (`--blocks`), or give scores made where it fits (`--scores`)."
         )
-    with stages("Loading the model"):
-        loaded = load(model, **{**loading, "device": "disk"})
-    table, _ = score_loaded(
-        loaded,
-        calibration(loaded, data, **settings),
-        (criterion,),
-        True,
-        plan.share(len(loaded.stack)),
-        stages,
-        protect=plan.protect,
-        chooses=plan.takes_the_lowest,
-    )
-    if loaded.files is not None:
-        loaded.files.close()
+    options = {name: value for name, value in loading.items() if name in ("head", "trust_remote_code")}
+    place = str(loading.get("device", "auto"))
+    if place.partition(":")[0] != "disk":
+        place = "disk" if place == "auto" else f"disk:{place}"
+    with indexed(read_checkpoint(find_folder(model, loading.get("revision")))) as folder:
+        empty = EmptyModel(str(folder), **options)
+        refuse_uncuttable(empty.loaded)
+        empty.check_movable(example_plan(empty.loaded, removed=0))
+        checkpoint, num_blocks = read_checkpoint(folder), len(empty.loaded.stack)
+        path = find_stack_path(list(checkpoint.tensors), num_blocks, empty.loaded.stack.path)
+        needed, room = memory_at_rest(checkpoint, path, num_blocks), max_memory or psutil.virtual_memory().available
+        if needed > room:
+            raise ConfigError(
+                f"Scoring it a block at a time takes about {size_text(needed)} and there are {size_text(room)} "
+                "(`--max-memory`). Name the blocks (`--blocks`), or give scores made elsewhere (`--scores`)."
+            )
+        with stages("Loading the model"):
+            loaded = load(folder, **options, device=place)
+        try:
+            table, _ = score_loaded(
+                loaded,
+                calibration(loaded, data, **settings),
+                (criterion,),
+                True,
+                plan.share(num_blocks),
+                stages,
+                protect=plan.protect,
+                chooses=plan.takes_the_lowest,
+            )
+        finally:
+            assert loaded.files is not None
+            loaded.files.close()
     return table
 
 

@@ -98,7 +98,7 @@ def score_loaded(
         chooses: Whether the lowest scores are what goes; else nothing is said about how sure that choice is.
         sites: Where in the blocks to look as well.
     """
-    criteria, left_out = _without_gradients(criteria) if loaded.files is not None else (criteria, ())
+    criteria, left_out = without_gradients(criteria) if loaded.files is not None else (criteria, ())
     with stages("Scoring blocks") as advance:
         done = 0
         sites = () if sites == ("block",) else sites
@@ -156,7 +156,7 @@ def _said(loaded: Loaded) -> tuple[str, ...]:
     return () if loaded.note is None else (loaded.note,)
 
 
-def _without_gradients(
+def without_gradients(
     criteria: tuple[AbstractCriterion, ...],
 ) -> tuple[tuple[AbstractCriterion, ...], tuple[str, ...]]:
     """The criteria for which no whole model must be in memory, and a sentence on the others; all, if none is left."""

@@ -11,9 +11,10 @@ import numpy as np
 from avss.collect import collect
 from avss.composer.inputs import AnyModel, calibration, load
 from avss.composer.records import now, versions, write_record
-from avss.composer.scores import DEFAULT_CRITERIA, guarded
+from avss.composer.scores import DEFAULT_CRITERIA, guarded, without_gradients
 from avss.criteria import AbstractCriterion, find_criteria
 from avss.errors import ConfigError, DegenerateStatisticError
+from avss.models.load import Loaded
 from avss.output import fresh_folder
 from avss.plan import count_of_fraction, rounded_half_up
 from avss.progress import Stages, silent
@@ -78,6 +79,10 @@ def stability(
         raise ConfigError(f"`--sizes {amounts[0]}` is more than the {samples} sequences of a draw (`--samples`).")
     shares = [amount / samples for amount in amounts]
     loaded = load(model, tokenizer, stack=stack, or_disk=True)
+    if loaded.files is not None:
+        wanted, left_out = without_gradients(wanted)
+        for said in filter(None, (None if isinstance(model, Loaded) else loaded.note, *left_out)):
+            _log.warning(said)
     count = count_of_fraction(fraction, len(loaded.stack))
     trials: list[StabilityTrial] = []
     reference: dict[str, FloatArray] = {}

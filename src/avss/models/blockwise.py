@@ -6,20 +6,23 @@ each other's weights works too, and what it is given is handed on as it is.
 """
 
 import contextlib
+import fnmatch
 import functools
+import inspect
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import ModelHook, remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from avss.errors import ModelLoadError
 from avss.models.stack import find_stacks
 
 
@@ -58,27 +61,32 @@ class BlockFiles:
         model: As transformers loaded it by `device_map`: its blocks have no weights. From now on each reads them when
             it runs, and lets them go however that ends.
         scratch: Folder of those that transformers wrote anew. It is removed with this, or by `close`.
+        dtype: What the model computes in; None for the dtype that it came in.
+        wide: Patterns of the weights that are held in float32 all the same.
 
     Attributes:
         dtype: In which the blocks are stored; the dtype computed in may be wider.
         close: Called when no block will run any more, removes what was written for that.
+
+    Raises:
+        ModelLoadError: A block has a weight that is in no file.
     """
 
-    def __init__(self, model: PreTrainedModel, scratch: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, scratch: Path, dtype: torch.dtype | None = None, wide: Sequence[str] = ()
+    ) -> None:
         self.close = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         self._weights = _weights_of(model)
         self._device = next(one.device for one in model.parameters() if one.device.type != "meta")
         self.dtype = _stored_dtype(self._weights.index)
-        # They read weights one by one, which a part that uses another's misses, and hand on copies of what is shared.
-        remove_hook_from_submodules(model)
-        self._names = {
-            id(block): f"{stack.path}.{index}."
-            for stack in find_stacks(model)[0]
-            for index, block in enumerate(stack.blocks)
-        }
+        _undo_dispatch(model)
+        if dtype is not None:
+            self._cast(model, dtype, wide)
+        self._names: dict[int, str] = {}
         for stack in find_stacks(model)[0]:
-            for block in stack.blocks:
-                self._let_go(block)
+            for index, block in enumerate(stack.blocks):
+                self._names[id(block)] = f"{stack.path}.{index}."
+                self._check_stored(block)
                 self._read_when_run(block)
 
     def weight(self, name: str) -> Tensor:
@@ -92,31 +100,68 @@ class BlockFiles:
         empty = [] if prefix is None else _empty_weights(block)
         try:
             for module, leaf, path, _ in empty:
-                module._parameters[leaf] = nn.Parameter(self.weight(f"{prefix}{path}"), requires_grad=False)
+                # What asks for a gradient is multiplied by another kernel, even where none is taken.
+                asks = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
+                module._parameters[leaf] = nn.Parameter(self.weight(f"{prefix}{path}"), requires_grad=asks)
             yield
         finally:
             for module, leaf, _, parameter in empty:
                 module._parameters[leaf] = parameter
 
-    def _let_go(self, block: nn.Module) -> None:
-        """Empties what was read though it lies on disk (XLNet's attention)."""
+    def _cast(self, model: PreTrainedModel, dtype: torch.dtype, wide: Sequence[str]) -> None:
+        """As `avss.models.load.in_dtype` does: by themselves some weights come as their class creates them (XLNet)."""
+
+        def wanted(name: str) -> torch.dtype:
+            return torch.float32 if any(fnmatch.fnmatchcase(name, pattern) for pattern in wide) else dtype
+
+        for name, place in self._weights.index.items():
+            if getattr(torch, place["dtype"]).is_floating_point:
+                place["dtype"] = str(wanted(name)).removeprefix("torch.")
+        for name, parameter in model.named_parameters():
+            if parameter.device.type != "meta" and parameter.is_floating_point():
+                parameter.data = parameter.data.to(wanted(name))
+
+    def _check_stored(self, block: nn.Module) -> None:
         prefix = self._names[id(block)]
-        for path, module in block.named_modules():
-            for leaf, parameter in module._parameters.items():
-                name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
-                if parameter is not None and name in self._weights.index:
-                    module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        lacking = [path for _, _, path, _ in _empty_weights(block) if f"{prefix}{path}" not in self._weights]
+        if lacking:
+            raise ModelLoadError(
+                f"`{prefix}{lacking[0]}` is in no file, so that it cannot be read when its block runs. Load the model "
+                "in memory (`--device cpu`), which sets such a weight as its class says."
+            )
 
     def _read_when_run(self, block: nn.Module) -> None:
-        own = block.forward
+        # No reference to the block itself: a model that is not needed any more shall go at once.
+        own, this = type(block).forward, weakref.ref(block)
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self.at_hand(block):
-                return own(*args, **kwargs)
+            module = this()
+            assert module is not None
+            with self.at_hand(module):
+                return own(module, *args, **kwargs)
 
+        # As a bound method would show itself.
+        signature = inspect.signature(own)
+        forward.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
         # An instance attribute hides the class's method. A hook would read a block that is left out, too.
         block.forward = forward
+
+
+def _undo_dispatch(model: PreTrainedModel) -> None:
+    """Takes off what accelerate put on the model to read its weights one by one.
+
+    A part that uses another's weights would miss them, and what blocks share would be handed on as copies. Its hooks
+    are not told: they would read buffers again.
+    """
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            module.__dict__["_hf_hook"] = ModelHook()
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    for name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):
+        model.__dict__.pop(name, None)
 
 
 def _empty_weights(block: nn.Module) -> list[tuple[nn.Module, str, str, nn.Parameter]]:

@@ -31,7 +31,7 @@ from avss.models.blockwise import BlockFiles, device_map
 from avss.models.families import facts_of
 from avss.models.gguf import shared_reader
 from avss.models.shards import copy_companions, module_names
-from avss.models.stack import AUTO, BlockStack, find_stack
+from avss.models.stack import AUTO, BlockStack, config_tree, find_stack
 from avss.record import ModelFacts
 
 Head = Literal["causal", "masked", "classifier", "encoder", "seq2seq", "image-classifier", "other"]
@@ -226,9 +226,9 @@ class Loaded:
         """
         if self.files is not None:
             raise ConfigError(
-                f"{what} needs the whole model in memory, and the blocks of this one stay on disk (`--device disk`). "
-                "Use `--device cpu` or a GPU. On disk there are scores without gradients, `avss damage`, `avss "
-                "compare` and `avss evaluate`, and `avss prune MODEL --on-disk` cuts by such scores."
+                f"{what} needs the whole model in memory, and the blocks of this one stay on disk (`--device disk`, or "
+                "for lack of room). Use `--device cpu` or a GPU. On disk there are scores without gradients, `avss "
+                "damage`, `avss compare` and `avss evaluate`, and `avss prune MODEL --on-disk` cuts by such scores."
             )
 
     def check_reads_text(self, what: str) -> None:
@@ -366,6 +366,7 @@ def load_model(
             slow and nothing is lost by widening.
         device: `auto` (CUDA, else the CPU), a torch device, `map` to spread the model over all GPUs, or `disk` to leave
             its blocks in their files and compute as for `auto`: each is read when it runs (`avss.models.blockwise`).
+            `disk:cpu` or `disk:cuda:1` compute there.
         revision: Hub branch, tag or commit.
         trust_remote_code: Whether code that comes with the model may run.
         stack: Which stack of blocks to work on: `auto`, or its name or path; see `avss.models.stack.find_stack`.
@@ -379,10 +380,11 @@ def load_model(
     _check_choices(head, dtype)
     target = _find_device(device)
     location = _locate(str(source), revision)
-    if device == "disk" and location.gguf_file:
+    on_disk = device.partition(":")[0] == "disk"
+    if on_disk and location.gguf_file:
         raise ConfigError("A GGUF file is decoded in memory, as a whole. Leave out `--device disk`.")
     # A GGUF file is decoded in one place.
-    is_placed = device in ("map", "disk") and not location.gguf_file
+    is_placed = (device == "map" or on_disk) and not location.gguf_file
     with quiet_transformers(), shared_reader() if location.gguf_file else contextlib.nullcontext():
         config = _read_config(location, revision=revision, trust_remote_code=trust_remote_code)
         model_class, found_head = _model_class(config, head, trust_remote_code=trust_remote_code)
@@ -392,8 +394,9 @@ def load_model(
         placed: dict[str, Any] = {}
         if is_placed:
             placed = {"dtype": _DTYPES.get(dtype, "auto"), "device_map": "auto"}
-        if device == "disk":
+        if on_disk:
             empty = _empty_of(str(source), model_class, config, trust_remote_code=trust_remote_code)
+            find_stack(empty, stack)  # refused before anything is read
             placed["device_map"] = device_map(empty, target)
             placed["offload_folder"] = tempfile.mkdtemp(prefix="avss-") if scratch is None else str(scratch)
             if dtype == "auto" and target.type == "cpu":
@@ -401,8 +404,10 @@ def load_model(
         files = None
         try:
             model = _read_weights(location, model_class, config, placed=placed, options=options)
-            if device == "disk":
-                files = BlockFiles(model, Path(placed["offload_folder"]))
+            if on_disk:
+                computed = placed["dtype"] if isinstance(placed["dtype"], torch.dtype) else None
+                wide = _kept_wide(model, computed or model.dtype)
+                files = BlockFiles(model, Path(placed["offload_folder"]), computed, wide)
         finally:
             if files is None and "offload_folder" in placed:
                 shutil.rmtree(placed["offload_folder"], ignore_errors=True)
@@ -584,7 +589,10 @@ def _check_choices(head: str, dtype: str) -> None:
 
 
 def _find_device(device: str) -> torch.device:
-    if device in ("auto", "map", "disk"):  # not `mps`, see `Loaded.check_float64`
+    kind, _, place = device.partition(":")
+    if kind == "disk":
+        device = place or "auto"
+    if device in ("auto", "map"):  # not `mps`, see `Loaded.check_float64`
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -592,7 +600,7 @@ def _find_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"The device `{device}` is not there ({first_line(error)}). Allowed: auto, cpu, cuda, cuda:N, map, disk, "
-            "mps."
+            "disk:cpu, disk:cuda:N, mps."
         ) from error
     return found
 
@@ -698,6 +706,11 @@ def _read_weights(
     try:
         model, info = model_class.from_pretrained(**arguments, output_loading_info=True)
     except Exception as error:
+        if "offload_folder" in placed and "No space left" in str(error):
+            raise ModelLoadError(
+                f"There is no room in `{Path(placed['offload_folder']).parent}` for the blocks of `{location.name}`, "
+                "which are computed otherwise than they are stored. Name a larger place with `AVSS_CACHE`."
+            ) from error
         raise ModelLoadError(
             f"Cannot load the weights of `{location.name}` as `{model_class.__name__}`: {first_line(error)}. "
             "Only safetensors and GGUF weights are read; is the download whole?"
@@ -820,7 +833,8 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             to = torch.float32 if any(fnmatch.fnmatchcase(name, pattern) for pattern in wide) else dtype
             recast[tensor.data_ptr()] = tensor.to(to) if tensor.is_floating_point() else tensor
     config = copy.deepcopy(model.config)
-    config.dtype = dtype
+    for part in config_tree(config).values():  # of towers too, as a load would
+        part.dtype = dtype
     other = assemble(type(model), config, {name: recast[tensor.data_ptr()] for name, tensor in state.items()})
     if getattr(model, "generation_config", None) is not None:
         other.generation_config = model.generation_config

@@ -59,6 +59,11 @@ class EmptyModel:
                 "Cut the full-precision checkpoint, then quantise the result; or cut a GGUF file with `--format gguf`."
             )
 
+    @property
+    def loaded(self) -> Loaded:
+        """The model without weights."""
+        return self._loaded
+
     def outline(self) -> Outline:
         """What it is.
 
@@ -85,7 +90,7 @@ class EmptyModel:
         config = self._loaded.model.config
         stack = self._loaded.stack
         smaller = rewrite_config(config, stack, plan)
-        self._refuse_moved_weights(plan)
+        self.check_movable(plan)
         # The blocks that the smaller config builds must be the old ones, in kind and settings.
         build_smaller(self._loaded.model, smaller, stack, plan)
         changes = config_changes(config, smaller)
@@ -103,8 +108,12 @@ class EmptyModel:
                     generation.save_pretrained(folder)
         return changes
 
-    def _refuse_moved_weights(self, plan: Plan) -> None:
-        """A copy from file to file moves whole tensors of whole blocks, and nothing else."""
+    def check_movable(self, plan: Plan) -> None:
+        """A copy from file to file moves whole tensors of whole blocks, and nothing else.
+
+        Raises:
+            UnsupportedArchitectureError: This plan needs more.
+        """
         stack, model = self._loaded.stack, self._loaded.model
         family = facts_of(stack.owner(model.config).model_type)
         first = f"{stack.path}.0."

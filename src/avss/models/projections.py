@@ -37,6 +37,7 @@ class Projections:
         channel_gain: Path within a block of the weight that scales what the MLP's map writes, channel by channel (the
             layer scale of DINOv2 and BEiT): $g$ is this vector then.
         closing_norm: Path of the norm that the sum passes at the end of a post-norm block.
+        is_complete: Whether nothing else in a block writes to the stream; a trial does not show that.
         obstacle: Why the sum is not linear in these weights; None where it is.
     """
 
@@ -46,6 +47,7 @@ class Projections:
     measured_gain: float = 1.0
     channel_gain: str | None = None
     closing_norm: str | None = None
+    is_complete: bool = True
     obstacle: str | None = None
 
     def gain(self, config: Any) -> float:
@@ -138,7 +140,7 @@ def find_by_trial(loaded: Loaded) -> Projections | None:
             first = trial.first_of(others)
             if first is None:  # attention and MLP beside each other (Falcon, Phi): both are written last
                 first = next((other for other, one in others if trial.last_gain(one) is not None), None)
-            return Projections(attention=first, mlp=path, measured_gain=gain or 1.0, channel_gain=weight)
+            return Projections(first, path, measured_gain=gain or 1.0, channel_gain=weight, is_complete=False)
     return None
 
 
