@@ -34,6 +34,10 @@ FORWARD = tuple(
 )
 
 
+KEPT_WIDE = ("deepseek-v3", "gemma4", "llava", "mamba", "t5", "xlnet")
+"""Awkward in half precision: weights and buffers that stay wide, several towers, weights that a class creates."""
+
+
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name -> folder into which its tiny model is saved, once. Do not change it."""
@@ -80,23 +84,20 @@ def test_damage_is_that_in_memory(name, folder_of):
     assert held(resting) == 0
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in NAMED),
+        *((name, dtype) for name in KEPT_WIDE for dtype in ("bfloat16", "float16")),
+    ],
+)
 def test_outputs_are_those_in_memory(name, dtype, folder_of):
-    """In half precision, what a class keeps in float32 (T5's `wo`, what routes to experts) is kept so too.
-
-    The weights are the same to the bit in each. The outputs are so in float32; some products in half precision round by
-    where their operands lie in memory (Mamba's).
-    """
+    """In half precision, what a class keeps in float32 (T5's `wo`, what routes to experts) is kept so too."""
     whole, resting = (load_model(folder_of(name), device=where, dtype=dtype) for where in ("cpu", "disk:cpu"))
     batch = probe_batch(whole)
     args = batch if whole.reads_text else (batch,)
     one, other = (run_outputs(loaded.tower(), *args) for loaded in (whole, resting))
-    assert one.dtype == other.dtype
-    allowed = (
-        0.0 if dtype == "float32" else 4 * torch.finfo(getattr(torch, dtype)).eps * max(1.0, float(one.abs().max()))
-    )
-    assert float((one.float() - other.float()).abs().max()) <= allowed
+    assert torch.equal(one, other)
     assert resting.facts() == whole.facts()
     assert held(resting) == 0
     assert resting.files is not None

@@ -91,7 +91,8 @@ class BlockFiles:
 
     def weight(self, name: str) -> Tensor:
         """One weight of a block, by its name in the model, in the dtype and on the device that it is computed in."""
-        return self._weights[name].to(self._device)
+        with torch.inference_mode(mode=False):  # as the weights of a model in memory, whoever asks
+            return self._weights[name].to(self._device)
 
     @contextlib.contextmanager
     def at_hand(self, block: nn.Module) -> Iterator[None]:
@@ -102,7 +103,9 @@ class BlockFiles:
             for module, leaf, path, _ in empty:
                 # What asks for a gradient is multiplied by another kernel, even where none is taken.
                 asks = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
-                module._parameters[leaf] = nn.Parameter(self.weight(f"{prefix}{path}"), requires_grad=asks)
+                weight = self.weight(f"{prefix}{path}")
+                with torch.inference_mode(mode=False):
+                    module._parameters[leaf] = nn.Parameter(weight, requires_grad=asks)
             yield
         finally:
             for module, leaf, _, parameter in empty:
