@@ -361,7 +361,7 @@ def test_an_earlier_search_gives_the_size_of_a_speedup(pruned, avss_command, lla
 
 def test_only_a_size_target_hashes_the_model(llama_folder, monkeypatch):
     loaded, calls = composer.load(llama_folder), []
-    monkeypatch.setattr("avss.models.load.fingerprint", lambda model: calls.append(model) or "none")
+    monkeypatch.setattr("avss.models.load.fingerprint", lambda model, *_: calls.append(model) or "none")
 
     def chosen(**target):
         config = PlanConfig(criterion="last", protect="none", **target)
