@@ -144,6 +144,7 @@ def test_blocks_are_chosen_a_block_at_a_time(avss_command, llama_folder, text_fi
         two.cuts[0].plan,
     )
     assert (one.model.device, two.model.device) == ("disk", "cpu")
+    assert "Scoring blocks" in one.seconds
     assert any("it is cut on disk" in said for said in one.warnings) == (flags == JUST_TOO_LITTLE)
     assert one.cuts[0].verification is not None
     assert one.cuts[0].verification.outputs_compared

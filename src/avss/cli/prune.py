@@ -75,6 +75,7 @@ def command(
     from avss.errors import ConfigError, unknown_name
     from avss.output import check_free
     from avss.plan import check_one_target, check_plain, check_search, files_of
+    from avss.progress import Timed
 
     choice = opt.given(fraction=fraction, count=count, blocks=blocks)
     for_tasks = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed}
@@ -133,15 +134,16 @@ def command(
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:
+            timed = Timed(stages)
             loading |= {"trust_remote_code": trust_remote_code, "device": device}
             if disk.wants_scores(plan, scores):
                 from avss.composer.pruning import score_on_disk
 
                 common["scores"] = score_on_disk(
-                    model, plan, data=data, settings=text, loading=loading, max_memory=allowed, stages=stages
+                    model, plan, data=data, settings=text, loading=loading, max_memory=allowed, stages=timed
                 )
             record = disk.prune_on_disk(
-                model, plan, seed=seed, max_memory=allowed, note=reason, stages=stages, **common, **loading
+                model, plan, seed=seed, max_memory=allowed, note=reason, stages=timed, **common, **loading
             )
         elif file_format == "gguf":
             from avss.composer.gguf_pruning import prune_gguf

@@ -354,7 +354,7 @@ def prune_on_disk(
     check_unseen(config, scores)
     table = scores if isinstance(scores, ScoreTable) else None
     check_free(out, force=force, sources=(source,) if table is not None else (source, scores))
-    timed = Timed(stages)
+    timed = stages if isinstance(stages, Timed) else Timed(stages)  # the time of scores made for this counts
     folder = find_folder(source, revision)
     checkpoint = read_checkpoint(folder)
     with fresh_folder(out, force=force) as target, indexed(checkpoint) as readable:

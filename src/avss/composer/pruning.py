@@ -197,6 +197,7 @@ def prune(
         if file_format == "gguf":
             record = prune_gguf(model, config, data=data, **common, **settings)
         else:
+            common["stages"] = Timed(stages)
             if wants_scores(config, scores):
                 common["scores"] = score_on_disk(
                     str(model),
@@ -205,7 +206,7 @@ def prune(
                     settings=settings,
                     loading=loading or {},
                     max_memory=allowed,
-                    stages=stages,
+                    stages=common["stages"],
                 )
             record = prune_on_disk(str(model), config, seed=seed, note=reason, **(loading or {}), **common)
         return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
