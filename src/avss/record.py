@@ -872,7 +872,8 @@ class Verification(FrozenValue):
     """The proof that a saved model is what it should be.
 
     Attributes:
-        reload_strict: A fresh load found no missing, unexpected or mismatched key.
+        reload_strict: A fresh load found no missing, unexpected or mismatched key. None where there was none: names and
+            shapes follow from those of the original.
         max_diff_memory: Largest difference of its outputs from those of the model in memory; nan where outputs were
             not compared, None where memory does not hold the model.
         max_diff_bypass: Largest difference from the original model with the removed blocks bypassed; nan where outputs
@@ -887,7 +888,7 @@ class Verification(FrozenValue):
         note: Why it was not run, where that is another reason.
     """
 
-    reload_strict: bool
+    reload_strict: bool | None
     max_diff_memory: JsonFloat | None = math.nan
     max_diff_bypass: JsonFloat = math.nan
     of_raw_cut: bool = False
@@ -904,7 +905,8 @@ class Verification(FrozenValue):
         differences = (self.max_diff_memory, self.max_diff_bypass)
         within = all(one <= self.tolerance for one in differences if one is not None)
         same = within or not self.outputs_compared
-        return self.reload_strict and same and self.cached_generation is not False and self.bytes_equal is not False
+        held = (self.reload_strict, self.cached_generation, self.bytes_equal)
+        return same and False not in held
 
 
 class Check(FrozenValue):

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_cut_on_disk_and_says_so(avss_command, llama_folder
     answer = avss_command(*arguments, "--out", tmp_path / "one")
     assert answer.code == 0, answer.err
     assert "it is cut on disk" in answer.err
-    assert "It was not run" in answer.out.replace("\n", " ")
+    assert "It was neither loaded nor run" in answer.out.replace("\n", " ")
     assert "cut on disk" in RunRecord.read(tmp_path / "one").warnings[0]
     answer = avss_command(*arguments, "--in-memory", "--out", tmp_path / "two")
     assert answer.code == 0, answer.err

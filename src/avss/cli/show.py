@@ -166,10 +166,13 @@ def show_healing(healing: Healing) -> None:
 def show_verification(proof: Verification) -> None:
     """What was checked, in a line."""
     if not proof.outputs_compared:
-        _console().print(
-            "[green]Verified[/green]: names and shapes are those of the smaller model's class, the bytes those of the "
-            f"original. It was not run{f': {escape(proof.note)}' if proof.note else ''}."
-        )
+        found = "names, shapes and bytes are those of the original's kept blocks. It was neither loaded nor run"
+        if proof.reload_strict:
+            found = (
+                "names and shapes are those of the smaller model's class, the bytes those of the original. It was not "
+                "run"
+            )
+        _console().print(f"[green]Verified[/green]: {found}{f': {escape(proof.note)}' if proof.note else ''}.")
         return
     memory = "" if proof.max_diff_memory is None else f"{proof.max_diff_memory:.2g} from memory and "
     generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}

@@ -327,8 +327,9 @@ def prune_on_disk(
 ) -> RunRecord:
     """Cuts a safetensors checkpoint from file to file.
 
-    Names and shapes are checked by transformers against the smaller model's class before a byte is copied, the bytes
-    after. Where the model fits in memory, it is verified like any other: run, and compared with the original.
+    Names and shapes are checked by transformers against the smaller model's class before a byte is copied (types that
+    are known to be plain are told by their files alone, `avss.models.known`), the bytes after. Where the model fits in
+    memory, it is verified like any other: run, and compared with the original.
 
     Args:
         source: Folder or hub id.
@@ -396,6 +397,7 @@ def prune_on_disk(
                 room=max_memory or psutil.virtual_memory().available,
                 whole=memory_needed(checkpoint.num_values),
                 at_rest=memory_at_rest(checkpoint, path, outline["num_blocks"]),
+                loads=outline["class_asked"],
                 head=head,
                 trust_remote_code=trust_remote_code,
                 device=device,
@@ -470,11 +472,24 @@ def memory_at_rest(checkpoint: Checkpoint, path: str, num_blocks: int) -> int:
 
 
 def _prove(
-    source: Path, folder: Path, plan: Plan, *, room: int, whole: int, at_rest: int, device: str, **loading: Any
+    source: Path,
+    folder: Path,
+    plan: Plan,
+    *,
+    room: int,
+    whole: int,
+    at_rest: int,
+    loads: bool,
+    device: str,
+    **loading: Any,
 ) -> Verification:
-    """Runs original and result, as whole models or a block at a time; neither, where there is no room for that."""
+    """Runs original and result, as whole models or a block at a time; neither, where there is no room for that.
+
+    `loads` says whether the class has been found to take the names and shapes of the result.
+    """
+    copied = Verification(reload_strict=True if loads else None, bytes_equal=True, outputs_compared=False)
     if at_rest > room:
-        return Verification(reload_strict=True, bytes_equal=True, outputs_compared=False)
+        return copied
     # From here on weights are in memory, and so may torch be.
     proof = importlib.import_module("avss.composer.proof")
     if whole <= room:
@@ -482,6 +497,8 @@ def _prove(
         found = proof.prove_saved(source, folder, plan, device=place, **loading)
     else:
         found = proof.prove_at_rest(source, folder, plan, **loading)
+    if not found.outputs_compared:
+        return copied.model_copy(update={"note": found.note})
     return found.model_copy(update={"bytes_equal": True})
 
 

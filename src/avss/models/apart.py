@@ -1,4 +1,8 @@
-"""Asks `avss.models.outline` in a process of its own, so that this one needs no torch and gets its memory back."""
+"""Asks about a model without its weights: by its files where these tell all, else by its class.
+
+The class is asked in a process of its own (`avss.models.outline`), so that this one needs no torch and gets its memory
+back.
+"""
 
 import contextlib
 import importlib
@@ -7,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from avss import errors
 from avss.errors import AvssError
+from avss.models.known import HEAD, answer, find_known
 
 Ask = Callable[..., Any]
-"""Called with what to ask and its arguments, all plain values; see `avss.models.outline.answer`."""
+"""Called with what to ask and its arguments, all plain values; see `avss.models.known.answer`."""
 
 _SERVE = "import json, sys; from avss.models.outline import serve; serve(**json.loads(sys.argv[1]))"
 
@@ -22,18 +28,22 @@ _SERVE = "import json, sys; from avss.models.outline import serve; serve(**json.
 def empty_model(source: str, *, head: str = "auto", trust_remote_code: bool = False) -> Iterator[Ask]:
     """Opens a model folder without its weights; what is yielded asks about it.
 
-    A process of its own answers, and ends with the context. In a process that has imported torch already, that would
-    save nothing, and the answers are computed here.
+    A model of a known type is read here (`avss.models.known`). Else a process of its own answers, and ends with the
+    context; in one that has imported torch already, that would save nothing, and the answers are computed here.
 
     Raises:
         UserError: Whatever the question raises there is raised here.
         RuntimeError: The other process died; the message holds its last words.
     """
     settings = {"source": source, "head": head, "trust_remote_code": trust_remote_code}
+    known = find_known(Path(source)) if head in ("auto", HEAD) else None
+    if known is not None:
+        yield lambda what, **arguments: answer(known, {"what": what, **arguments})
+        return
     if "torch" in sys.modules:
         outline = importlib.import_module("avss.models.outline")
         model = outline.EmptyModel(**settings)
-        yield lambda what, **arguments: outline.answer(model, {"what": what, **arguments})
+        yield lambda what, **arguments: answer(model, {"what": what, **arguments})
         return
     # -P: a file in the working directory must not stand in for a module.
     command = [sys.executable, "-P", "-W", "ignore", "-c", _SERVE, json.dumps(settings)]

@@ -4,7 +4,6 @@ Answers come as plain values, so that another process can ask (`avss.models.apar
 model's code, which costs more memory than copying a checkpoint does.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -15,36 +14,11 @@ from transformers import GenerationConfig
 
 from avss.errors import AvssError, UnsupportedArchitectureError
 from avss.models.families import facts_of
+from avss.models.known import Outline, Problems, answer
 from avss.models.load import Loaded, load_empty, quiet_transformers
 from avss.models.proof import build_smaller
 from avss.models.rewrite import config_changes, pinned_blocks, rewrite_config, rewrite_generation
 from avss.record import FieldChange, Plan
-
-Problems = dict[str, list[str]]
-"""Kind of problem (`missing_keys`, ...) -> the keys that have it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """A model in words.
-
-    Attributes:
-        architecture: Class that computes it.
-        model_type: `config.model_type`.
-        head: What it is used as.
-        stack: Path of its block stack in the model.
-        num_blocks: Length of the stack.
-        hidden_size: Width of the residual stream.
-        pinned: Blocks that the architecture cannot lose.
-    """
-
-    architecture: str
-    model_type: str
-    head: str
-    stack: str
-    num_blocks: int
-    hidden_size: int
-    pinned: tuple[int, ...] = ()
 
 
 class EmptyModel:
@@ -147,20 +121,6 @@ class EmptyModel:
 
 def _key(entry: Any) -> str:
     return str(entry[0] if isinstance(entry, tuple) else entry)
-
-
-def answer(model: EmptyModel, question: Mapping[str, Any]) -> Any:
-    """Answers one question in plain values: the name of a method, and its arguments."""
-    match question["what"]:
-        case "outline":
-            return dataclasses.asdict(model.outline())
-        case "write_config":
-            changes = model.write_config(Plan.model_validate(question["plan"]), Path(question["folder"]))
-            return [change.model_dump(mode="json") for change in changes]
-        case "problems":
-            return model.problems(Path(question["folder"]))
-        case other:
-            raise ValueError(other)
 
 
 def serve(source: str, *, head: str = "auto", trust_remote_code: bool = False) -> None:

@@ -4,33 +4,19 @@ No model is needed: `rewrite_config` turns (config, stack, plan) into the new co
 """
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
 from avss.errors import UnsupportedArchitectureError
-from avss.models.families import (
-    INDEX_LISTS,
-    LAYER_DICTS,
-    LEADING_COUNTS,
-    NOT_PER_LAYER,
-    PER_LAYER_LISTS,
-    TRAILING_COUNTS,
-    Family,
-    InexpressibleError,
-    Pinned,
-    facts_of,
-)
+from avss.models.families import Family, InexpressibleError, Pinned, facts_of
+from avss.models.fields import rewritten_fields
 from avss.models.stack import NUM_LAYERS_FIELD, BlockStack, config_tree
 from avss.record import FieldChange, Plan
 
 _LINKS = ("deepstack_layer_map", "spatial_target_layers")
 """Fields of a whole model's config that name blocks of its towers."""
-
-# Names under which a list of small integers is taken for a list of block indices.
-_INDEX_NAME = re.compile(r".*(layer|block|idx|indices|indexes|indexs|_ids_per).*")
 
 
 def find_family(config: PretrainedConfig, stack: BlockStack) -> Family:
@@ -90,7 +76,8 @@ def rewrite_config(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> P
     raw = owner.to_dict()
     kind = owner.model_type
     try:
-        changes = _rewritten(raw, family, stack, plan, kind) | family.adjust(raw, plan)
+        fields = rewritten_fields(raw, family, plan, count_field=stack.count_field, side=stack.side, kind=kind)
+        changes = fields | family.adjust(raw, plan)
         if stack.config_path:
             for field, value in _features_of_tower(config, stack, plan).items():
                 setattr(smaller, field, value)
@@ -178,92 +165,6 @@ def _set(owner: PretrainedConfig, field: str, value: Any) -> None:
             f"The config of `{owner.model_type}` does not let `{field}` be set to {value!r}: {error}. Its smaller "
             "model cannot be expressed."
         ) from error
-
-
-def _rewritten(raw: Mapping[str, Any], family: Family, stack: BlockStack, plan: Plan, kind: str) -> dict[str, Any]:
-    """New values of the fields that speak of blocks, by their stored names."""
-    changes: dict[str, Any] = {}
-    unknown: list[str] = []
-    for field, value in raw.items():
-        if field == stack.count_field and not isinstance(value, list):
-            changes[field] = len(plan.kept)
-        elif field in NOT_PER_LAYER or field in family.not_per_layer:
-            continue
-        elif isinstance(value, int) and not isinstance(value, bool):
-            if field in LEADING_COUNTS or field in family.leading_counts:
-                changes[field] = value - sum(block < value for block in plan.removed)
-            elif field in TRAILING_COUNTS:
-                changes[field] = value - sum(block >= plan.num_blocks - value for block in plan.removed)
-        elif isinstance(value, list | tuple):
-            if field in family.encoder_per_layer and stack.side == "decoder":
-                continue
-            new = _rewritten_list(field, value, family, plan)
-            if new is None:
-                unknown.append(field)
-            elif list(new) != list(value):
-                changes[field] = type(value)(new)
-        elif isinstance(value, dict):
-            if field in LAYER_DICTS:
-                changes[field] = _renumbered_keys(value, plan)
-            unknown += [f"{field}.{name}" for name in _unknown_in(field, value, plan)]
-    if unknown:
-        several = len(unknown) > 1
-        raise UnsupportedArchitectureError(
-            f"The config field{'s' if several else ''} {', '.join(f'`{field}`' for field in unknown)} "
-            f"{'speak' if several else 'speaks'} of blocks (one entry per block, or indices of blocks), and how a cut "
-            f"must change {'them' if several else 'it'} is not known for `{kind}`. Refused rather than guessed; see "
-            "CONTRIBUTING to add the fact."
-        )
-    return changes
-
-
-def _rewritten_list(field: str, value: list[Any] | tuple[Any, ...], family: Family, plan: Plan) -> list[Any] | None:
-    """The list after the cut; None where it is not known what it means."""
-    if field in PER_LAYER_LISTS or field in family.per_layer or field in family.encoder_per_layer:
-        return [value[block] for block in plan.kept] if len(value) >= plan.num_blocks else list(value)
-    if field in INDEX_LISTS or field in family.index_lists:
-        # Negative indices count from the end; what lies beyond the stack names no block.
-        blocks = [block + plan.num_blocks if block < 0 else block for block in value]
-        return [plan.index_map[block] for block in blocks if block in plan.index_map]
-    if _speaks_of_blocks(field, value, plan.num_blocks):
-        return None
-    return list(value)
-
-
-def _speaks_of_blocks(field: str, value: Any, num_blocks: int) -> bool:
-    if not isinstance(value, list | tuple) or not value:
-        return False
-    if len(value) == num_blocks:
-        return True
-    numbers = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-    # Up to the number of blocks: some lists count from 1. One entry that fits is enough to ask.
-    return numbers and bool(_INDEX_NAME.fullmatch(field)) and any(-num_blocks <= entry <= num_blocks for entry in value)
-
-
-def _unknown_in(field: str, value: Mapping[Any, Any], plan: Plan) -> Iterator[str]:
-    """Names in a nested dictionary that seem to speak of blocks. Sub-configs own other stacks and are left alone."""
-    if field in LAYER_DICTS or "model_type" in value:
-        return
-    for name, inner in value.items():
-        if _speaks_of_blocks(str(name), inner, plan.num_blocks):
-            yield str(name)
-        elif isinstance(inner, dict):
-            yield from _unknown_in(str(name), inner, plan)
-    keys = [_as_index(key) for key in value]
-    if len(keys) == plan.num_blocks and keys == list(range(plan.num_blocks)):
-        yield "*"
-
-
-def _as_index(key: Any) -> int | None:
-    return int(key) if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()) else None
-
-
-def _renumbered_keys(value: Mapping[Any, Any], plan: Plan) -> dict[Any, Any]:
-    return {
-        type(key)(plan.index_map[index]): entry
-        for key, entry in value.items()
-        if (index := _as_index(key)) is not None and index in plan.index_map
-    }
 
 
 def _features_of_tower(config: PretrainedConfig, stack: BlockStack, plan: Plan) -> dict[str, Any]:
