@@ -1,9 +1,10 @@
 """Scores -> Plan: which blocks go. No torch, no model: a plan is arithmetic on one list of numbers."""
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from avss.config import TARGETS, PlanConfig, SearchConfig, as_given, refuse_unread
 from avss.errors import ConfigError, InvalidPlanError
@@ -158,6 +159,103 @@ def make_plan(scores: BlockScores, config: PlanConfig, *, protects_ends: bool = 
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """How large a model may be, and what its blocks take: how many of them must go follows.
+
+    Attributes:
+        limit: The most that may be left.
+        total: What the whole model takes.
+        blocks: What each block takes.
+        unit: Of all three: `parameters`, or `bytes` as they are stored.
+    """
+
+    limit: int
+    total: int
+    blocks: tuple[int, ...]
+    unit: str = "parameters"
+
+    @classmethod
+    def of(
+        cls, config: PlanConfig, parameters: tuple[int, Sequence[int]], num_bytes: tuple[int, Sequence[int]]
+    ) -> "Room | None":
+        """What the settings ask for; None where they name no size.
+
+        Args:
+            config: The settings.
+            parameters: Of the whole model, and of each block.
+            num_bytes: The same in bytes.
+        """
+        if config.max_params is not None:
+            return cls(config.max_params, parameters[0], tuple(parameters[1]))
+        if config.max_bytes is not None:
+            return cls(config.max_bytes, num_bytes[0], tuple(num_bytes[1]), unit="bytes")
+        return None
+
+    def fits(self, removed: Iterable[int]) -> bool:
+        """Whether what is left without these blocks is small enough."""
+        return self.total - sum(self.blocks[block] for block in removed) <= self.limit
+
+    def most(self, free: Sequence[int]) -> int:
+        """So many blocks are enough, whichever of the free ones they are not.
+
+        Raises:
+            InvalidPlanError: The model is small enough already, or too large without all that may go.
+        """
+        self.refuse_fitting()
+        left = self.total
+        # The smallest blocks first: then as many of any others are enough too.
+        for count, block in enumerate(sorted(free, key=lambda block: self.blocks[block]), start=1):
+            left -= self.blocks[block]
+            if left <= self.limit and count < len(self.blocks):
+                return count
+        raise InvalidPlanError(
+            f"Without all {len(free)} blocks that may go, {left:,} {self.unit} are left, more than {self.limit:,}. "
+            "Allow more, or protect fewer blocks (`--protect none`)."
+        )
+
+    def refuse_fitting(self) -> None:
+        """Refuses a size that the model is not above.
+
+        Raises:
+            InvalidPlanError: It is not.
+        """
+        if self.total <= self.limit:
+            raise InvalidPlanError(
+                f"The model has {self.total:,} {self.unit} and so fits into {self.limit:,} already. Ask for fewer."
+            )
+
+    def smallest(self, plan_of: Callable[[int], Plan], sizes: Iterable[int]) -> Plan | None:
+        """The plan of the fewest blocks that is enough; None where none is."""
+        plans = (plan_of(size) for size in sizes)
+        plan = next((plan for plan in plans if self.fits(plan.removed)), None)
+        return None if plan is None else with_rule(plan, f"the fewest that leave at most {self.limit:,} {self.unit}")
+
+
+def with_rule(plan: Plan, why: str) -> Plan:
+    """The plan with a further reason for its size."""
+    return plan.model_copy(update={"rule": f"{plan.rule}; {why}"})
+
+
+def plan_within(scores: BlockScores, config: PlanConfig, room: Room | None, *, protects_ends: bool = True) -> Plan:
+    """`make_plan`, for a target that may be a size too.
+
+    Raises:
+        InvalidPlanError: Nothing can be removed that way.
+    """
+    if room is None:
+        return make_plan(scores, config, protects_ends=protects_ends)
+    protected = protected_blocks(config.protect, scores.num_blocks, protects_ends=protects_ends)
+    most = room.most([block for block in range(scores.num_blocks) if block not in protected])
+
+    def plan_of(size: int) -> Plan:
+        return make_plan(scores, config.sized(size), protects_ends=protects_ends)
+
+    plan = room.smallest(plan_of, range(1, most + 1))
+    assert plan is not None, "as many as `most` are always enough"
+    return plan
+
+
 def check_one_target(config: PlanConfig) -> None:
     """Exactly one way of saying how many blocks go must be given; a retention needs none, and allows one as its limit.
 
@@ -273,16 +371,14 @@ def check_plain(config: PlanConfig, *, stack: str = "auto") -> None:
         f"--select {config.select}": config.select != "scores",
         "--from-search": config.from_search is not None,
         "--score-rounds": config.score_rounds > 1,
-        **{
-            f"--{name.replace('_', '-')}": getattr(config, name) is not None
-            for name in ("max_params", "max_bytes", "speedup", "min_retention")
-        },
+        **{f"--{name.replace('_', '-')}": getattr(config, name) is not None for name in ("speedup", "min_retention")},
     }
     asked = [flag for flag, is_asked in measuring.items() if is_asked]
     if asked:
         raise ConfigError(
             f"`{asked[0]}` needs the model in memory, and this cut goes from file to file. Say how many by "
-            "`--fraction` or `--count`, or name the blocks that a search found by `--blocks`."
+            "`--fraction`, `--count`, `--max-params` or `--max-bytes`, or name the blocks that a search found by "
+            "`--blocks`."
         )
     if stack != "auto":
         raise ConfigError(

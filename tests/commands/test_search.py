@@ -27,6 +27,7 @@ from avss.progress import Timed, silent
 from avss.record import BlockScores, Cut, ModelFacts, Plan, Retention, RunRecord, ScoreTable
 from tests.commands.test_bad_input import refused
 from tests.laws.test_every_architecture import tiny
+from tests.support.gguf_files import write_gguf
 from tests.support.tokenizers import word_tokenizer
 
 SMALL = ("--samples", 6, "--seq-len", 16, "--batch-size", 2, "--quiet")
@@ -505,7 +506,36 @@ def test_a_cut_from_file_to_file_does_not_search(avss_command, llama_folder, tmp
     refused(
         avss_command("prune", llama_folder, "--count", 1, "--select", "greedy", *out), "--select greedy", "file to file"
     )
-    refused(avss_command("prune", llama_folder, "--max-params", 99, *out), "--max-params", "file to file")
+    refused(avss_command("prune", llama_folder, "--speedup", 1.2, *out), "--speedup", "file to file")
+
+
+@pytest.mark.parametrize("way", ["--on-disk", "gguf"])
+def test_a_size_is_reached_from_file_to_file_too(avss_command, llama_folder, tmp_path, way):
+    source = llama_folder if way == "--on-disk" else write_gguf(tmp_path / "model.gguf")
+    flags = ("--criterion", "last", "--protect", "none", "--quiet", "--force")
+    from_file = (*flags, *((way,) if way == "--on-disk" else ("--format", "gguf")))
+
+    def cut_by(*arguments):
+        answer = avss_command("prune", source, "--out", tmp_path / "out", *arguments)
+        assert answer.code == 0, answer.err
+        return RunRecord.read(tmp_path / "out")
+
+    one = cut_by(*from_file, "--count", 1)
+    limit = one.model.num_parameters - 2 * (one.model.num_parameters - parameters(one))
+    fits = cut_by(*from_file, "--max-params", limit)
+    assert parameters(fits) == limit
+    assert "fewest that leave at most" in fits.cuts[0].plan.rule
+    assert len(cut_by(*from_file, "--max-params", limit - 1).cuts[0].plan.removed) == 3
+    if way == "--on-disk":
+        assert cut_by(*flags, "--in-memory", "--max-params", limit).cuts[0].plan.removed == fits.cuts[0].plan.removed
+        scored = ("--out", tmp_path / "none", "--on-disk", "--criterion", "update-norm")
+        refused(avss_command("prune", source, "--max-params", 10, *scored), "parameters are left, more than 10")
+    whole_size, size = one.model.checkpoint_bytes, one.cuts[0].model.checkpoint_bytes
+    by_bytes = cut_by(*from_file, "--max-bytes", f"{(2 * size - whole_size) / 1000:.3f}kB")
+    assert len(by_bytes.cuts[0].plan.removed) == 2
+    none = ("--out", tmp_path / "none", *from_file)
+    refused(avss_command("prune", source, "--max-params", 10, *none), "parameters are left, more than 10")
+    refused(avss_command("prune", source, "--max-bytes", "1GB", *none), "bytes and so fits into 1,000,000,000 already")
 
 
 def test_an_objective_that_the_model_has_not_is_refused(avss_command, encoder_folder, text_file, tmp_path):

@@ -28,9 +28,18 @@ from avss.errors import (
 from avss.evaluation import evaluate_task, retention
 from avss.models.load import Loaded
 from avss.models.rewrite import pinned_blocks, refusal
-from avss.plan import count_of_fraction, explicit_plan, in_rounds, make_plan, protected_blocks, protecting
+from avss.plan import (
+    Room,
+    count_of_fraction,
+    explicit_plan,
+    in_rounds,
+    make_plan,
+    protected_blocks,
+    protecting,
+    with_rule,
+)
 from avss.progress import MayGoOn, Timed, always
-from avss.record import BlockScores, Finalist, ModelFacts, Plan, RunRecord, ScoreTable, SearchResult, runs_of
+from avss.record import BlockScores, Finalist, Plan, RunRecord, ScoreTable, SearchResult, runs_of
 
 MOST = 0.5
 """Share of the blocks up to which a retention is kept, where no other is named."""
@@ -286,8 +295,8 @@ class _Sized:
         free = [block for block in range(num_blocks) if block not in self.protected]
         if config.speedup is not None:
             most = self._count_for_speedup(config.speedup, free)
-        elif self._most_parameters is not None:
-            most = self._count_for_parameters(self._most_parameters, free)
+        elif self._room is not None:
+            most = self._room.most(free)
         else:
             at_most = min(count_of_fraction(MOST, num_blocks), len(free), num_blocks - 1)
             if config.contiguous:
@@ -309,8 +318,8 @@ class _Sized:
         """
         known = len(search.points)
         if self.config.speedup is None:
-            if self._most_parameters is not None:
-                self._refuse_fitting(self._most_parameters)
+            if self._room is not None:
+                self._room.refuse_fitting()
             return known
         wanted = self.most()
         if wanted > known:
@@ -332,21 +341,20 @@ class _Sized:
         if config.min_retention is not None:
             sizes = self._sizes(plan_of, min(self._named_count or most, most))
             plan = self._largest_that_keeps(config.min_retention, plan_of, sizes)
-        elif self._most_parameters is not None:
-            fitting = (plan for size in self._sizes(plan_of, most) if self._fits(plan := plan_of(size)))
-            plan = next(fitting, None)
-            if plan is None:
+        elif (room := self._room) is not None:
+            fitting = room.smallest(plan_of, self._sizes(plan_of, most))
+            if fitting is None:
                 raise InvalidPlanError(
-                    f"None of the plans up to {most} blocks gets below {self._most_parameters:,} parameters. Search "
-                    "with a larger `--count`."
+                    f"None of the plans up to {most} blocks gets below {room.limit:,} {room.unit}. Search with a "
+                    "larger `--count`."
                 )
-            plan = _with_rule(plan, f"the fewest that leave at most {self._most_parameters:,} parameters")
+            plan = fitting
         else:
             plan = plan_of(self._named_count or most)
             if search is not None:
                 self._refuse_uncut(plan, search)
             if config.speedup is not None:
-                plan = _with_rule(plan, f"for a speedup of {config.speedup:g}, estimated from measured latency")
+                plan = with_rule(plan, f"for a speedup of {config.speedup:g}, estimated from measured latency")
         return Chosen(plan, search, _search_warnings(search, plan) if search is not None else ())
 
     def _sizes(self, plan_of: Callable[[int], Plan], most: int) -> list[int]:
@@ -382,47 +390,18 @@ class _Sized:
         return self.config.count
 
     @functools.cached_property
-    def _facts(self) -> ModelFacts:
-        return self.loaded.facts()  # hashes the whole model
-
-    @property
-    def _most_parameters(self) -> int | None:
-        config = self.config
-        if config.max_bytes is None:
-            return config.max_params
-        return int(config.max_bytes // (self._facts.checkpoint_bytes / self._facts.num_parameters))
-
-    def _block_parameters(self) -> list[int]:
-        return [sum(p.numel() for p in block.parameters()) for block in self.loaded.stack.blocks]
-
-    def _fits(self, plan: Plan) -> bool:
-        sizes = self._block_parameters()
-        left = self._facts.num_parameters - sum(sizes[block] for block in plan.removed)
-        return self._most_parameters is not None and left <= self._most_parameters
+    def _room(self) -> Room | None:
+        if self.config.max_params is None and self.config.max_bytes is None:
+            return None
+        facts = self.loaded.facts()  # hashes the whole model
+        blocks = [sum(p.numel() for p in block.parameters()) for block in self.loaded.stack.blocks]
+        width = facts.checkpoint_bytes / facts.num_parameters
+        in_bytes = facts.checkpoint_bytes, [round(width * size) for size in blocks]
+        return Room.of(self.config, (facts.num_parameters, blocks), in_bytes)
 
     def is_enough(self, removed: tuple[int, ...]) -> bool:
-        """Whether a target in parameters is reached without these blocks; never where the target is a count."""
-        return self._most_parameters is not None and self._fits(_partial(self.loaded, removed))
-
-    def _count_for_parameters(self, limit: int, free: list[int]) -> int:
-        self._refuse_fitting(limit)
-        total, sizes = self._facts.num_parameters, self._block_parameters()
-        # The smallest blocks first: then as many of any others are enough too.
-        for count, block in enumerate(sorted(free, key=lambda block: sizes[block]), start=1):
-            total -= sizes[block]
-            if total <= limit and count < len(sizes):
-                return count
-        raise InvalidPlanError(
-            f"Without all {len(free)} blocks that may go, {total:,} parameters are left, more than {limit:,}. Allow "
-            "more, or protect fewer blocks (`--protect none`)."
-        )
-
-    def _refuse_fitting(self, limit: int) -> None:
-        total = self._facts.num_parameters
-        if total <= limit:
-            raise InvalidPlanError(
-                f"The model has {total:,} parameters and so fits into {limit:,} already. Ask for fewer."
-            )
+        """Whether a target in size is reached without these blocks; never where the target is a count."""
+        return self._room is not None and self._room.fits(removed)
 
     def _count_for_speedup(self, wanted: float, free: list[int]) -> int:
         half = Plan(
@@ -492,7 +471,7 @@ class _Sized:
                 f"{kept[sizes[0]]:.1%}. Lower `--min-retention`, or cut it by `--blocks {plan.describe()}` and heal it."
             )
         size = sizes[low - 1]
-        return _with_rule(plan_of(size), f"the most that keep {wanted:.1%} of {task.kind}: {kept[size]:.1%} measured")
+        return with_rule(plan_of(size), f"the most that keep {wanted:.1%} of {task.kind}: {kept[size]:.1%} measured")
 
 
 def _scores(
@@ -579,10 +558,6 @@ def _by_rounds(
 
 def _partial(loaded: Loaded, removed: tuple[int, ...]) -> Plan:
     return Plan(num_blocks=len(loaded.stack), removed=removed, method="explicit", rule="the rounds so far")
-
-
-def _with_rule(plan: Plan, why: str) -> Plan:
-    return plan.model_copy(update={"rule": f"{plan.rule}; {why}"})
 
 
 def _search_warnings(search: SearchResult, plan: Plan) -> tuple[str, ...]:

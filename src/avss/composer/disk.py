@@ -44,7 +44,7 @@ from avss.models.shards import (
     read_checkpoint,
 )
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, explicit_plan, make_plan, protecting
+from avss.plan import Room, check_one_target, explicit_plan, plan_within, protecting
 from avss.progress import Stages, Timed, silent
 from avss.record import BlockScores, Cut, FieldChange, ModelFacts, Plan, RunRecord, ScoreTable, Verification
 from avss.reporting.card import render_card
@@ -263,10 +263,12 @@ def choose_unseen(
     scores: str | Path | ScoreTable | None,
     seed: int,
     pinned: Sequence[int] = (),
+    room: Room | None = None,
 ) -> tuple[Plan, BlockScores | None]:
     """The plan for a model that is not in memory: a list, a baseline, or scores, of an earlier run or made for this.
 
-    Blocks that the architecture cannot lose are `pinned`: nothing but a list names them.
+    Blocks that the architecture cannot lose are `pinned`: nothing but a list names them. `room` is the size to reach,
+    where that is the target.
 
     Raises:
         InvalidPlanError: Nothing can be removed that way.
@@ -282,7 +284,7 @@ def choose_unseen(
     else:
         found = score_blind(criterion, num_blocks, seed)
     guarded = protecting(config, pinned, num_blocks, protects_ends=criterion.protects_ends)
-    return make_plan(found, guarded, protects_ends=criterion.protects_ends), found
+    return plan_within(found, guarded, room, protects_ends=criterion.protects_ends), found
 
 
 def wants_scores(config: PlanConfig, scores: object) -> bool:
@@ -367,7 +369,9 @@ def prune_on_disk(
             path = find_stack_path(list(checkpoint.tensors), outline["num_blocks"], outline["stack"])
             surplus = _surplus(checkpoint, path, outline["num_blocks"])
             dense = _facts(source, revision, outline, checkpoint, path, outline["num_blocks"], folder, surplus)
-            plan, found = choose_unseen(config, dense, scores, seed, outline["pinned"])
+            values, sizes = block_sizes(checkpoint, path, outline["num_blocks"])
+            room = Room.of(config, (dense.num_parameters, values), (dense.checkpoint_bytes, sizes))
+            plan, found = choose_unseen(config, dense, scores, seed, outline["pinned"], room)
             changes = tuple(
                 FieldChange.model_validate(change)
                 for change in ask("write_config", plan=plan.model_dump(mode="json"), folder=str(target))
@@ -462,13 +466,20 @@ def _check_load(found: dict[str, list[str]], before: dict[str, list[str]], renam
 
 def memory_at_rest(checkpoint: Checkpoint, path: str, num_blocks: int) -> int:
     """Bytes that it takes to run a model a block at a time: everything but the blocks, and the largest block."""
-    sizes = [0] * num_blocks
+    values, _ = block_sizes(checkpoint, path, num_blocks)
+    # Twice: experts are joined from parts, and both are held for a moment.
+    return OVERHEAD_BYTES + 4 * (checkpoint.num_values - sum(values) + 2 * max(values))
+
+
+def block_sizes(checkpoint: Checkpoint, path: str, num_blocks: int) -> tuple[list[int], list[int]]:
+    """The values in each block's weights, and their bytes as they are stored."""
+    values, sizes = [0] * num_blocks, [0] * num_blocks
     for name, tensor in checkpoint.tensors.items():
         index, _, _ = name.removeprefix(f"{path}.").partition(".")
         if name.startswith(f"{path}.") and index.isdigit() and int(index) < num_blocks:
-            sizes[int(index)] += math.prod(tensor.shape)
-    # Twice: experts are joined from parts, and both are held for a moment.
-    return OVERHEAD_BYTES + 4 * (checkpoint.num_values - sum(sizes) + 2 * max(sizes))
+            values[int(index)] += math.prod(tensor.shape)
+            sizes[int(index)] += tensor.num_bytes
+    return values, sizes
 
 
 def _prove(

@@ -21,7 +21,7 @@ from avss.errors import ModelLoadError, UnsupportedArchitectureError, Verificati
 from avss.models.gguf_file import GgufFile, check_cut, metadata_changes, write_cut
 from avss.models.load import Loaded, load_model
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, explicit_plan, make_plan
+from avss.plan import Room, check_one_target, explicit_plan, plan_within
 from avss.progress import Stages, Timed, silent
 from avss.record import Cut, ModelFacts, Plan, RunRecord, ScoreTable, Verification
 from avss.reporting.card import render_card
@@ -106,6 +106,10 @@ def prune_gguf(
     with timed("Reading the file"):
         file = GgufFile(path)
         metadata_changes(file, _nothing(file))  # refuse before scoring what can never be cut
+        values, sizes = file.block_sizes()
+        room = Room.of(config, (file.num_values, values), (file.num_bytes, sizes))
+        if room is not None:
+            room.refuse_fitting()
     loaded: Loaded | None = None
     table: ScoreTable | None = None
     (criterion,) = find_criteria([config.criterion])
@@ -114,12 +118,12 @@ def prune_gguf(
     elif scores is not None:
         found = scores_of(scores, config.criterion).of(_facts(str(source), revision, file))
         table = ScoreTable(scores=(found,))
-        plan = make_plan(found, config, protects_ends=criterion.protects_ends)
+        plan = plan_within(found, config, room, protects_ends=criterion.protects_ends)
     elif not criterion.needs:
         seed = data.seed if isinstance(data, DataConfig) else int(settings.get("seed", 0))
         ranked = score_blind(criterion, file.num_blocks, seed)
         table = ScoreTable(scores=(ranked,))
-        plan = make_plan(ranked, config, protects_ends=criterion.protects_ends)
+        plan = plan_within(ranked, config, room, protects_ends=criterion.protects_ends)
     else:
         with timed("Loading the model"):
             loaded = load_model(path, head=head, device=device)
@@ -134,7 +138,7 @@ def prune_gguf(
             protect=config.protect,
             chooses=config.takes_the_lowest,
         )
-        plan = make_plan(table.scores[0], config, protects_ends=criterion.protects_ends)
+        plan = plan_within(table.scores[0], config, room, protects_ends=criterion.protects_ends)
     metadata_changes(file, plan)  # refuse before anything is written
     with fresh_folder(out, force=force) as folder:
         with timed("Writing the smaller file") as advance:
@@ -207,7 +211,7 @@ def _facts(source: str, revision: str | None, file: GgufFile) -> ModelFacts:
         num_blocks=file.num_blocks,
         hidden_size=int(own.get("embedding_length", 0)),
         num_parameters=file.num_values,
-        num_block_parameters=file.num_block_values(),
+        num_block_parameters=sum(file.block_sizes()[0]),
         checkpoint_bytes=file.num_bytes,
         dtype=file.main_type,
         compute_dtype="float32",

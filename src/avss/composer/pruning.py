@@ -13,6 +13,7 @@ from avss.compensation import split
 from avss.composer.asking import Asking
 from avss.composer.choosing import choose
 from avss.composer.disk import (
+    block_sizes,
     find_folder,
     fits_memory,
     memory_at_rest,
@@ -49,7 +50,7 @@ from avss.models.rewrite import config_changes
 from avss.models.shards import find_stack_path, indexed, read_checkpoint
 from avss.models.verify import verify
 from avss.output import check_free, fresh_folder
-from avss.plan import check_one_target, check_plain, check_search, files_of
+from avss.plan import Room, check_one_target, check_plain, check_search, files_of
 from avss.progress import MayGoOn, Stages, Timed, always, silent
 from avss.record import Compensation, Cut, Plan, RunRecord, ScoreTable
 from avss.reporting.card import render_card
@@ -293,6 +294,7 @@ def score_on_disk(
 
     Raises:
         ConfigError: The criterion needs gradients, or not even a block at a time fits.
+        InvalidPlanError: The size that is the target cannot be reached, or is none.
         UnsupportedArchitectureError: The model cannot be cut from file to file, whatever its scores.
     """
     (criterion,) = find_criteria([plan.criterion])
@@ -317,6 +319,10 @@ def score_on_disk(
                 f"Scoring it a block at a time takes about {size_text(needed)} and there are {size_text(room)} "
                 "(`--max-memory`). Name the blocks (`--blocks`), or give scores made elsewhere (`--scores`)."
             )
+        values, sizes = block_sizes(checkpoint, path, num_blocks)
+        aim = Room.of(plan, (checkpoint.num_values, values), (checkpoint.num_bytes, sizes))
+        if aim is not None:
+            aim.most(range(num_blocks))  # refuses what cannot be before it is scored
         with stages("Loading the model"):
             loaded = load(folder, **options, device=place)
         try:

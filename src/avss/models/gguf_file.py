@@ -158,9 +158,15 @@ class GgufFile:
         """Values in all tensors."""
         return sum(int(tensor.n_elements) for tensor in self.reader.tensors)
 
-    def num_block_values(self) -> int:
-        """Values in the tensors of the blocks."""
-        return sum(int(tensor.n_elements) for tensor in self.reader.tensors if _BLOCK.fullmatch(tensor.name))
+    def block_sizes(self) -> tuple[list[int], list[int]]:
+        """The values in the tensors of each block, and their bytes."""
+        values, sizes = [0] * self.num_blocks, [0] * self.num_blocks
+        for tensor in self.reader.tensors:
+            found = _BLOCK.fullmatch(tensor.name)
+            if found and int(found[1]) < self.num_blocks:
+                values[int(found[1])] += int(tensor.n_elements)
+                sizes[int(found[1])] += int(tensor.n_bytes)
+        return values, sizes
 
     @property
     def num_bytes(self) -> int:
