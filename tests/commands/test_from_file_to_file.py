@@ -804,3 +804,16 @@ def test_a_sentence_transformers_folder_is_cut_on_disk(minilm_folder, tmp_path):
     assert (out / "1_Pooling" / "config.json").is_file()
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, minilm_folder)]
     assert sizes[0] < sizes[1]
+
+
+def test_settings_of_loading_in_python(llama_folder, gguf_file, tmp_path):
+    """The same on disk as in memory, for a GGUF file too; what does not go there is refused in a sentence."""
+    where = {"head": "causal", "device": "cpu", "trust_remote_code": False}
+    for name, source, way in (("a", llama_folder, {"on_disk": True}), ("b", gguf_file, {"file_format": "gguf"})):
+        cut = avss.prune(source, blocks=[1], out=tmp_path / name, loading={**where, "dtype": "auto"}, **way)
+        assert cut.record.cuts[0].model.head == "causal"
+        with pytest.raises(ConfigError, match="keeps every weight as it is stored"):
+            avss.prune(source, blocks=[1], out=tmp_path / "none", loading={"dtype": "bfloat16"}, **way)
+    assert avss.prune(llama_folder, blocks=[1], loading={"dtype": "bfloat16"}).record.model.compute_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="Unknown setting of loading `dtyp`"):
+        avss.prune(llama_folder, blocks=[1], loading={"dtyp": "bfloat16"})

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_LOADING = ("device", "dtype", "head", "revision", "trust_remote_code")
+
+
 @dataclasses.dataclass(frozen=True)
 class Pruned:
     """A smaller model and its story.
@@ -137,7 +140,7 @@ def prune(
         max_memory: Memory that may be used, e.g. `"16GB"`; by default what is free.
         tokenizer: For a model object.
         stack: Which stack of blocks: `auto`, or its name or path.
-        loading: For a model named: `head`, `revision`, `trust_remote_code`, `device`.
+        loading: For a model named: `head`, `revision`, `trust_remote_code`, `device`, and in memory `dtype`.
         command: The command to note in the record.
         stages: Where progress goes.
         **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, `written`.
@@ -185,18 +188,26 @@ def prune(
         check_free(Path(out), force=force, sources=(model, data, scores, *files_of(config, hard)))
     allowed = parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory
     from_file = isinstance(model, str | Path)
+    loading = dict(loading or {})
+    strange = [name for name in loading if name not in _LOADING]
+    if strange:
+        raise ConfigError(unknown_name("setting of loading", strange[0], _LOADING))
     reason = None
     if from_file and on_disk is None and out is not None:
-        reason = fits_memory(str(model), max_memory=allowed, revision=(loading or {}).get("revision"))
+        dtype = str(loading.get("dtype", "auto"))
+        reason = fits_memory(str(model), max_memory=allowed, dtype=dtype, revision=loading.get("revision"))
     if on_disk or reason or file_format == "gguf":
         check_plain(config, stack=stack)
         check_compensation(compensate, in_memory=False)
         if not from_file or out is None:
             raise ConfigError("A cut from file to file needs the name of a model, not an object, and a folder `out`.")
+        if loading.pop("dtype", "auto") != "auto":
+            raise ConfigError("A cut from file to file keeps every weight as it is stored. Leave out `dtype`.")
         common: dict[str, Any] = {"out": Path(out), "force": force, "scores": scores, "max_memory": allowed}
         common |= {"command": command, "stages": stages}
         if file_format == "gguf":
-            record = prune_gguf(model, config, data=data, **common, **settings)
+            loading.pop("trust_remote_code", None)  # a GGUF file brings no code
+            record = prune_gguf(model, config, data=data, **common, **loading, **settings)
         else:
             common["stages"] = Timed(stages)
             if wants_scores(config, scores):
@@ -205,15 +216,15 @@ def prune(
                     config,
                     data=data,
                     settings=settings,
-                    loading=loading or {},
+                    loading=loading,
                     max_memory=allowed,
                     stages=common["stages"],
                 )
-            record = prune_on_disk(str(model), config, seed=seed, note=reason, **(loading or {}), **common)
+            record = prune_on_disk(str(model), config, seed=seed, note=reason, **loading, **common)
         return Pruned(model=None, tokenizer=None, plan=record.cuts[0].plan, record=record)
     timed = Timed(stages)
     with timed("Loading the model") if not isinstance(model, Loaded) else contextlib.nullcontext():
-        loaded = load(model, tokenizer, stack=stack, **(loading or {}))
+        loaded = load(model, tokenizer, stack=stack, **loading)
         refuse_uncuttable(loaded)
     _check_reads_text(loaded, config, hard, compensate)
     table, batches = None, None
