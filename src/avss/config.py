@@ -461,7 +461,8 @@ class HealConfig(Settings):
     computed once for both. `lora`: adapters of low rank on the matrices of the blocks, merged at the end (needs
     peft). `auto`: `after`."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak; by default 3e-4, for `lora` 1e-3; for classifiers a tenth of that."""
+    """Peak; by default 3e-4 (after a repair or an earlier healing half of that), for `lora` 1e-3; for classifiers a
+    tenth."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences in a step of the optimiser, over all processes; by default what holds about 1,024 tokens, 2 to 32."""
     micro_batch_size: int | None = Field(default=None, ge=1)

@@ -280,8 +280,12 @@ def test_a_classifier_without_padding_is_healed_sequence_by_sequence(patient, te
 )
 def test_task_heads_learn_at_a_lower_rate(patient, text, small, name, rate):
     one = patient(name)
-    _, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(learning_rate=None))
+    healed, healing, _ = heal(one.dense, one.smaller, one.plan, text, small(learning_rate=None))
     assert healing.settings["learning_rate"] == rate
+    assert healing.kept
+    # What was repaired or healed before is moved less; of task heads that was not measured.
+    _, again, _ = heal(one.dense, healed, one.plan, text, small(learning_rate=None))
+    assert again.settings["learning_rate"] == (rate / 2 if rate == 3e-4 else rate)
 
 
 # --- what it does ---

@@ -33,7 +33,11 @@ def command(
     ] = "auto",
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak.", show_default="3e-4, for lora 1e-3; classifiers a tenth", rich_help_panel=_TRAINING),
+        typer.Option(
+            help="Peak.",
+            show_default="3e-4, repaired 1.5e-4, lora 1e-3; classifiers a tenth",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,

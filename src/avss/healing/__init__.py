@@ -24,7 +24,7 @@ from avss.healing.pair import Pair
 from avss.healing.state import Checkpoint, run_key
 from avss.healing.team import Team
 from avss.healing.text import prepare_text
-from avss.healing.weights import Choice, choose_weights, merge
+from avss.healing.weights import Choice, choose_weights, is_as_cut, merge
 from avss.models.load import Loaded, dtype_name, has_bfloat16, in_dtype
 from avss.models.predictions import label_answers
 from avss.models.projections import find_projections
@@ -34,6 +34,10 @@ from avss.record import Healing, Plan
 LEARNING_RATES: dict[Choice, float] = {"all": 3e-4, "blocks": 3e-4, "after": 3e-4, "lora": 1e-3}
 """Peak learning rate by what is trained. That of `after` rests on measurements (docs/log.md), `all` and `blocks` follow
 it; adapters take the usual factor more."""
+
+REPAIRED = 0.5
+"""Of these rates, for a model whose weights were solved for or trained before, and which is not healed for a task: the
+first steps at the whole rate undo a part of that (docs/log.md)."""
 
 TASK_LEARNING_RATES: dict[Choice, float] = {"all": 3e-5, "blocks": 3e-5, "after": 3e-5, "lora": 1e-4}
 """The same for classifiers, whose answers are few and whose sentences are short (docs/log.md)."""
@@ -105,6 +109,8 @@ def heal(
     choice: Choice = "after" if config.weights == "auto" else config.weights
     of_task = smaller.head not in ("causal", "masked", "encoder", "seq2seq")
     rate = config.learning_rate or (TASK_LEARNING_RATES if of_task else LEARNING_RATES)[choice]
+    if config.learning_rate is None and not of_task and choice != "lora" and not is_as_cut(dense, smaller, plan):
+        rate *= REPAIRED
     precision = _precision(config.precision, smaller.device)
     checkpoint = None
     if checkpoint_folder is not None:

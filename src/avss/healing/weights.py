@@ -157,6 +157,12 @@ def _count_shared(dense: Loaded, model: Loaded, frozen: int) -> int:
     return frozen
 
 
+def is_as_cut(dense: Loaded, model: Loaded, plan: Plan) -> bool:
+    """Whether the blocks of a smaller model are the dense model's own, neither repaired nor trained."""
+    pairs = zip(model.stack.blocks, (dense.stack.blocks[index] for index in plan.kept), strict=True)
+    return all(_equal(dict(one.named_parameters()), dict(other.named_parameters())) for one, other in pairs)
+
+
 def _equal(ours: Named, theirs: Named) -> bool:
     return ours.keys() == theirs.keys() and all(
         torch.equal(theirs[name].detach().to(value), value.detach()) for name, value in ours.items()
