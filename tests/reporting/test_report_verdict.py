@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from avss.record import Measurement, Plan, Retention
+from avss.record import Measurement, Plan, Retention, Verification
 from avss.reporting import page, tables, verdict
 
 
@@ -133,3 +133,20 @@ def test_masked_perplexity_is_told_as_perplexity_is(record):
     kinds = {row.metric: row.kind for row in tables.comparison_rows(changed)}
     assert kinds["masked_perplexity"] == "language"
     assert "Masked perplexity" in page.render_page(changed)
+
+
+@pytest.mark.parametrize(
+    ("loads", "note", "sentence"),
+    [
+        (None, "", "byte by byte and was neither loaded nor run."),
+        (None, "no room", "byte by byte and was neither loaded nor run: no room."),
+        (True, "no room", "byte by byte and was found to load, but not run: no room."),
+    ],
+)
+def test_a_copy_that_was_not_run_says_what_it_rests_on(record, loads, note, sentence):
+    proof = Verification(reload_strict=loads, bytes_equal=True, outputs_compared=False, note=note)
+    cut = record.cuts[0].model_copy(update={"verification": proof})
+    assert verdict.verification_sentence(cut).endswith(sentence)
+    rows = verdict.verification_rows(proof)
+    assert all(held for _, held, _ in rows)
+    assert len(rows) == (2 if loads else 1)
