@@ -173,6 +173,8 @@ def show_verification(proof: Verification) -> None:
                 "run"
             )
         _console().print(f"[green]Verified[/green]: {found}{f': {escape(proof.note)}' if proof.note else ''}.")
+        if not proof.reload_strict:
+            _console().print("[dim]`avss verify` loads and runs it where there is memory for that.[/dim]")
         return
     memory = "" if proof.max_diff_memory is None else f"{proof.max_diff_memory:.2g} from memory and "
     generation = {True: f", cached = uncached generation over {proof.num_generated} tokens", False: "", None: ""}
