@@ -223,6 +223,8 @@ def test_heads_that_time_whispers_words_follow_their_blocks_either_way(tmp_path)
 
 @pytest.mark.parametrize(("class_name", "model_type"), [("BeamForCausalLM", "beam"), ("ZayaForCausalLM", "zaya")])
 def test_what_only_outputs_would_show_is_refused_where_nothing_is_run(class_name, model_type, tmp_path):
+    if not hasattr(transformers, class_name):
+        pytest.skip("this transformers is older than the type")
     small_model(getattr(transformers, class_name), model_type).save_pretrained(tmp_path / "model")
     with pytest.raises(UnsupportedArchitectureError, match="from the end only"):
         prune_on_disk(str(tmp_path / "model"), PlanConfig(blocks="2"), out=tmp_path / "out", max_memory=NOTHING_RUN)
