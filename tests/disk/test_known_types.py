@@ -96,6 +96,7 @@ UNPLAIN: dict[str, Mapping[str, Any]] = {
     "an unknown list of indices": {"special_layers": [1, 3]},
     "a second count": {"n_layer": 5},
     "another count": {"num_hidden_layers": 4},
+    "a single block": {"num_hidden_layers": 1},
     "no count": {"num_hidden_layers": None},
     "a boolean for a count": {"num_hidden_layers": True},
     "no width": {"hidden_size": None},

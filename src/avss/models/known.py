@@ -184,7 +184,7 @@ class KnownModel:
         """Whether config and headers hold nothing that the class must be asked about."""
         raw, known = self._raw, self._known
         count, width = _count(raw.get(known.count_field)), _count(raw.get(known.width_field))
-        if count is None or width is None or any(field in raw for field in _COUNTS - {known.count_field}):
+        if count is None or count < 2 or width is None or any(field in raw for field in _COUNTS - {known.count_field}):
             return False
         if any(raw.get(field) for field in _UNPLAIN):
             return False
