@@ -150,3 +150,6 @@ def test_a_copy_that_was_not_run_says_what_it_rests_on(record, loads, note, sent
     rows = verdict.verification_rows(proof)
     assert all(held for _, held, _ in rows)
     assert len(rows) == (2 if loads else 1)
+    text = page.render_page(record.model_copy(update={"cuts": (cut,)}))
+    assert ("its bytes, not run" if loads else "its bytes, not loaded") in text
+    assert "loaded again" not in text

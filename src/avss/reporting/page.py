@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from avss.record import Cut, Healing, RunRecord, ScoreTable
+from avss.record import Cut, Healing, RunRecord, ScoreTable, Verification
 from avss.reporting import charts, numbers, repair, tables, theme, verdict
 from avss.reporting.filters import index_runs, safe_url
 
@@ -139,8 +139,14 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     state = "none" if proof is None else "passed" if proof.passed else "FAILED"
     missing = "measured in memory" if cut.path is None else "saved, not verified"
     missing = "measured as loaded" if verdict.is_as_loaded(cut) else missing
-    tiles.append(("Verification", state, "loaded again, compared" if proof else missing))
+    tiles.append(("Verification", state, _how_proven(proof) if proof else missing))
     return tiles
+
+
+def _how_proven(proof: Verification) -> str:
+    if proof.outputs_compared:
+        return "loaded again, compared"
+    return "its bytes, not run" if proof.reload_strict else "its bytes, not loaded"
 
 
 def _size_rows(record: RunRecord) -> list[tuple[str, str, list[tuple[str, str]]]]:
