@@ -469,6 +469,10 @@ class HealConfig(Settings):
     """Sequences in memory at once, by default the whole batch; without effect on the result."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens in a sequence at most."""
+    short: float | None = Field(default=None, ge=0, le=1)
+    """Share of the steps that read short windows, of 64 tokens and each from another place, in place of sequences: as
+    many tokens, of which more stand at the beginning of a context. By default 0.5 for models that continue text; 0 for
+    none, as for all others."""
     augment: float | None = Field(default=None, ge=0, le=1)
     """Share of the training sequences that is read in another writing: other case, punctuation apart or missing, lines
     joined, words missing (`avss.data.augment`). By default 0.5 for models that continue text, 0 for others."""

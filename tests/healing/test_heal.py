@@ -207,7 +207,7 @@ def test_an_encoder_decoder_learns_the_words_of_its_decoder(patient, text, small
 def test_padding_and_parts_of_a_batch_do_not_matter(patient, text, small, name):
     one = patient(name)
     pair, objective, trained, prepared = parts(one, small(), text)
-    drawn = sorted(prepared.drawn(0, 6), key=lambda pair: len(prepared.train[pair[1]]))
+    drawn = sorted(prepared.drawn(0, 6), key=lambda draw: len(prepared.train[draw.index]))
     whole = gradients(pair, objective, trained, [prepared.batch(drawn)])
     single = gradients(pair, objective, trained, [prepared.batch([item]) for item in drawn])
     assert whole.keys() == single.keys()
@@ -660,9 +660,9 @@ def test_the_order_of_the_text_depends_on_seed_and_place_alone(patient, text, sm
     whole = prepared.drawn(0, 3 * size)
     assert [item for start in range(0, 3 * size, 7) for item in prepared.drawn(start, 7)][: 3 * size] == whole
     for epoch in range(3):
-        seen = [index for number, index in whole if number == epoch]
+        seen = [draw.index for draw in whole if draw.epoch == epoch]
         assert sorted(seen) == list(range(size))
-    assert [index for _, index in whole[:size]] != [index for _, index in whole[size : 2 * size]]
+    assert [draw.index for draw in whole[:size]] != [draw.index for draw in whole[size : 2 * size]]
     assert prepare_text(one.smaller, text, small(seed=1)).drawn(0, size) != whole[:size]
 
 

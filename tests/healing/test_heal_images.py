@@ -77,9 +77,9 @@ def test_images_are_dealt_out_once_and_held_out_ones_are_never_trained_on(seeing
     assert sorted(found) == list(range(NUM_IMAGES))
     assert prepared.facts.num_tokens == 32 * prepared.facts.seq_len == 32 * 17
     drawn = prepared.drawn(0, 32)
-    assert sorted(index for _, index in drawn) == list(range(32))
+    assert sorted(draw.index for draw in drawn) == list(range(32))
     batch = prepared.batch(drawn[:3])
-    assert torch.equal(batch.inputs["pixel_values"], torch.stack([prepared.train[index] for _, index in drawn[:3]]))
+    assert torch.equal(batch.inputs["pixel_values"], torch.stack([prepared.train[draw.index] for draw in drawn[:3]]))
     assert batch.num_tokens == 3 * 17
 
 

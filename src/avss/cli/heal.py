@@ -48,6 +48,14 @@ def command(
         typer.Option(help="Sequences in memory at once.", show_default="the batch", rich_help_panel=_TRAINING),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TRAINING)] = 512,
+    short: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps that read short windows of 64 tokens, each from another place.",
+            show_default="0.5 for models that continue text, else 0",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(help="Of both models' predictions.", show_default="1", rich_help_panel=_TRAINING),
@@ -125,6 +133,7 @@ def command(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         seq_len=seq_len,
+        short=short,
         temperature=temperature,
         label_weight=label_weight,
         hidden_weight=hidden_weight,

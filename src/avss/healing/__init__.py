@@ -105,7 +105,7 @@ def heal(
     share = text.augmentation.share if text.augmentation is not None else 0.0
     writes = bool(config.forms) and can_write(dense)
     written = (NUM_WRITTEN if config.written is None else config.written) if writes else 0
-    config = config.model_copy(update=found | {"augment": share, "written": written})
+    config = config.model_copy(update=found | {"augment": share, "short": text.short, "written": written})
     choice: Choice = "after" if config.weights == "auto" else config.weights
     of_task = smaller.head not in ("causal", "masked", "encoder", "seq2seq")
     rate = config.learning_rate or (TASK_LEARNING_RATES if of_task else LEARNING_RATES)[choice]
@@ -156,7 +156,7 @@ def heal(
     answers = None
     if prompts := text.asked():
         work = Workpiece.begin(dense, model, plan, find_projections(model))
-        kept_text = [text.train[index] for _, index in text.drawn(0, min(MOST_TEXT, len(text.train)))]
+        kept_text = [text.train[draw.index] for draw in text.drawn(0, min(MOST_TEXT, len(text.train)))]
         measure = Yardstick(dense, text.held_out_batches().first(_JUDGING_TOKENS), 0)
         answers = settle_answers(work, prompts, kept_text, measure, precision=pair.autocast)
         model = work.smaller

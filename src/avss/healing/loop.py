@@ -134,16 +134,15 @@ class Loop:
 
     def _step(self) -> None:
         config = self._config
-        drawn = self._text.drawn(self._steps * self._batch_size, self._batch_size)
-        # Sequences of one length lie side by side: less padding in a part of the batch.
-        drawn = sorted(drawn, key=lambda pair: self._text.length(pair[1]))
+        drawn = self._text.step(self._steps)
         whole = self._text.batch(drawn)
         count, num_tokens = self._objective.count(whole), whole.num_tokens
         factor = learning_rate_factor(self._team.agree(self._pace.middle_of_step(num_tokens)), config.warmup)
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate * factor
         mine = self._team.share(drawn)
-        size = config.micro_batch_size or self._batch_size
+        # So many sequences are as much as so many times their short windows.
+        size = (config.micro_batch_size or self._batch_size) * len(drawn) // self._batch_size
         loss = 0.0
         for start in range(0, len(mine), size):
             part = mine[start : start + size]

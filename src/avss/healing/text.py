@@ -4,7 +4,9 @@ Shape letters: B batch, T token.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from avss.data.batches import (
     Layout,
     check_one_size,
     content_hash,
+    leading_ids,
     masked_places,
     need_tokenizer,
     pad,
@@ -35,7 +38,27 @@ STEP_TOKENS = 1024
 HELD_OUT_TOKENS = 8192
 """Tokens held out, about, likewise."""
 
+SHORT = 64
+"""Tokens of a short window. Most of what a model is asked stands at the beginning of a text, where a long window has a
+twentieth of its tokens; and a step of many short windows sees as many places of the text."""
+SHORT_SHARE = 0.5
+"""Of the steps, those that read short windows, where no share is asked for."""
+
 _STRETCHES = 8
+
+
+class Draw(NamedTuple):
+    """What is read next: a training sequence, or a piece of it.
+
+    Attributes:
+        epoch: How often everything of its kind was read before.
+        index: Of the sequence.
+        piece: Which piece of it; None for the whole.
+    """
+
+    epoch: int
+    index: int
+    piece: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +99,9 @@ class HealingText:
         pad_id: Fills up a batch.
         seed: Of order, masks and rewriting.
         augmentation: Rewrites training sequences, or makes prompts of them; None to leave them as they are.
+        short: Share of the steps that read short windows: sequences in pieces of `SHORT` tokens, every piece of a step
+            from a place of its own.
+        lead: Tokens that every window begins with, of a packed text.
         facts: Of the training text, for the record.
         held_out_facts: Of the held-out text.
     """
@@ -91,26 +117,58 @@ class HealingText:
     augmentation: Augmentation | None
     facts: DataFacts
     held_out_facts: DataFacts
+    short: float = 0.0
+    lead: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
-    def drawn(self, start: int, count: int) -> list[tuple[int, int]]:
-        """`count` sequences from place `start` of the endless order on, as (epoch, index): each epoch in an own order.
+    def step(self, number: int) -> list[Draw]:
+        """What step `number` of the optimiser reads, counted from 0: a batch of sequences, or as much in short windows.
 
-        A function of the seed and the place alone, so that a resumed run reads on where it stopped.
+        A function of the seed and the number alone, so that a resumed run reads on where it stopped.
         """
-        size = len(self.train)
-        orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(size)
+        size, num_short = self.facts.batch_size, math.floor(number * self.short)
+        if math.floor((number + 1) * self.short) == num_short:
+            drawn = self.drawn((number - num_short) * size, size)
+            # Sequences of one length lie side by side: less padding in a part of the batch.
+            return sorted(drawn, key=lambda draw: self._length(draw.index))
+        pieces = self._num_pieces
+        return [
+            Draw(epoch, place // pieces, place % pieces)
+            for epoch, place in self._order(num_short * size * pieces, size * pieces, len(self.train) * pieces, SHORT)
+        ]
+
+    def drawn(self, start: int, count: int) -> list[Draw]:
+        """`count` sequences from place `start` of the endless order on: each epoch in an order of its own."""
+        return [Draw(*one) for one in self._order(start, count, len(self.train))]
+
+    def _order(self, start: int, count: int, size: int, *kind: int) -> list[tuple[int, int]]:
+        orders = {epoch: np.random.default_rng((self.seed, epoch, *kind)).permutation(size)
                   for epoch in range(start // size, (start + count - 1) // size + 1)}  # fmt: skip
         return [(place // size, int(orders[place // size][place % size])) for place in range(start, start + count)]
 
-    def length(self, index: int) -> int:
-        """Tokens of a training sequence, or places that an image takes."""
+    def _length(self, index: int) -> int:
         return self.facts.seq_len if self.facts.layout == "images" else len(self.train[index])
 
-    def batch(self, drawn: Sequence[tuple[int, int]]) -> Batch:
-        """The training sequences drawn, side by side."""
-        labels = None if self.train_labels is None else [self.train_labels[index] for _, index in drawn]
-        seeds = [(self.seed, 1 + epoch, index) for epoch, index in drawn]
-        sequences = [self.train[index] for _, index in drawn]
+    @property
+    def _num_pieces(self) -> int:
+        """Short windows in a sequence: all packed ones are equally long."""
+        return (self.facts.seq_len - len(self.lead)) // (SHORT - len(self.lead))
+
+    def _sequence(self, draw: Draw) -> Tensor:
+        whole = self.train[draw.index]
+        if draw.piece is None:
+            return whole
+        body = SHORT - len(self.lead)
+        start = len(self.lead) + draw.piece * body
+        return torch.cat([self.lead, whole[start : start + body]])
+
+    def batch(self, drawn: Sequence[Draw]) -> Batch:
+        """What was drawn, side by side."""
+        labels = None if self.train_labels is None else [self.train_labels[draw.index] for draw in drawn]
+        # A whole sequence has the seed that it would have without short windows.
+        seeds = [
+            (self.seed, 1 + draw.epoch, draw.index, *(() if draw.piece is None else (draw.piece,))) for draw in drawn
+        ]
+        sequences = [self._sequence(draw) for draw in drawn]
         if self.augmentation is None:
             return self._batch(sequences, labels, seeds)
         read = [self._read(sequence, seed) for sequence, seed in zip(sequences, seeds, strict=True)]
@@ -174,8 +232,8 @@ def prepare_text(
     Args:
         loaded: The model.
         texts: Where from.
-        config: `seq_len`, `batch_size`, `held_out`, `augment`, `forms` and `seed` count; what it leaves open is in the
-            facts afterwards.
+        config: `seq_len`, `batch_size`, `held_out`, `short`, `augment`, `forms` and `seed` count; what it leaves
+            open is in the facts afterwards.
         labels: One a text, for classifiers.
 
     Raises:
@@ -232,6 +290,10 @@ def prepare_text(
             content_hash=content_hash(chosen),
         )
 
+    lead = torch.tensor(leading_ids(tokenizer) if packed else [], dtype=torch.long)
+    # A window that is cut in two at least, of a model that takes more than the lead.
+    divides = packed and loaded.pad_id is not None and length >= 2 * SHORT and len(lead) < SHORT // 2
+
     return HealingText(
         train=train,
         held_out=held_out,
@@ -244,6 +306,8 @@ def prepare_text(
         augmentation=rewriting,
         facts=facts(train),
         held_out_facts=facts(held_out),
+        short=(SHORT_SHARE if config.short is None else config.short) if divides else 0.0,
+        lead=lead,
     )
 
 
