@@ -967,6 +967,8 @@ def test_steps_are_thinned_to_a_curve():
         ("bert", {"temperature": 2.0}, "`--temperature 2` .* `encoder` predicts none"),
         ("bert", {"label_weight": 0.5}, "`--label-weight 0.5` .* healed without"),
         ("bert-classifier", {"label_weight": 0.0}, "`--label-weight 0` .* `--labels COLUMN`"),
+        ("bert", {"short": 0.5}, "`--short 0.5` .* rows, as the head `encoder` reads"),
+        ("llama", {"short": 1.0}, "`--short 1` .* 128 tokens or more .* windows of 16"),
         ("llama", {"rank": 4}, "`--rank 4` .* `--weights lora`"),
         ("llama", {"rank": 4, "weights": "blocks"}, "`--weights blocks` trains none"),
     ],

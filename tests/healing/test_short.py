@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import avss.healing.text as text_room
+from avss.errors import ConfigError
 from avss.healing import heal
 from avss.healing.text import prepare_text
 from tests.support.oracles import largest_difference, run
@@ -103,8 +104,10 @@ def test_only_models_that_continue_long_enough_text_read_short_windows(patient, 
 def test_rows_with_labels_are_not_cut_to_pieces(patient, text, small):
     rows = text_room.Texts(texts=tuple(text.paragraphs()), source="rows.csv")
     labels = [0, 1] * (len(rows.texts) // 2)
-    prepared = prepare_text(patient("distilbert-classifier").smaller, rows, small(short=1.0), labels=labels)
-    assert prepared.short == 0
+    one = patient("distilbert-classifier").smaller
+    assert prepare_text(one, rows, small(), labels=labels).short == 0
+    with pytest.raises(ConfigError, match="rows, as the head `classifier` reads"):
+        prepare_text(one, rows, small(short=1.0), labels=labels)
 
 
 def test_parts_of_a_short_step_give_the_result_of_the_whole(patient, text, small):

@@ -69,6 +69,11 @@ def test_a_record_from_before_the_share_was_kept_is_told_too(settings, share):
     assert as_healed(healing).startswith(f" ({share} of the sequences drawn for the prompt `Topic of {{text}}:`")
 
 
+def test_short_windows_of_healing_are_told():
+    healing = Healing.model_construct(settings={"augment": 0.5, "short": 0.25})
+    assert as_healed(healing) == " (50% of the sequences drawn for another writing, 25% of the steps in short windows)"
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_last_solve_is_told_with_what_became_of_it(kept):
     fit = AnswerFit(num_prompts=512, before=0.066, after=0.0463, text_before=1.3765, text_after=1.3768, kept=kept)

@@ -18,7 +18,7 @@ HELD_OUT_IMAGES = 128
 
 _LOOKED_AT = 32
 """Training images whose size is looked at beforehand."""
-_OF_TEXT = ("seq_len", "augment", "forms", "written")
+_OF_TEXT = ("seq_len", "short", "augment", "forms", "written")
 
 
 def prepare_images(loaded: Loaded, images: Images, config: HealConfig) -> HealingText:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avss.config import HealConfig
+from avss.config import HealConfig, refuse_unread
 from avss.data.augment import Asked, Augmentation, augmentation
 from avss.data.batches import (
     DOCUMENT_BREAK,
@@ -238,7 +238,8 @@ def prepare_text(
 
     Raises:
         DataError: No tokenizer, no mask token for a masked model, or too little text to hold some of it out.
-        ConfigError: Forms of prompts are no forms, or not for such a model.
+        ConfigError: Forms of prompts are no forms, or not for such a model; or short windows are asked for where there
+            are none.
     """
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     if loaded.head == "masked" and tokenizer.mask_token_id is None:
@@ -293,6 +294,10 @@ def prepare_text(
     lead = torch.tensor(leading_ids(tokenizer) if packed else [], dtype=torch.long)
     # A window that is cut in two at least, of a model that takes more than the lead.
     divides = packed and loaded.pad_id is not None and length >= 2 * SHORT and len(lead) < SHORT // 2
+    if not divides:
+        what = f"running text in windows of {2 * SHORT} tokens or more (`--seq-len`), and here are "
+        what += f"windows of {round(length)}" if packed else f"rows, as the head `{loaded.head}` reads them"
+        refuse_unread({"short": config.short or None}, what)
 
     return HealingText(
         train=train,

@@ -38,19 +38,22 @@ def compensation_sentences(repair: Compensation) -> list[str]:
     return said
 
 
-def rewritten(share: float, forms: Sequence[str] = (), form_share: float = SHARE) -> str:
+def rewritten(share: float, forms: Sequence[str] = (), form_share: float = SHARE, short: float = 0.0) -> str:
     """What is said behind texts of which some sequences were drawn to be read in another writing, or as prompts.
 
     Args:
         share: Of the sequences that are no prompts, those drawn for another writing.
         forms: Of the prompts.
         form_share: Of all sequences, those drawn for them.
+        short: Of the steps of a training, those that read short windows.
 
     Example:
         >>> rewritten(0.5), rewritten(0.0)
         (' (50% of the sequences drawn for another writing)', '')
         >>> rewritten(0.0, ["Topic of {text}:"])
         ' (25% of the sequences drawn for the prompt `Topic of {text}:`)'
+        >>> rewritten(0.0, short=0.5)
+        ' (50% of the steps in short windows)'
     """
     parts = []
     if forms:
@@ -58,13 +61,20 @@ def rewritten(share: float, forms: Sequence[str] = (), form_share: float = SHARE
         parts.append(f"{form_share:.0%} of the sequences drawn for the prompt{'s' if len(forms) > 1 else ''} {named}")
     if share:
         parts.append(f"{share:.0%} of the {'rest' if forms else 'sequences'} drawn for another writing")
+    if short:
+        parts.append(f"{short:.0%} of the steps in short windows")
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def as_healed(healing: Healing) -> str:
     """The same about the text of a healing."""
     settings = healing.settings
-    return rewritten(settings.get("augment") or 0.0, settings.get("forms") or (), form_share_of(healing))
+    return rewritten(
+        settings.get("augment") or 0.0,
+        settings.get("forms") or (),
+        form_share_of(healing),
+        settings.get("short") or 0.0,
+    )
 
 
 def answers_sentence(answers: AnswerFit | None) -> str:

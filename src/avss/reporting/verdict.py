@@ -184,7 +184,9 @@ def _healing_sentences(cut: Cut) -> list[str]:
         forms = tuple(healing.settings.get("forms") or ())
         if (healing.settings.get("augment") or 0.0, forms) == (repair.augment, tuple(repair.forms)):
             prompts = f", {form_share_of(healing):.0%} of the sequences as prompts" if forms else ""
-            other = f" (read in the same ways{prompts})"
+            short = healing.settings.get("short") or 0.0
+            windows = f", {short:.0%} of the steps in short windows" if short else ""
+            other = f" (read in the same ways{prompts}{windows})"
     spent = f"on {tokens} {healing.unit} of {healing.data.source}{other} in {time}"
     held_out = "held-out images" if healing.unit == "places" else "held-out text"
     if healing.num_steps == 0:
