@@ -1,5 +1,6 @@
 """Steps of short windows: what they read, how many there are, and that nothing else of healing notices."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_pieces_of_an_epoch_are_the_whole_text_in_another_order(patient, tex
         assert sorted((draw.index, draw.piece) for draw in part) == [
             (index, piece) for index in range(len(prepared.train)) for piece in range(pieces)
         ]
-    assert drawn[:size] != [draw._replace(epoch=0) for draw in drawn[size : 2 * size]]
+    assert drawn[:size] != [dataclasses.replace(draw, epoch=0) for draw in drawn[size : 2 * size]]
     batch = prepared.batch(drawn[:size])
     assert batch.inputs.shape == (size, SHORT)
     assert set(batch.inputs[:, 0].tolist()) == {bos}

@@ -6,7 +6,6 @@ Shape letters: B batch, T token.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +46,8 @@ SHORT_SHARE = 0.5
 _STRETCHES = 8
 
 
-class Draw(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Draw:
     """What is read next: a training sequence, or a piece of it.
 
     Attributes:
@@ -203,7 +203,7 @@ class HealingText:
         labels = None if self.held_out_labels is None else [self.held_out_labels[index] for index in indices]
         return self._batch([self.held_out[index] for index in indices], labels, [(self.seed, 0, i) for i in indices])
 
-    def _batch(self, sequences: list[Tensor], labels: list[int] | None, seeds: list[tuple[int, int, int]]) -> Batch:
+    def _batch(self, sequences: list[Tensor], labels: list[int] | None, seeds: Sequence[tuple[int, ...]]) -> Batch:
         if self.facts.layout == "images":
             check_one_size([tuple(one.shape[1:]) for one in sequences], self.facts.source)
             keep = torch.ones((len(sequences), self.facts.seq_len), dtype=torch.bool)
