@@ -45,26 +45,23 @@ def check_compensation(method: str, *, in_memory: bool = True) -> CompensationMe
     return found
 
 
-def check_augment(
-    share: float | None, forms: Sequence[str] | None = None, written: int | None = None, *, repairs: bool
-) -> None:
-    """Whether another writing, or the form of prompts, can be meant for some of the text.
+def check_rewriting(given: Mapping[str, Any], *, repairs: bool) -> None:
+    """Whether another writing, the form of prompts, or short windows can be meant for some of the text.
 
     Args:
-        share: Of the sequences to read in another writing, as the user gave it; None for none given.
-        forms: Of prompts, as the user gave them; None for none given.
-        written: Prompts that the dense model is to write, as the user gave it; None for none given.
-        repairs: Whether anything is repaired or healed, which is all that reads it.
+        given: `augment`, `forms`, `written` and `short` of `DataConfig`, so far as the user gave them.
+        repairs: Whether anything is repaired or healed, which is all that reads them.
 
     Raises:
-        ConfigError: It is no share, a form is none, or nothing would read it.
+        ConfigError: A share is none, a form is none, or nothing would read it.
     """
-    if share is not None and not 0 <= share <= 1:
-        raise ConfigError(f"`--augment {share:g}` must be a share between 0 and 1.")
-    forms = as_forms(forms)
+    for name in ("augment", "short"):
+        if (share := given.get(name)) is not None and not 0 <= share <= 1:
+            raise ConfigError(f"`--{name} {share:g}` must be a share between 0 and 1.")
+    forms = as_forms(given.get("forms"))
     if not repairs:
         refuse_unread(
-            {"augment": share, "forms": forms or None, "written": written},
+            {**given, "forms": forms or None},
             "the text of a repair or of healing, and neither was asked for",
             "`--compensate auto`",
         )
@@ -86,6 +83,20 @@ def check_written(written: int | None, forms: Sequence[str] | None, compensate: 
         refuse_unread(asked, "the forms of prompts, and none were named", "`--form`")
     if compensate != "auto":
         refuse_unread(asked, "a repair by `auto`, which was not asked for", "`--compensate auto`")
+
+
+def check_short(short: float | None, compensate: str) -> None:
+    """Whether short windows would be read, in a cut that is not healed.
+
+    Args:
+        short: Their share as the user gave it; None for none given.
+        compensate: The repair.
+
+    Raises:
+        ConfigError: They would not.
+    """
+    if compensate != "auto":
+        refuse_unread({"short": short}, "a repair by `auto`, which was not asked for", "`--compensate auto`")
 
 
 _FLAGS = {"task": "--objective-task", "forms": "--form", "seconds": "--search-time", "resume": "--no-resume"}
@@ -257,6 +268,10 @@ class DataConfig(Settings):
     solve for the choice among them (`avss.compensation.answers`); healing likewise, where its own settings say nothing;
     and the finalists of a search are judged by these choices. 0 for none. By default 512 for models that can, and no
     more than the text has room for where a form has no answers and healing does not read it."""
+    short: float | None = Field(default=None, ge=0, le=1)
+    """Share of what a repair by `auto` is fitted to that is read in short windows of 64 tokens, from all over the text
+    (`avss.data.short`): as many tokens. Healing likewise, where its own settings say nothing (`HealConfig.short`). By
+    default 0.5 for models that continue text; 0 for none, as for all others."""
 
 
 class PlanConfig(Settings):

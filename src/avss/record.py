@@ -1016,6 +1016,7 @@ class Compensation(FrozenValue):
         judge_tokens: Tokens that `before` and `after` were measured on.
         augment: Share of the sequences that were drawn to be read in another writing, in all three.
         forms: Of the prompts that a quarter of the sequences was drawn for, in all three.
+        short: Share of what it was fitted to that was read in short windows.
         cuts: One entry per run of removed blocks, in order.
         num_swept: Blocks from the first cut on that were fitted to the dense stream, one after the other.
         steps: Step size of each round towards the dense model's predictions; empty where there was none.
@@ -1034,6 +1035,7 @@ class Compensation(FrozenValue):
     judge_tokens: int = 0
     augment: float = 0.0
     forms: tuple[str, ...] = ()
+    short: float = 0.0
     cuts: tuple[CutRepair, ...] = ()
     num_swept: int = 0
     steps: tuple[float, ...] = ()

@@ -103,8 +103,46 @@ def test_a_repair_reads_the_share_asked_for_in_another_writing(avss_command, mod
 
 
 @pytest.mark.parametrize(
+    ("given", "share", "sizes"),
+    [(None, 0.5, {16: 9, 8: 18}), (0, 0.0, {16: 18}), (0.25, 0.25, {16: 14, 8: 8}), (1, 1.0, {8: 36})],
+)
+def test_a_repair_reads_the_share_asked_for_in_short_windows(
+    avss_command, llama_folder, given, share, sizes, text_file, tmp_path, monkeypatch
+):
+    from avss.composer import pruning
+
+    monkeypatch.setattr("avss.data.short.SHORT", 8)
+    read, real = [], pruning.compensate_cut
+    monkeypatch.setattr(
+        pruning, "compensate_cut", lambda *some, **how: read.append((some[3], how["fitted"])) or real(*some, **how)
+    )
+    words = () if given is None else ("--short", given)
+    answer = avss_command("prune", llama_folder, "--blocks", 2, "--compensate", "auto", "--data", text_file, *words,
+                          *SMALL, "--out", tmp_path / "out")  # fmt: skip
+    assert answer.code == 0, answer.err
+    record = RunRecord.read(tmp_path / "out")
+    told = record.cuts[0].compensation
+    assert told.short == share
+    ((text, fitted),) = read
+    # In another writing some have fewer tokens.
+    assert {max(map(len, part.sequences)): len(part.sequences) for part in fitted} == sizes
+    assert told.fit_tokens == sum(len(one) for part in fitted for one in part.sequences) <= 18 * 16
+    assert min(map(len, text.sequences)) > 8  # scores and judges read whole windows
+    said = f"fitted to {told.fit_tokens:,} tokens ({share:.0%} in short windows)"
+    for shown in ((tmp_path / "out" / "README.md").read_text(), render_page(record), answer.out):
+        assert (said in " ".join(shown.split())) == (share > 0)
+
+
+@pytest.mark.parametrize(
     ("verb", "words", "message"),
     [
+        ("prune", ("--blocks", 2, "--short", 0.5), "neither was asked for"),
+        ("prune", ("--blocks", 2, "--short", 0.5, "--compensate", "refit"), "a repair by `auto`"),
+        ("prune", ("--blocks", 2, "--short", 0.5, "--compensate", "auto"), "windows of 128 tokens or more"),
+        ("prune", ("--blocks", 2, "--short", 7, "--compensate", "auto"), "between 0 and 1"),
+        ("run", ("--count", 1, "--short", 0.5), "neither was asked for"),
+        ("run", ("--count", 1, "--short", 0.5, "--compensate", "linear"), "a repair by `auto`"),
+        ("run", ("--count", 1, "--short", 0.5, "--compensate", "auto"), "windows of 128 tokens or more"),
         ("prune", ("--blocks", 2, "--augment", 0.5), "neither was asked for"),
         ("prune", ("--blocks", 2, "--on-disk", "--augment", 0.5), "neither was asked for"),
         ("prune", ("--blocks", 2, "--augment", 7, "--compensate", "refit"), "between 0 and 1"),
@@ -268,7 +306,9 @@ def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_fold
     monkeypatch.setattr(asking, "write_rows", lambda *given, **how: calls.append(given[1]) or _sentences(*given, **how))
     real = pruning.compensate_cut
     monkeypatch.setattr(
-        pruning, "compensate_cut", lambda *given, **how: read.append((given[3], how["prompts"])) or real(*given, **how)
+        pruning,
+        "compensate_cut",
+        lambda *given, **how: read.append((how["fitted"], how["prompts"])) or real(*given, **how),
     )
     words = ("prune", llama_folder, "--blocks", 2, "--compensate", "auto", "--data", text_file, "--form", FORM,
              "--form", "a {text}", "--augment", 0, *SMALL)  # fmt: skip
@@ -284,7 +324,7 @@ def test_the_answers_of_prompts_are_solved_for_and_told(avss_command, llama_fold
         assert said in text
     # The same sentences stand in the text that is fitted to.
     loaded = avss.load(str(llama_folder), device="cpu")
-    read_text = " ".join(loaded.tokenizer.decode(one) for one in read[0][0].sequences)
+    read_text = " ".join(loaded.tokenizer.decode(one) for part in read[0][0] for one in part.sequences)
     rows = _sentences(loaded, {FORM: 60}, seed=0, may_go_on=None, on_step=None)[FORM]
     assert any(sentence in read_text for (sentence,) in rows)
     answer = avss_command(*words, "--written", 0, "--out", tmp_path / "none")
@@ -360,15 +400,12 @@ def test_what_was_written_is_read_again_by_a_run_that_goes_on(llama_folder, text
     kept.write_text("[broken")
     assert again().rows == rows
     assert len(calls) == 2
-    # Sentences of the rows stand in what is fitted, but for those that judge, and nowhere in what judges.
-    text = first.read()
-    fitted = len(split(text)[0].sequences)
-    read = [loaded.tokenizer.decode(one) for one in text.sequences]
+    # Sentences of the rows stand in what is fitted, but for those that judge.
+    read = [loaded.tokenizer.decode(one) for part in first.fitted() for one in part.sequences]
     judging = {sentence for place, (sentence,) in enumerate(rows[FORM]) if place % 4 == 0}
     others = {sentence for (sentence,) in rows[FORM]} - judging
-    plain = [loaded.tokenizer.decode(one) for one in batches.rewritten().sequences]
-    assert read[fitted:] == plain[fitted:]
-    assert any(sentence in one for sentence in others for one in read[:fitted])
+    assert len(read) == len(split(batches)[0].sequences)
+    assert any(sentence in one for sentence in others for one in read)
     assert not any(sentence in one for sentence in judging for one in read)
     assert {one.row for one in first.prompts()} == set(range(40))
 

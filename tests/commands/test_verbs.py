@@ -404,6 +404,42 @@ def test_healing_reads_the_calibration_text_unless_told_otherwise(avss_command, 
         assert RunRecord.read(out).cuts[0].healing.data.source == ",".join(read)
 
 
+def test_short_windows_of_healing_are_asked_for_in_a_run(avss_command, llama_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("avss.data.short.SHORT", 8)
+    task = ("--task", f"perplexity={text_file}", "--limit", 1, "--seq-len", 16)
+    healed = ("--blocks", "1", "--data", text_file, "--heal", "300 tokens", "--short", 1, "--quiet")
+    assert avss_command("run", llama_folder, *healed, *task, "--out", tmp_path / "x").code == 0
+    assert RunRecord.read(tmp_path / "x").cuts[0].healing.settings["short"] == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags", "named"),
+    [
+        ("llama_folder", ("--short", 1), "128 tokens"),  # its positions end at 64
+        ("masked_folder", ("--short", 0.5), "short"),
+        ("encoder_folder", ("--config", '[heal]\ntemperature = 2.0\n'), "temperature"),
+    ],
+)  # fmt: skip
+def test_what_healing_would_not_read_costs_no_search(
+    avss_command, request, text_file, tmp_path, monkeypatch, folder, flags, named
+):
+    def too_late(*args: object, **settings: object) -> None:
+        raise AssertionError("blocks were scored before the settings of healing were looked at")
+
+    monkeypatch.setattr("avss.composer.whole.score_loaded", too_late)
+    if flags[0] == "--config":
+        (tmp_path / "run.toml").write_text(flags[1])
+        flags = ("--config", tmp_path / "run.toml")
+    model = request.getfixturevalue(folder)
+    answer = avss_command(
+        "run", model, "--blocks", "1", "--data", text_file, "--heal", "300 tokens", *flags, "--out", tmp_path / "x"
+    )
+    assert answer.code == 2
+    assert named in answer.err
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_run_wrote_is_a_model_for_every_verb(avss_command, llama_folder, text_file, tmp_path):
     out = tmp_path / "run"
     task = ("--task", f"perplexity={text_file}", "--limit", 1, "--seq-len", 16)

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-import avss.healing.text as text_room
+import avss.data.short as short_room
+from avss.data.sources import Texts
 from avss.errors import ConfigError
 from avss.healing import heal
 from avss.healing.text import prepare_text
@@ -17,7 +18,7 @@ SHORT = 8
 
 @pytest.fixture(autouse=True)
 def _eight_tokens(monkeypatch):
-    monkeypatch.setattr(text_room, "SHORT", SHORT)
+    monkeypatch.setattr(short_room, "SHORT", SHORT)
 
 
 def is_short(drawn) -> bool:
@@ -40,7 +41,8 @@ def test_the_share_of_short_steps_is_the_one_asked_for_at_any_length(patient, te
 
 def test_the_pieces_of_an_epoch_are_the_whole_text_in_another_order(patient, text, small):
     prepared = prepare_text(patient().smaller, text, small(seq_len=29, short=1.0, augment=0.0))
-    (bos,) = prepared.lead.tolist()
+    assert prepared.num_leading == 1
+    bos = int(prepared.train[0][0])
     drawn = list(itertools.chain.from_iterable(prepared.step(number) for number in range(40)))
     pieces = 28 // (SHORT - 1)
     assert pieces == 4
@@ -103,7 +105,7 @@ def test_only_models_that_continue_long_enough_text_read_short_windows(patient, 
 
 
 def test_rows_with_labels_are_not_cut_to_pieces(patient, text, small):
-    rows = text_room.Texts(texts=tuple(text.paragraphs()), source="rows.csv")
+    rows = Texts(texts=tuple(text.paragraphs()), source="rows.csv")
     labels = [0, 1] * (len(rows.texts) // 2)
     one = patient("distilbert-classifier").smaller
     assert prepare_text(one, rows, small(), labels=labels).short == 0

@@ -96,6 +96,15 @@ Written = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
+Short = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the text that a repair by auto (and healing) reads in short windows of 64 tokens, from all over "
+        "it; 1 where answers matter more than long texts.",
+        show_default="0.5 for models that continue text, else 0",
+        rich_help_panel=_TEXT,
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Sequences, or images.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_TEXT)]
 AnySamples = Annotated[

@@ -47,6 +47,7 @@ def command(
     augment: opt.Augment = None,
     form: opt.Form = None,
     written: opt.Written = None,
+    short: opt.Short = None,
     stack: opt.Stack = "auto",
     head: opt.Head = "auto",
     dtype: opt.Dtype = "auto",
@@ -66,8 +67,9 @@ def command(
         PlanConfig,
         SearchConfig,
         build,
-        check_augment,
         check_compensation,
+        check_rewriting,
+        check_short,
         check_written,
         parse_bytes,
     )
@@ -109,8 +111,10 @@ def command(
     check_search(build(SearchConfig, search), plan, repairs=compensate != "none")
     find_criteria([criterion])
     check_compensation(compensate)
-    check_augment(augment, opt.forms(form), written, repairs=compensate != "none")
+    rewriting = opt.given(augment=augment, forms=opt.forms(form), written=written, short=short)
+    check_rewriting(rewriting, repairs=compensate != "none")
     check_written(written, opt.forms(form), compensate)
+    check_short(short, compensate)
     if file_format not in ("safetensors", "gguf"):
         raise ConfigError(unknown_name("--format", file_format, ["safetensors", "gguf"]))
     if on_disk and file_format == "gguf":
@@ -130,7 +134,7 @@ def command(
     check_compensation(compensate, in_memory=in_memory)
     common: dict[str, Any] = {"out": out, "force": force, "scores": scores, "command": opt.this_command()}
     text: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-    text |= opt.given(augment=augment, forms=opt.forms(form), written=written)
+    text |= rewriting
     loading: dict[str, Any] = {"head": head, "revision": revision}
     with opt.shown_stages(quiet=quiet) as stages:
         if on_disk or reason:

@@ -84,6 +84,7 @@ def command(
     augment: opt.Augment = None,
     form: opt.Form = None,
     written: opt.Written = None,
+    short: opt.Short = None,
     first_token: Annotated[str | None, typer.Option(help="keep or drop.", show_default="keep")] = None,
     stack: Annotated[str | None, typer.Option(help="Stack of blocks to work on.", show_default="auto")] = None,
     head: Annotated[str | None, typer.Option(help="What to load it as.", show_default="auto")] = None,
@@ -120,6 +121,7 @@ def command(
                 augment=augment,
                 forms=opt.forms(form),
                 written=written,
+                short=short,
             ),
             "plan": opt.given(
                 criterion=criterion,

@@ -25,7 +25,7 @@ from avss.compensation.least_squares import (
 )
 from avss.compensation.magnitude import scale
 from avss.compensation.rounds import steer
-from avss.compensation.streams import num_tokens, split
+from avss.compensation.streams import Mixed, Text, num_tokens, split
 from avss.compensation.sweep import sweep as sweep_blocks
 from avss.compensation.workpiece import Workpiece
 from avss.config import COMPENSATION_METHODS, CompensationMethod, check_compensation
@@ -46,7 +46,7 @@ TOKENS_A_ROUND = 6144
 """More text gives more rounds: one for so many tokens that are fitted, each on tokens of its own."""
 MOST_ROUNDS = 24
 
-Solve = Callable[[Workpiece, Run, Batches, Batches, Readings], CutRepair]
+Solve = Callable[[Workpiece, Run, Text, Batches, Readings], CutRepair]
 
 
 def compensate(
@@ -56,6 +56,7 @@ def compensate(
     batches: Batches,
     *,
     method: str = "auto",
+    fitted: Sequence[Batches] = (),
     prompts: Sequence[Asked] = (),
     running: Sequence[Tensor] = (),
     rounds: int | None = None,
@@ -79,6 +80,7 @@ def compensate(
         plan: The blocks removed.
         batches: Calibration text, dealt out in three.
         method: One of `METHODS`.
+        fitted: What is fitted in place of the first of the three (`split`), e.g. some of it in short windows.
         prompts: What asks for one of several answers, for the last solve of `auto` (`avss.compensation.answers`).
         running: Sequences of running text, no prompts among them, which that solve is to leave as they are; by default
             those that are fitted.
@@ -100,7 +102,8 @@ def compensate(
     if reason or facts is None:
         return smaller, Compensation(method=method, note=reason)
     work = Workpiece.begin(original, smaller, plan, facts)
-    fit, choose, judge = split(batches)
+    first, choose, judge = split(batches)
+    fit: Text = Mixed(tuple(fitted)) if fitted else first
     num_shared = min(max(0, plan.removed[0] - 1), num_alone(original))
     by_choice, by_judge = (Yardstick(original, text, num_shared) for text in (choose, judge))
     before = by_judge(smaller)
@@ -159,12 +162,12 @@ def compensate(
     return work.smaller, story.model_copy(update={"after": after, "weights": tuple(work.changed)})
 
 
-def rounds_for(fit: Batches) -> int:
+def rounds_for(fit: Text) -> int:
     """How many rounds a text is good for: one for every 6,144 tokens, not below six and not above 24."""
     return min(MOST_ROUNDS, max(ROUNDS, num_tokens(fit) // TOKENS_A_ROUND))
 
 
-def _swept(work: Workpiece, fit: Batches, choose: Batches, by_choice: Yardstick) -> int:
+def _swept(work: Workpiece, fit: Text, choose: Batches, by_choice: Yardstick) -> int:
     """Sweeps, and undoes it where the answers are no nearer afterwards; returns how many blocks it changed."""
     before, begin = by_choice(work.smaller), work.snapshot()
     changed = sweep_blocks(work, fit, choose)
@@ -207,7 +210,7 @@ def _repair_cut(
     work: Workpiece,
     run: Run,
     method: CompensationMethod,
-    fit: Batches,
+    fit: Text,
     choose: Batches,
     judge: Batches,
     by_choice: Yardstick,
@@ -250,19 +253,19 @@ def _repair_cut(
     return best
 
 
-def _refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings) -> CutRepair:
+def _refit(work: Workpiece, run: Run, fit: Text, choose: Batches, readings: Readings) -> CutRepair:
     return CutRepair(start=run[0], stop=run[1], method="refit", ridge=refit(work, run, fit, choose, readings))
 
 
-def _linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings) -> CutRepair:
+def _linear(work: Workpiece, run: Run, fit: Text, choose: Batches, readings: Readings) -> CutRepair:
     return CutRepair(start=run[0], stop=run[1], method="linear", ridge=linear(work, run, fit, choose, readings))
 
 
-def _cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches, _: Readings) -> CutRepair:
+def _cosine(work: Workpiece, run: Run, fit: Text, choose: Batches, _: Readings) -> CutRepair:
     return CutRepair(start=run[0], stop=run[1], method="cosine", ridge=cosine(work, run, fit, choose))
 
 
-def _scale(work: Workpiece, run: Run, fit: Batches, _: Batches, __: Readings) -> CutRepair:
+def _scale(work: Workpiece, run: Run, fit: Text, _: Batches, __: Readings) -> CutRepair:
     return CutRepair(start=run[0], stop=run[1], method="scale", factor=scale(work, run, fit))
 
 

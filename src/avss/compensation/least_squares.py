@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from avss.compensation.equations import NormalEquations, choose_ridge
-from avss.compensation.streams import Written, ordinary, read_block, read_blocks
+from avss.compensation.streams import Text, Written, ordinary, read_block, read_blocks
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
 from avss.models.projections import Projections, bias_of, matrix_of
@@ -54,9 +54,9 @@ class Readings:
 
     def __init__(self, work: Workpiece, run: Run, methods: Sequence[Solved]) -> None:
         self._work, self._run, self._methods = work, run, methods
-        self._read: list[tuple[Batches, dict[Solved, NormalEquations]]] = []
+        self._read: list[tuple[Text, dict[Solved, NormalEquations]]] = []
 
-    def of(self, text: Batches, method: Solved) -> NormalEquations:
+    def of(self, text: Text, method: Solved) -> NormalEquations:
         """The sums over a text."""
         for known, sums in self._read:
             if known is text:
@@ -64,7 +64,7 @@ class Readings:
         self._read.append((text, self._sums(text)))
         return self._read[-1][1][method]
 
-    def _sums(self, text: Batches) -> dict[Solved, NormalEquations]:
+    def _sums(self, text: Text) -> dict[Solved, NormalEquations]:
         work, facts = self._work, _facts(self._work)
         module = work.linear(self._run[0] - 1, facts.last)
         matrix, bias, gain = matrix_of(module), bias_of(module), work.gain(self._run[0] - 1)
@@ -84,7 +84,7 @@ class Readings:
         return sums
 
 
-def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings | None = None) -> float:
+def refit(work: Workpiece, run: Run, fit: Text, choose: Batches, readings: Readings | None = None) -> float:
     """Solves for the MLP's output projection of the block before a cut; returns the ridge."""
     facts = _facts(work)
     block = run[0] - 1
@@ -96,7 +96,7 @@ def refit(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Re
     return ridge
 
 
-def linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: Readings | None = None) -> float:
+def linear(work: Workpiece, run: Run, fit: Text, choose: Batches, readings: Readings | None = None) -> float:
     r"""Folds a linear map $T$ of the MLP's output into the MLP's projection of the block before a cut.
 
     Returns:
@@ -109,7 +109,7 @@ def linear(work: Workpiece, run: Run, fit: Batches, choose: Batches, readings: R
     return ridge
 
 
-def cosine(work: Workpiece, run: Run, fit: Batches, choose: Batches) -> float:
+def cosine(work: Workpiece, run: Run, fit: Text, choose: Batches) -> float:
     r"""As `linear`, but maximises the cosine between $T^\top m_t$ and what it should be.
 
     The tokens' lengths then do not matter. Solved by reweighting: with $p_t$ the last round's $T^\top m_t$,
@@ -212,7 +212,7 @@ def _take_closing_norm(work: Workpiece, run: Run) -> None:
 
 
 def _pairs(
-    work: Workpiece, run: Run, paths: Sequence[str], text: Batches, aims: Sequence[Tensor] | None = None
+    work: Workpiece, run: Run, paths: Sequence[str], text: Text, aims: Sequence[Tensor] | None = None
 ) -> Iterator[tuple[Written, Tensor, Tensor, Tensor]]:
     """For each batch what the block before the cut read and wrote, the dense stream, and which tokens are which.
 

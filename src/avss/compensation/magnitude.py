@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from avss.compensation.least_squares import Run
-from avss.compensation.streams import ordinary, read_block
+from avss.compensation.streams import Text, ordinary, read_block
 from avss.compensation.workpiece import Workpiece
-from avss.data.batches import Batches
 from avss.models.projections import bias_of, matrix_of
 
 
-def scale(work: Workpiece, run: Run, text: Batches) -> float:
+def scale(work: Workpiece, run: Run, text: Text) -> float:
     r"""Divides what every kept block after a cut writes by $\alpha$, and returns $\alpha$."""
     factor = magnitude_ratio(work, run, text)
     assert work.facts is not None
@@ -36,7 +35,7 @@ def scale(work: Workpiece, run: Run, text: Batches) -> float:
     return factor
 
 
-def magnitude_ratio(work: Workpiece, run: Run, text: Batches) -> float:
+def magnitude_ratio(work: Workpiece, run: Run, text: Text) -> float:
     r"""$\alpha$ of one cut, from the dense model's streams."""
     assert work.facts is not None
     before: Tensor | float = 0.0

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from avss.compensation.divergence import Yardstick, divergence
-from avss.compensation.streams import ordinary
+from avss.compensation.streams import Mixed, Text, ordinary
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
 from avss.models.projections import by_token, oriented
@@ -58,7 +58,7 @@ class Round:
 
 def steer(
     work: Workpiece,
-    fit: Batches,
+    fit: Text,
     measure: Yardstick,
     *,
     rounds: int,
@@ -97,8 +97,15 @@ def targets(work: Workpiece) -> list[Key]:
     return [(block, path) for block in work.plan.kept if block >= first for path in work.facts.writers]
 
 
-def _shares(text: Batches, rounds: int) -> list[Batches]:
-    """The text dealt out to the rounds; read again from the start where there is too little of it."""
+def _shares(text: Text, rounds: int) -> list[Text]:
+    """The text dealt out to the rounds, of each kind as much; read again from the start where there is too little."""
+    if isinstance(text, Mixed):
+        dealt = zip(*(_shares_of(part, rounds) for part in text.parts), strict=True)
+        return [Mixed(parts) for parts in dealt]
+    return list(_shares_of(text, rounds))
+
+
+def _shares_of(text: Batches, rounds: int) -> list[Batches]:
     total = len(text.sequences)
     size = max(min(total, text.batch_size), total // rounds)
     shares = []
@@ -136,7 +143,7 @@ class _Aim:
         return 0.5 * self.divergence / -self.slope if self.slope < 0 else 0.0
 
 
-def _aim(work: Workpiece, keys: list[Key], text: Batches) -> _Aim:
+def _aim(work: Workpiece, keys: list[Key], text: Text) -> _Aim:
     modules = {key: work.linear(*key) for key in keys}
     moments: dict[Key, Tensor] = {}
     squares: dict[int, list[float]] = {}

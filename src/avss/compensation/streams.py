@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -145,6 +145,38 @@ def split(batches: Batches, *, share: float = 0.125) -> tuple[Batches, Batches, 
     return fit, choose, judge
 
 
-def num_tokens(batches: Batches) -> int:
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Batches of one length after batches of another: windows and short windows.
+
+    Attributes:
+        parts: At least one.
+    """
+
+    parts: tuple[Batches, ...]
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """The batches of each part, see `Batches`."""
+        return itertools.chain.from_iterable(self.parts)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return sum(map(len, self.parts))
+
+    @property
+    def sequences(self) -> tuple[Tensor, ...]:
+        """Those of all parts."""
+        return tuple(itertools.chain.from_iterable(part.sequences for part in self.parts))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [length for part in self.parts for length in part.lengths()]
+
+
+Text = Batches | Mixed
+"""What is fitted."""
+
+
+def num_tokens(text: Text) -> int:
     """Real tokens, or places of images."""
-    return sum(batches.lengths())
+    return sum(text.lengths())

@@ -14,14 +14,14 @@ hidden states for every token.
 from torch import Tensor
 
 from avss.compensation.equations import NormalEquations, choose_ridge
-from avss.compensation.streams import ordinary
+from avss.compensation.streams import Text, ordinary
 from avss.compensation.workpiece import Workpiece
 from avss.data.batches import Batches
 from avss.models.projections import bias_of, by_token, matrix_of
 from avss.models.walk import Walk
 
 
-def sweep(work: Workpiece, fit: Batches, choose: Batches) -> int:
+def sweep(work: Workpiece, fit: Text, choose: Batches) -> int:
     """Fits the MLP's output projection of each kept block from the first cut on; returns how many were changed.
 
     A block is left as it is where no ridge lowers the error on the choosing text. Post-norm blocks are all left.

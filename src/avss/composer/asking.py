@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avss.compensation import split
+from avss.config import refuse_unread
 from avss.data.augment import Asked, Augmentation
-from avss.data.batches import Batches
+from avss.data.batches import Batches, leading_ids, need_tokenizer
+from avss.data.short import SHORT_SHARE, can_divide, needed, shortened
 from avss.forms import Rows, choosing_forms
 from avss.models.load import Loaded
 from avss.models.writing import NUM_WRITTEN, can_write, keep_rows, read_rows, write_rows
@@ -30,6 +32,7 @@ class Asking:
         may_go_on: Asked before each batch of them but the first of each form.
         kept: A file that keeps them for a run that is killed and goes on, and gives them back to it; None for none.
         heals: Whether healing reads them too.
+        short: Share of what is fitted that is read in short windows; None for the usual one.
     """
 
     def __init__(
@@ -42,9 +45,10 @@ class Asking:
         kept: Path | None = None,
         *,
         heals: bool = False,
+        short: float | None = None,
     ) -> None:
         self._loaded, self._batches, self._timed, self._may_go_on, self._kept = loaded, batches, timed, may_go_on, kept
-        self._wanted, self._heals = wanted, heals
+        self._wanted, self._heals, self._short = wanted, heals, short
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -78,14 +82,44 @@ class Asking:
             return ()
         return rewriting.with_rows(self.rows).asked((self._batches.facts.seed,))
 
-    def read(self) -> Batches:
-        """The text as a repair reads it.
+    def fitted(self) -> tuple[Batches, ...]:
+        """The part of the text that a repair is fitted to (`split`), as it reads that: some of it in short windows.
 
-        What is fitted has these sentences in its prompts, but for those that judge; the rest has its own.
+        Its prompts have these sentences, but for those that judge; the rest of the text has its own. None where the
+        text is so short that its sequences must be halved.
         """
-        plain, rewriting = self._batches.rewritten(), self._batches.augmentation
-        if not self.rows or rewriting is None or len(plain.sequences) < 3:
-            return plain
-        num_fitted = len(split(plain)[0].sequences)
-        filled = dataclasses.replace(self._batches, augmentation=rewriting.with_rows(self.rows)).rewritten()
-        return plain.with_sequences((*filled.sequences[:num_fitted], *plain.sequences[num_fitted:]))
+        batches, rewriting = self._batches, self._batches.augmentation
+        if len(batches.sequences) < 3:
+            return ()
+        fitted = split(batches)[0]
+        parts = shortened(fitted, self.short, self._num_leading) if self.short else (fitted,)
+        if rewriting is not None and self.rows:
+            rewriting = rewriting.with_rows(self.rows)
+        return tuple(dataclasses.replace(part, augmentation=rewriting).rewritten() for part in parts)
+
+    @property
+    def short(self) -> float:
+        """Share of what is fitted that is read in short windows; 0 where there can be none."""
+        return (SHORT_SHARE if self._short is None else self._short) if self._divides else 0.0
+
+    def check_short(self) -> None:
+        """Refuses a share of short windows where there can be none.
+
+        Raises:
+            ConfigError: One was asked for.
+        """
+        if not self._divides:
+            facts = self._batches.facts
+            refuse_unread(
+                {"short": self._short or None},
+                needed(facts.seq_len if facts.layout == "packed" else None, self._loaded.head),
+            )
+
+    @property
+    def _divides(self) -> bool:
+        facts, pad_id = self._batches.facts, self._batches.pad_id
+        return facts.layout == "packed" and can_divide(facts.seq_len, self._num_leading, pad_id)
+
+    @functools.cached_property
+    def _num_leading(self) -> int:
+        return len(leading_ids(need_tokenizer(self._loaded.tokenizer, self._loaded.source)))

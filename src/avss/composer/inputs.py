@@ -164,7 +164,7 @@ def _images(loaded: Loaded, source: str | Sequence[str], config: DataConfig) -> 
     usual = DataConfig()
     if config.forms:
         raise ConfigError(f"{reader}, and `--form` is for text. Leave it out.")
-    for name in ("seq_len", "layout", "augment"):
+    for name in ("seq_len", "layout", "augment", "short"):
         if getattr(config, name) != getattr(usual, name):
             raise ConfigError(f"{reader}, and `--{name.replace('_', '-')}` is for text. Leave it out.")
     if isinstance(source, str) and source.partition(":")[0] == "builtin" and not Path(source).exists():

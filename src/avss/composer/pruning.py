@@ -33,8 +33,9 @@ from avss.config import (
     SearchConfig,
     as_given,
     build,
-    check_augment,
     check_compensation,
+    check_rewriting,
+    check_short,
     check_written,
     parse_bytes,
     seeded,
@@ -143,7 +144,8 @@ def prune(
         loading: For a model named: `head`, `revision`, `trust_remote_code`, `device`, and in memory `dtype`.
         command: The command to note in the record.
         stages: Where progress goes.
-        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, `written`.
+        **settings: Of the text: `samples`, `seq_len`, `batch_size`, `seed`, `layout`, `augment`, `forms`, `written`,
+            `short`.
 
     Returns:
         The smaller model with its tokenizer, and the record of how it came to be. After a cut from file to file the
@@ -178,8 +180,9 @@ def prune(
         raise ConfigError(unknown_name("file_format", file_format, ["safetensors", "gguf"]))
     build(DataConfig, settings)  # a name that nothing reads is a mistake, whether or not text is needed
     given = _given(data, settings)
-    check_augment(given["augment"], given["forms"], given["written"], repairs=compensate != "none")
+    check_rewriting(given, repairs=compensate != "none")
     check_written(given["written"], given["forms"], compensate)
+    check_short(given["short"], compensate)
     (wanted,) = find_criteria([config.criterion])
     if hard.screen != "damage":
         find_criteria([hard.screen])
@@ -246,7 +249,8 @@ def prune(
         )
     asking = None
     if batches is not None and compensate == "auto":
-        asking = Asking(loaded, batches, _given(data, settings)["written"], timed)
+        asking = Asking(loaded, batches, given["written"], timed, short=given["short"])
+        asking.check_short()
     chosen = choose(
         loaded,
         config,
@@ -356,7 +360,7 @@ def score_on_disk(
 def _given(data: DataConfig | str | Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What was said about rewriting and prompts, in a whole `DataConfig` or beside a text; None for nothing."""
     said = as_given(data) if isinstance(data, DataConfig) else settings
-    return {name: said.get(name) for name in ("augment", "forms", "written")}
+    return {name: said.get(name) for name in ("augment", "forms", "written", "short")}
 
 
 def _check_reads_text(loaded: Loaded, plan: PlanConfig, search: SearchConfig, compensate: str) -> None:
@@ -394,10 +398,11 @@ def repair(
 ) -> tuple[Loaded, Compensation]:
     """Repairs a cut without training, and tells how it went. The raw cut is left as it was.
 
-    With `asking`, these sentences fill prompts of the text, and `auto` ends with a solve for their answers.
+    With `asking`, these sentences fill prompts of the text, some of which is read in short windows, and `auto` ends
+    with a solve for their answers.
     """
-    rewriting = batches.augmentation
-    text, prompts = (batches.rewritten(), ()) if asking is None else (asking.read(), asking.prompts())
+    rewriting, text = batches.augmentation, batches.rewritten()
+    fitted, prompts = ((), ()) if asking is None else (asking.fitted(), asking.prompts())
     with timed("Repairing the cut") as advance:
         model, story = compensate_cut(
             original,
@@ -405,6 +410,7 @@ def repair(
             plan,
             text,
             method=method,
+            fitted=fitted,
             prompts=prompts,
             running=batches.sequences[: len(split(text)[0].sequences)] if prompts else (),
             on_step=advance,
@@ -412,6 +418,8 @@ def repair(
         )
     if rewriting is not None and story.fit_tokens:
         story = story.model_copy(update={"augment": rewriting.share, "forms": rewriting.forms})
+    if asking is not None and fitted and story.fit_tokens:
+        story = story.model_copy(update={"short": asking.short})
     return model, story
 
 

@@ -33,7 +33,8 @@ from avss.config import (
     RunConfig,
     TaskConfig,
     as_given,
-    check_augment,
+    check_rewriting,
+    check_short,
     refuse_unread,
     seeded,
 )
@@ -41,13 +42,15 @@ from avss.criteria import CRITERIA, AbstractCriterion, find_criteria
 from avss.cut import cut
 from avss.data.augment import check_forms
 from avss.data.batches import Batches
-from avss.data.images import Images, holds_images
-from avss.data.sources import Texts, read_texts
+from avss.data.images import holds_images
+from avss.data.sources import read_texts
 from avss.errors import ConfigError, DegenerateStatisticError
 from avss.evaluation import rehearse
 from avss.evaluation.forms import task_forms
 from avss.healing import heal as heal_cut
+from avss.healing import prepare
 from avss.healing.state import Checkpoint
+from avss.healing.text import HealingText
 from avss.models.forward import can_generate
 from avss.models.load import Loaded
 from avss.output import check_free, fresh_folder
@@ -124,6 +127,9 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     tasks = choose_tasks(config.tasks, loaded, config.task_settings.model_dump())
     config, said = _with_forms(config, tasks, loaded.head)
     _check_written(config)
+    config = _with_shared_settings(config)
+    # Likewise: what healing would not read shall not cost a search either.
+    healing_text = prepare(loaded, training, config.heal) if training is not None and config.heal is not None else None
     batches = calibration(loaded, config.data)
     with timed("Reading the tasks"):
         rehearse(loaded, [*tasks, config.plan.retention_task, config.search.task])
@@ -146,7 +152,11 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     if config.compensate == "auto":
         written = notes.with_suffix(".prompts.json")
         in_time, heals = clock.in_time(_WRITTEN_UNTIL), config.heal is not None
-        asking = Asking(loaded, batches, config.data.written, timed, in_time, written, heals=heals)
+        asking = Asking(
+            loaded, batches, config.data.written, timed, in_time, written, heals=heals, short=config.data.short
+        )
+        if not heals:  # healing has read its text already, and refused what it could not read
+            asking.check_short()
     chosen = choose(
         loaded,
         config.plan,
@@ -167,7 +177,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     others = [plan for plan in others if (plan.method, plan.removed) != (chosen.plan.method, chosen.plan.removed)]
     raw = cut(loaded, chosen.plan)
     rivals = [cut(loaded, plan) for plan in others]  # what cannot be cut is refused before the hours of healing
-    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, asking, training, config, timed, clock)
+    versions, checkpoint = _versions(loaded, raw, chosen.plan, batches, asking, healing_text, config, timed, clock)
     smaller = [*(version.model for version in versions), *rivals]
     told = (describe_cut(loaded, model, plan) for model, plan in zip(rivals, others, strict=True))
     cuts = (*(version.told for version in versions), *told)
@@ -200,11 +210,14 @@ def _checked(config: RunConfig) -> tuple[RunConfig, tuple[AbstractCriterion, ...
     Raises:
         UserError: It asks for what cannot be had, or for two things at once, or writes where something is.
     """
-    given, config = config, _at_its_best(config)
+    asked, config = config, _at_its_best(config)
     repairs = config.compensate != "none" or config.heal is not None
-    check_augment(config.data.augment, config.data.forms, config.data.written, repairs=repairs)
+    given = {name: getattr(config.data, name) for name in ("augment", "forms", "written", "short")}
+    check_rewriting(given, repairs=repairs)
+    if config.heal is None:
+        check_short(config.data.short, config.compensate)
     check_one_target(config.plan)
-    check_search(given.search, config.plan, repairs=config.compensate != "none")
+    check_search(asked.search, config.plan, repairs=config.compensate != "none")
     if config.quality == "plain":
         refuse_unread({"time": config.time}, "`--quality best`, which was not asked for", "`--quality best`")
     screens = (config.search.screen,) if config.search.screen != "damage" else ()
@@ -289,6 +302,22 @@ def _with_forms(config: RunConfig, tasks: Sequence[TaskConfig], head: str) -> tu
     return config.model_copy(update=found), said
 
 
+def _with_shared_settings(config: RunConfig) -> RunConfig:
+    """The run with what healing reads as the repair does, where its own settings say nothing."""
+    data, heal = config.data, config.heal
+    if heal is None:
+        return config
+    forms = data.forms if heal.forms is None else heal.forms
+    found = {
+        "augment": data.augment,
+        "forms": forms,
+        "written": data.written if forms else None,
+        "short": data.short,
+    }
+    usual = {name: value for name, value in found.items() if getattr(heal, name) is None and value is not None}
+    return config.model_copy(update={"heal": heal.model_copy(update=usual)})
+
+
 def _check_written(config: RunConfig) -> None:
     """Refuses prompts to write that nothing would read.
 
@@ -309,7 +338,7 @@ def _versions(
     plan: Plan,
     batches: Batches,
     asking: Asking | None,
-    training: Texts | Images | None,
+    healing_text: HealingText | None,
     config: RunConfig,
     timed: Timed,
     clock: "Clock",
@@ -325,12 +354,8 @@ def _versions(
             versions.insert(0, _Version(repaired, told))
         else:
             versions = [_Version(raw, told)]
-    if config.heal is not None and training is not None:
+    if config.heal is not None and healing_text is not None:
         heal = config.heal
-        for name in ("augment", "forms", "written"):
-            is_read = name != "written" or heal.forms
-            if getattr(heal, name) is None and getattr(config.data, name) is not None and is_read:
-                heal = heal.model_copy(update={name: getattr(config.data, name)})
         clock.write_down()  # healing is what takes long, and is looked for again by the model that it begins with
         takes_the_rest = config.quality == "best" and "budget" not in heal.model_fields_set
         if takes_the_rest:
@@ -340,7 +365,7 @@ def _versions(
                 loaded,
                 versions[0].model,
                 plan,
-                training,
+                healing_text,
                 heal,
                 rows=asking.rows if asking is not None and _asks_the_same(heal, config.data) else None,
                 budget_name=f"the rest of {clock.seconds:g} seconds" if takes_the_rest else None,

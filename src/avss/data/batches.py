@@ -28,6 +28,9 @@ Inputs = Tensor | Mapping[str, Tensor]
 
 DOCUMENT_BREAK = "\n\n"
 
+OTHERS = 8
+"""Windows kept beside each that is drawn, for a repair that reads short windows from all over the text."""
+
 MASKED_SHARE = 0.15
 """Share of the tokens that a masked language model is asked about, as in its pretraining."""
 
@@ -43,6 +46,7 @@ class Batches:
         pad_id: Token id that fills up a batch; never observed. None where every batch is one sequence.
         facts: For the record.
         augmentation: Gives `rewritten` another writing; None to leave the sequences as they are.
+        others: Windows of the same text that were not drawn, up to `OTHERS` times as many as were.
     """
 
     sequences: tuple[Tensor, ...]
@@ -50,6 +54,7 @@ class Batches:
     pad_id: int | None
     facts: DataFacts
     augmentation: "Augmentation | None" = None
+    others: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -288,10 +293,12 @@ def make_batches(
         pool = _padded(texts, tokenizer, seq_len)
     if not pool:
         raise DataError(f"No text of `{texts.source}` has two tokens. Give longer texts.")
-    chosen = np.random.default_rng(seed).permutation(len(pool))[:samples]
-    sequences = tuple(pool[index] for index in chosen)
+    order = np.random.default_rng(seed).permutation(len(pool))
+    sequences = tuple(pool[index] for index in order[:samples])
+    rest = order[samples : (1 + OTHERS) * samples] if layout == "packed" else ()
     return Batches(
         sequences=sequences,
+        others=tuple(pool[index] for index in rest),
         batch_size=batch_size,
         pad_id=pad_id_of(tokenizer),
         facts=DataFacts(
@@ -332,7 +339,8 @@ def interleave(parts: Sequence[Batches]) -> Batches:
     columns = list(dict.fromkeys(part.facts.column for part in parts if part.facts.column))
     names = {"source": source, "column": ", ".join(columns) or None}
     facts = _facts_of(sequences, parts[0].facts).model_copy(update=names)
-    return dataclasses.replace(parts[0], sequences=sequences, facts=facts)
+    others = tuple(itertools.chain.from_iterable(part.others for part in parts))
+    return dataclasses.replace(parts[0], sequences=sequences, facts=facts, others=others)
 
 
 def check_one_size(sizes: Sequence[tuple[int, ...] | None], source: str) -> None:

@@ -23,7 +23,7 @@ from avss.healing.pace import Clock
 from avss.healing.pair import Pair
 from avss.healing.state import Checkpoint, run_key
 from avss.healing.team import Team
-from avss.healing.text import prepare_text
+from avss.healing.text import HealingText, prepare_text
 from avss.healing.weights import Choice, choose_weights, is_as_cut, merge
 from avss.models.load import Loaded, dtype_name, has_bfloat16, in_dtype
 from avss.models.predictions import label_answers
@@ -52,7 +52,7 @@ def heal(
     dense: Loaded,
     smaller: Loaded,
     plan: Plan,
-    texts: Texts | Images,
+    texts: Texts | Images | HealingText,
     config: HealConfig,
     *,
     labels: Sequence[int] | None = None,
@@ -72,7 +72,7 @@ def heal(
         dense: The model it was cut from: the teacher.
         smaller: The smaller model.
         plan: The blocks removed.
-        texts: Text or images to train on, a part of which is held out.
+        texts: Text or images to train on, a part of which is held out; or what `prepare` made of them.
         config: Budget, weights, learning rate ...
         labels: For classifiers: one a text; `config.label_weight` says how much they count.
         rows: What the dense model wrote for `config.forms` already; None to let it write what is wanted.
@@ -93,12 +93,7 @@ def heal(
         NumericalError: The loss is no number.
     """
     _check_pair(dense, smaller, plan)
-    _check_read(smaller, config, has_labels=labels is not None)
-    text = (
-        prepare_images(smaller, texts, config)
-        if isinstance(texts, Images)
-        else prepare_text(smaller, texts, config, labels=labels)
-    )
+    text = texts if isinstance(texts, HealingText) else prepare(smaller, texts, config, labels=labels)
     found = {"batch_size": text.facts.batch_size, "held_out": len(text.held_out)}
     if smaller.pad_id is None:
         found["micro_batch_size"] = 1
@@ -181,6 +176,27 @@ def heal(
     return _rounded(model, smaller), healing, checkpoint
 
 
+def prepare(
+    loaded: Loaded, texts: Texts | Images, config: HealConfig, *, labels: Sequence[int] | None = None
+) -> HealingText:
+    """What a model is healed on, and a refusal of whatever its healing would not read or could not.
+
+    Args:
+        loaded: The smaller model, or the dense one: they read alike.
+        texts: Text or images.
+        config: The healing.
+        labels: For classifiers: one a text.
+
+    Raises:
+        DataError: The text is too short, or cannot be read by this model.
+        ConfigError: A setting has no part in the healing of such a model.
+    """
+    _check_read(loaded, config, has_labels=labels is not None)
+    if isinstance(texts, Images):
+        return prepare_images(loaded, texts, config)
+    return prepare_text(loaded, texts, config, labels=labels)
+
+
 def _written(
     dense: Loaded, forms: Sequence[str], config: HealConfig, checkpoint: Checkpoint | None, report: Report, clock: Clock
 ) -> Rows:
@@ -219,7 +235,7 @@ def _check_pair(dense: Loaded, smaller: Loaded, plan: Plan) -> None:
         )
 
 
-def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> None:
+def _check_read(loaded: Loaded, config: HealConfig, *, has_labels: bool) -> None:
     """Refuses what was asked for and has no part in the healing of such a model.
 
     Raises:
@@ -234,8 +250,8 @@ def _check_read(smaller: Loaded, config: HealConfig, *, has_labels: bool) -> Non
         refuse("rank", f"adapters, and `--weights {config.weights}` trains none", "`--weights lora`")
     if not config.forms:
         refuse("written", "the forms of prompts, and none were named", "`--form`")
-    head, predicts_words = smaller.head, smaller.head in ("causal", "masked")
-    if head == "encoder" or (head == "classifier" and label_answers(smaller.model.config) == "numbers"):
+    head, predicts_words = loaded.head, loaded.head in ("causal", "masked")
+    if head == "encoder" or (head == "classifier" and label_answers(loaded.model.config) == "numbers"):
         refuse("temperature", f"predicted words or labels, and this `{head}` predicts none")
     if not predicts_words and not has_labels:
         remedy = "`--labels COLUMN`" if head == "classifier" else None

@@ -26,6 +26,7 @@ from avss.data.batches import (
     pad,
     windows,
 )
+from avss.data.short import SHORT_SHARE, can_divide, count_pieces, needed, piece_of
 from avss.data.sources import Texts
 from avss.errors import DataError
 from avss.forms import HEALING_SHARE, Rows
@@ -36,12 +37,6 @@ STEP_TOKENS = 1024
 """Tokens in a step of the optimiser, about, where no number of sequences is asked for."""
 HELD_OUT_TOKENS = 8192
 """Tokens held out, about, likewise."""
-
-SHORT = 64
-"""Tokens of a short window. Most of what a model is asked stands at the beginning of a text, where a long window has a
-twentieth of its tokens; and a step of many short windows sees as many places of the text."""
-SHORT_SHARE = 0.5
-"""Of the steps, those that read short windows, where no share is asked for."""
 
 _STRETCHES = 8
 
@@ -99,9 +94,9 @@ class HealingText:
         pad_id: Fills up a batch.
         seed: Of order, masks and rewriting.
         augmentation: Rewrites training sequences, or makes prompts of them; None to leave them as they are.
-        short: Share of the steps that read short windows: sequences in pieces of `SHORT` tokens, every piece of a step
-            from a place of its own.
-        lead: Tokens that every window begins with, of a packed text.
+        short: Share of the steps that read short windows (`avss.data.short`), every one of a step from a place of its
+            own.
+        num_leading: Tokens that every window begins with, of a packed text.
         facts: Of the training text, for the record.
         held_out_facts: Of the held-out text.
     """
@@ -118,7 +113,7 @@ class HealingText:
     facts: DataFacts
     held_out_facts: DataFacts
     short: float = 0.0
-    lead: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    num_leading: int = 0
 
     def step(self, number: int) -> list[Draw]:
         """What step `number` of the optimiser reads, counted from 0: a batch of sequences, or as much in short windows.
@@ -133,7 +128,7 @@ class HealingText:
         pieces = self._num_pieces
         return [
             Draw(epoch, place // pieces, place % pieces)
-            for epoch, place in self._order(num_short * size * pieces, size * pieces, len(self.train) * pieces, SHORT)
+            for epoch, place in self._order(num_short * size * pieces, size * pieces, len(self.train) * pieces, pieces)
         ]
 
     def drawn(self, start: int, count: int) -> list[Draw]:
@@ -151,15 +146,11 @@ class HealingText:
     @property
     def _num_pieces(self) -> int:
         """Short windows in a sequence: all packed ones are equally long."""
-        return (self.facts.seq_len - len(self.lead)) // (SHORT - len(self.lead))
+        return count_pieces(self.facts.seq_len, self.num_leading)
 
     def _sequence(self, draw: Draw) -> Tensor:
         whole = self.train[draw.index]
-        if draw.piece is None:
-            return whole
-        body = SHORT - len(self.lead)
-        start = len(self.lead) + draw.piece * body
-        return torch.cat([self.lead, whole[start : start + body]])
+        return whole if draw.piece is None else piece_of(whole, self.num_leading, draw.piece)
 
     def batch(self, drawn: Sequence[Draw]) -> Batch:
         """What was drawn, side by side."""
@@ -291,13 +282,10 @@ def prepare_text(
             content_hash=content_hash(chosen),
         )
 
-    lead = torch.tensor(leading_ids(tokenizer) if packed else [], dtype=torch.long)
-    # A window that is cut in two at least, of a model that takes more than the lead.
-    divides = packed and loaded.pad_id is not None and length >= 2 * SHORT and len(lead) < SHORT // 2
+    num_leading = len(leading_ids(tokenizer)) if packed else 0
+    divides = packed and can_divide(length, num_leading, loaded.pad_id)
     if not divides:
-        what = f"running text in windows of {2 * SHORT} tokens or more (`--seq-len`), and here are "
-        what += f"windows of {round(length)}" if packed else f"rows, as the head `{loaded.head}` reads them"
-        refuse_unread({"short": config.short or None}, what)
+        refuse_unread({"short": config.short or None}, needed(length if packed else None, loaded.head))
 
     return HealingText(
         train=train,
@@ -312,7 +300,7 @@ def prepare_text(
         facts=facts(train),
         held_out_facts=facts(held_out),
         short=(SHORT_SHARE if config.short is None else config.short) if divides else 0.0,
-        lead=lead,
+        num_leading=num_leading,
     )
 
 

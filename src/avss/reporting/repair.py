@@ -23,11 +23,12 @@ def compensation_sentences(repair: Compensation) -> list[str]:
         rounds = sum(step > 0 for step in repair.steps)
         by_hand = f", {rounds} round{'s' if rounds != 1 else ''} towards the dense predictions" if rounds else ""
         swept = f", {repair.num_swept} blocks fitted in a sweep" if repair.num_swept else ""
+        short = f" ({repair.short:.0%} in short windows)" if repair.short else ""
         kept = sum(cut.applied for cut in repair.cuts)
         said.append(
             f"Repaired without training (`{repair.method}`: {kept} of {len(repair.cuts)} cuts solved for"
-            f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} {repair.unit}: "
-            f"the {_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to "
+            f"{swept}{by_hand}; {len(repair.weights)} weights changed), fitted to {repair.fit_tokens:,} "
+            f"{repair.unit}{short}: the {_MEASURES[repair.measure]} went from {numbers.number(repair.before)} to "
             f"{numbers.number(repair.after)} on {repair.judge_tokens:,} {repair.unit} that it had not seen"
             f"{rewritten(repair.augment, repair.forms)}."
         )
