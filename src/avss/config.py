@@ -270,8 +270,9 @@ class DataConfig(Settings):
     more than the text has room for where a form has no answers and healing does not read it."""
     short: float | None = Field(default=None, ge=0, le=1)
     """Share of what a repair by `auto` is fitted to that is read in short windows of 64 tokens, from all over the text
-    (`avss.data.short`): as many tokens. Healing likewise, where its own settings say nothing (`HealConfig.short`). By
-    default 0.5 for models that continue text; 0 for none, as for all others."""
+    (`avss.data.short`): as many tokens. By default none: they bring short answers nearer and long texts less near than
+    whole windows do (docs/log.md). Healing likewise, where its own settings say nothing (`HealConfig.short`, which has
+    a default of its own)."""
 
 
 class PlanConfig(Settings):

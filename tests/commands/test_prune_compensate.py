@@ -104,7 +104,13 @@ def test_a_repair_reads_the_share_asked_for_in_another_writing(avss_command, mod
 
 @pytest.mark.parametrize(
     ("given", "share", "sizes"),
-    [(None, 0.5, {16: 9, 8: 18}), (0, 0.0, {16: 18}), (0.25, 0.25, {16: 14, 8: 8}), (1, 1.0, {8: 36})],
+    [
+        (None, 0.0, {16: 18}),
+        (0, 0.0, {16: 18}),
+        (0.5, 0.5, {16: 9, 8: 18}),
+        (0.25, 0.25, {16: 14, 8: 8}),
+        (1, 1.0, {8: 36}),
+    ],
 )
 def test_a_repair_reads_the_share_asked_for_in_short_windows(
     avss_command, llama_folder, given, share, sizes, text_file, tmp_path, monkeypatch

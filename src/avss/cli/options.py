@@ -100,8 +100,8 @@ Short = Annotated[
     float | None,
     typer.Option(
         help="Share of the text that a repair by auto (and healing) reads in short windows of 64 tokens, from all over "
-        "it; 1 where answers matter more than long texts.",
-        show_default="0.5 for models that continue text, else 0",
+        "it: nearer in short answers, less near in long texts.",
+        show_default="repair 0; healing 0.5 for models that continue text, else 0",
         rich_help_panel=_TEXT,
     ),
 ]

@@ -10,7 +10,7 @@ from avss.compensation import split
 from avss.config import refuse_unread
 from avss.data.augment import Asked, Augmentation
 from avss.data.batches import Batches, leading_ids, need_tokenizer
-from avss.data.short import SHORT_SHARE, can_divide, needed, shortened
+from avss.data.short import can_divide, needed, shortened
 from avss.forms import Rows, choosing_forms
 from avss.models.load import Loaded
 from avss.models.writing import NUM_WRITTEN, can_write, keep_rows, read_rows, write_rows
@@ -32,7 +32,7 @@ class Asking:
         may_go_on: Asked before each batch of them but the first of each form.
         kept: A file that keeps them for a run that is killed and goes on, and gives them back to it; None for none.
         heals: Whether healing reads them too.
-        short: Share of what is fitted that is read in short windows; None for the usual one.
+        short: Share of what is fitted that is read in short windows; None for none given, and none.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Asking:
     @property
     def short(self) -> float:
         """Share of what is fitted that is read in short windows; 0 where there can be none."""
-        return (SHORT_SHARE if self._short is None else self._short) if self._divides else 0.0
+        return self._short if self._short and self._divides else 0.0
 
     def check_short(self) -> None:
         """Refuses a share of short windows where there can be none.

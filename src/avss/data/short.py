@@ -12,8 +12,6 @@ from avss.data.batches import Batches
 
 SHORT = 64
 """Tokens of a short window."""
-SHORT_SHARE = 0.5
-"""Of a text, what is read in short windows where no share is asked for."""
 
 
 def can_divide(seq_len: float, num_leading: int, pad_id: int | None) -> bool:

@@ -26,7 +26,7 @@ from avss.data.batches import (
     pad,
     windows,
 )
-from avss.data.short import SHORT_SHARE, can_divide, count_pieces, needed, piece_of
+from avss.data.short import can_divide, count_pieces, needed, piece_of
 from avss.data.sources import Texts
 from avss.errors import DataError
 from avss.forms import HEALING_SHARE, Rows
@@ -37,6 +37,9 @@ STEP_TOKENS = 1024
 """Tokens in a step of the optimiser, about, where no number of sequences is asked for."""
 HELD_OUT_TOKENS = 8192
 """Tokens held out, about, likewise."""
+
+SHORT_SHARE = 0.5
+"""Of the steps, those that read short windows, where no share is asked for."""
 
 _STRETCHES = 8
 
