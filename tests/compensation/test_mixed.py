@@ -39,12 +39,12 @@ def windows(count: int, *, others: int = 0, length: int = 26, source: int = 0):
     return dataclasses.replace(text, others=tuple(one(number) for number in range(count, count + others)))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("others", [0, 5, 64])
 def test_short_windows_are_as_many_tokens_of_other_places(share, others):
     text = windows(8, others=others)
     parts = shortened(text, share, LEAD)
-    num_short = round(8 * share)
+    num_short = {0.0: 0, 0.01: 1, 0.25: 2, 0.5: 4, 1.0: 8}[share]
     assert [len(part.sequences[0]) for part in parts] == [26] * (num_short < 8) + [SHORT] * (num_short > 0)
     # Four bodies of six tokens in a window of two and twenty-four.
     assert sum(len(one) - LEAD for part in parts for one in part.sequences) == 8 * 24

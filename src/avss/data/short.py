@@ -56,13 +56,14 @@ def shortened(batches: Batches, share: float, num_leading: int) -> tuple[Batches
 
     Args:
         batches: Windows of one length, for which `can_divide` holds.
-        share: Of the windows, what is read in short ones.
+        share: Of the windows, what is read in short ones: above 0 one at least.
         num_leading: Tokens that every window begins with.
 
     Returns:
         Batches of windows, where any are left, and batches of short ones, where there are any.
     """
-    num_long = len(batches.sequences) - round(share * len(batches.sequences))
+    total = len(batches.sequences)
+    num_long = total - (max(1, round(share * total)) if share else 0)
     long, replaced = batches.sequences[:num_long], batches.sequences[num_long:]
     parts = (batches.with_sequences(long),) if long else ()
     if not replaced:
