@@ -85,7 +85,7 @@ class Asking:
     def fitted(self) -> tuple[Batches, ...]:
         """The part of the text that a repair is fitted to (`split`), as it reads that: some of it in short windows.
 
-        Its prompts have these sentences, but for those that judge; the rest of the text has its own. None where the
+        Its prompts have these sentences, but for those that judge; the rest of the text has its own. Empty where the
         text is so short that its sequences must be halved.
         """
         batches, rewriting = self._batches, self._batches.augmentation

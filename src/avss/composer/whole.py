@@ -128,7 +128,7 @@ def run(config: RunConfig, *, command: str | None = None, stages: Stages = silen
     config, said = _with_forms(config, tasks, loaded.head)
     _check_written(config)
     config = _with_shared_settings(config)
-    # Likewise: what healing would not read shall not cost a search either.
+    # What healing would not read is refused before a search is paid for, too.
     healing_text = prepare(loaded, training, config.heal) if training is not None and config.heal is not None else None
     batches = calibration(loaded, config.data)
     with timed("Reading the tasks"):
